@@ -1,0 +1,1 @@
+"""Calibration: pure mathematics from weights and statistics to quantized weights, and the capture that feeds it."""

@@ -1,0 +1,51 @@
+"""k-means codebooks for vector formats: k-means++ on a sample, weighted Lloyd iterations, empty cells repaired."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 16  # vectors whose distances to all codewords are held at once
+SAMPLE = 1 << 17
+
+
+def assign(vectors: Tensor, weights: Tensor, codebook: Tensor) -> Tensor:
+    """Return the nearest codeword `[n]` int64 under `sum_j weights[n, j] (vectors[n, j] - codebook[c, j])^2`; all `[n or k, d]` float32."""
+    parts = []
+    for v, w in zip(vectors.split(CHUNK), weights.split(CHUNK), strict=True):
+        # The v^2 term is the same for every codeword.
+        parts.append((w @ codebook.square().T - 2 * (w * v) @ codebook.T).argmin(dim=1))
+    return torch.cat(parts)
+
+
+def kmeans(vectors: Tensor, weights: Tensor, k: int, seed: int, iterations: int = 30) -> Tensor:
+    """Return the codebook `[k, d]` float32 of vectors `[n, d]` with importance weights `[n, d]` (Arthur and Vassilvitskii 2007).
+
+    Deterministic for a seed. Raises nothing: fewer distinct vectors than k give repeated codewords.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if len(vectors) > SAMPLE:
+        pick = torch.randperm(len(vectors), generator=generator)[:SAMPLE]
+        vectors, weights = vectors[pick], weights[pick]
+    codebook = _plus_plus(vectors, weights, k, generator)
+    for _ in range(iterations):
+        cell = assign(vectors, weights, codebook)
+        mass = torch.zeros_like(codebook).index_add_(0, cell, weights)
+        total = torch.zeros_like(codebook).index_add_(0, cell, weights * vectors)
+        codebook = torch.where(mass > 0, total / mass.clamp_min(1e-30), codebook)
+        empty = (mass.sum(dim=1) == 0).nonzero()[:, 0]
+        if len(empty):
+            error = (weights * (vectors - codebook[cell]).square()).sum(dim=1)
+            codebook[empty] = vectors[error.topk(len(empty)).indices]
+    return codebook
+
+
+def _plus_plus(vectors: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    chosen = [int(torch.randint(len(vectors), (1,), generator=generator))]
+    distance = torch.full((len(vectors),), float("inf"))
+    for _ in range(k - 1):
+        distance = torch.minimum(distance, (weights * (vectors - vectors[chosen[-1]]).square()).sum(dim=1))
+        cumulative = distance.double().cumsum(0)
+        draw = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative[-1]
+        chosen.append(int(torch.searchsorted(cumulative, draw).clamp_max(len(vectors) - 1)))
+    return vectors[torch.tensor(chosen)].clone()

@@ -1,0 +1,86 @@
+"""From a weight and the Gram matrix of its inputs to a `QTensor`: the one door to every method and format."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantdit.calibration.gptq import gptq, rtn
+from quantdit.calibration.grids import GRIDS, PAIR_LIMIT
+from quantdit.calibration.kmeans import assign, kmeans
+from quantdit.formats import FORMATS, QSpec
+from quantdit.qtensor import QTensor
+
+
+def quantize_weight(
+    weight: Tensor,
+    gram: Tensor,
+    format: str,
+    group_size: int,
+    method: str = "gptq",
+    table: str = "lloyd-max",
+    seed: int = 0,
+) -> QTensor:
+    """Return weight `[out, in]` as a QTensor.
+
+    Args:
+        weight: float, already in the space the inputs are in (smoothed, rotated).
+        gram: `[in, in]`, `sum x x^T` of those inputs, up to a positive factor; the identity if nothing is known.
+        format: a name of FORMATS.
+        group_size: for grouped formats; divides `in`.
+        method: `gptq` (error feedback) or `rtn` (round to nearest); vector formats know only the nearest codeword.
+        table: how level tables are chosen, a name of TABLES.
+        seed: of the k-means start.
+
+    Raises:
+        ValueError: the weight has NaN or infinite entries.
+    """
+    weight = weight.detach().float()
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{int((~torch.isfinite(weight)).sum())} weights are NaN or infinite")
+    f = FORMATS[format]
+    importance = gram.diagonal().float()
+    importance = (importance / importance.mean().clamp_min(1e-30)).clamp_min(1e-6)
+    if f.dim > 1:
+        return _quantize_vectors(weight, importance, gram, format, seed)
+    grid = GRIDS[format](weight, importance, group_size, format, table)
+    W = weight / grid.scale[:, None]  # noqa: N806
+    if method == "gptq":
+        codes, groups = gptq(W, gram, grid, group_size)
+    else:
+        codes, groups = rtn(W, importance, grid, group_size)
+    spec = QSpec(format, *weight.shape, group_size, grid.codebook_rows)
+    q = QTensor(spec, f.pack(f, codes), grid.scale, **grid.fields(groups))
+    return _refine_scale(q, weight, gram) if method == "gptq" else q
+
+
+def _quantize_vectors(weight: Tensor, importance: Tensor, gram: Tensor, format: str, seed: int) -> QTensor:
+    f = FORMATS[format]
+    out, width = weight.shape
+    rms = weight.square().mean(dim=1).sqrt()
+    rms = torch.where(rms > 0, rms, torch.ones_like(rms))
+    vectors = (weight / rms[:, None]).reshape(-1, f.dim)
+    weights = importance.reshape(-1, f.dim).repeat(out, 1)
+    codebook = kmeans(vectors, weights, f.levels, seed)
+    unit = codebook.abs().max().clamp_min(1e-30) / (PAIR_LIMIT // 2)
+    entries = (codebook / unit).round().to(torch.int8)
+    codes = assign(vectors / unit, weights, entries.float()).to(torch.uint8).reshape(out, width // f.dim)
+    return QTensor(QSpec(format, out, width, width), f.pack(f, codes), rms * unit, codebook=entries)
+
+
+def _refine_scale(q: QTensor, weight: Tensor, gram: Tensor) -> QTensor:
+    """Replace each channel's scale by the one of least output error for the codes chosen: `s = w H I^T / I H I^T`."""
+    integers = q.decode8().float()
+    projected = integers @ gram.float()
+    power = (projected * integers).sum(dim=1)
+    best = (projected * weight).sum(dim=1) / power.clamp_min(1e-30)
+    scale = torch.where((power > 0) & (best > 0), best, q.scale)
+    return QTensor(q.spec, **{**q.tensors(), "scale": scale})
+
+
+def output_error(delta: Tensor, weight: Tensor, gram: Tensor) -> float:
+    """Return rel_rmse of the layer's output, `sqrt(tr(D G D^T) / tr(W G W^T))`, for a weight error D `[out, in]` and inputs of Gram G."""
+    gram = gram.double()
+    delta, weight = delta.double(), weight.double()
+    power = float(((weight @ gram) * weight).sum())
+    return (float(((delta @ gram) * delta).sum()) / power) ** 0.5 if power > 0 else 0.0

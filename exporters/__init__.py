@@ -1,0 +1,1 @@
+"""Write a checkpoint in a form that other programs read."""

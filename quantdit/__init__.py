@@ -1,0 +1,12 @@
+"""quantdit: post-training quantization and compression compiler for Diffusion Transformers."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from quantdit.formats import FORMATS, Format, QSpec
+from quantdit.qtensor import QTensor
+from quantdit.recipe import Recipe, Rule
+
+__version__ = version("quantdit")
+__all__ = ["FORMATS", "Format", "QSpec", "QTensor", "Recipe", "Rule"]

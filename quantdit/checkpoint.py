@@ -1,0 +1,262 @@
+"""The compiled artefact: a diffusers folder whose transformer is stored quantized. Writing, and reading as if it were hostile.
+
+`transformer/config.json` holds `quantization_config`: `quant_method`, `spec`, the recipe, each layer's `QSpec`, activation bits
+and Hadamard block, and the sha256 of the weights. `transformer/diffusion_pytorch_model.safetensors` holds `<layer>.<field>` for
+every field of the QTensor, `<layer>.sign` of a rotated layer, and what stayed dense. The same tensors give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quantdit.formats import QSpec
+from quantdit.linear import QuantLinear
+from quantdit.qtensor import FIELDS, check_values
+
+SPEC = 1
+METHOD = "quantdit"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+_DTYPES = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float32: "F32",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+_DENSE = ("F32", "F16", "BF16")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, with the file, the tensor, what was expected and what to do."""
+
+
+def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """Return the quantized layers of a model by path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def write_transformer(model: nn.Module, folder: Path, recipe: dict, provenance: dict) -> str:
+    """Write a transformer with QuantLinear layers; returns the sha256 of its weights file.
+
+    Dense floats are stored as float16 or bfloat16 where that loses nothing, else float32.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = quant_layers(model)
+    own = {f"{name}.{field}" for name in layers for field in (*FIELDS, "sign")}
+    state = model.state_dict()
+    tensors = {k: (state[k] if k in own else _narrow(state[k])).detach().cpu().contiguous() for k in sorted(state)}
+    header = {"spec": SPEC, "recipe": recipe, "provenance": provenance}
+    weights = folder / WEIGHTS
+    # One metadata key: safetensors writes several in no fixed order.
+    save_file(tensors, weights, metadata={METHOD: json.dumps(header, sort_keys=True)})
+    digest = sha256(weights)
+    config = {k: v for k, v in dict(model.config).items() if k != "quantization_config" and _is_json(v)}
+    config = {"_class_name": type(model).__name__, "_diffusers_version": version("diffusers"), **config}
+    config["quantization_config"] = {
+        "quant_method": METHOD,
+        "spec": SPEC,
+        "sha256": digest,
+        "recipe": recipe,
+        "provenance": provenance,
+        "layers": {
+            name: {**asdict(m.spec), "activation_bits": m.activation_bits, "hadamard_block": m.hadamard_block}
+            for name, m in layers.items()
+        },
+    }
+    write_json(folder / "config.json", config)
+    _fsync(weights)
+    return digest
+
+
+def is_quantized(folder: Path) -> bool:
+    """Return whether a transformer folder was written by quantdit."""
+    config = read_json(folder / "config.json")
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+
+
+def read_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Read a quantized transformer; dense floats become `dtype`, scales stay float32.
+
+    Everything is checked against the config before anything is allocated: names, dtypes, shapes, then the file's sha256, then
+    the values (finite scales, codes that stay in the int8 range).
+
+    Raises:
+        CheckpointError: the folder is no quantdit checkpoint, is of a newer spec, or is damaged.
+    """
+    config = read_json(folder / "config.json")
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
+        raise CheckpointError(f"{folder / 'config.json'}: no quantization_config of quantdit; was this folder made by quantdit?")
+    spec = quantization.get("spec")
+    if not isinstance(spec, int) or spec > SPEC or spec < 1:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: checkpoint spec {spec!r}, this quantdit reads up to {SPEC}; upgrade with pip install -U quantdit"
+        )
+    model = _skeleton(config, quantization, folder)
+    weights = folder / WEIGHTS
+    with _open(weights) as file:
+        _check_header(file, model, weights)
+        if (got := sha256(weights)) != quantization.get("sha256"):
+            raise CheckpointError(
+                f"{weights}: sha256 is {got[:12]}..., the config says {str(quantization.get('sha256'))[:12]}...;"
+                " the file was damaged or changed, copy it again"
+            )
+        state = {key: file.get_tensor(key) for key in sorted(file.keys())}
+    layers = quant_layers(model)
+    for name, layer in layers.items():
+        fields = {f: state[f"{name}.{f}"] for f in FIELDS if f in layer._buffers}
+        if (wrong := check_values(layer.spec, fields)) is not None:
+            raise CheckpointError(f"{weights}: layer {name}: {wrong}; the file was damaged, copy or calibrate it again")
+    own = {f"{name}.{field}" for name in layers for field in (*FIELDS, "sign")}
+    state = {k: t if k in own else t.to(dtype) for k, t in state.items()}
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _skeleton(config: dict, quantization: dict, folder: Path) -> nn.Module:
+    """Build the transformer with its quantized layers, parameters on the meta device."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    where = folder / "config.json"
+    cls = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise CheckpointError(f"{where}: diffusers {version('diffusers')} has no model class {config.get('_class_name')!r}")
+    plain = {k: v for k, v in config.items() if k != "quantization_config"}
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = cls.from_config(plain)
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+        raise CheckpointError(f"{where}: {cls.__name__} cannot be built from it: {error}") from error
+    layers = quantization.get("layers")
+    if not isinstance(layers, dict):
+        raise CheckpointError(f"{where}: quantization_config.layers must be a table of layers")
+    for name, entry in layers.items():
+        try:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            linear = model.get_submodule(name)
+        except AttributeError as error:
+            raise CheckpointError(f"{where}: layer {name!r} does not exist in {cls.__name__}") from error
+        if not isinstance(linear, nn.Linear):
+            raise CheckpointError(f"{where}: layer {name!r} is a {type(linear).__name__}, expected a Linear")
+        setattr(parent, name.rpartition(".")[2], _layer(name, entry, linear, where))
+    return model
+
+
+def _layer(name: str, entry: object, linear: nn.Linear, where: Path) -> QuantLinear:
+    keys = {"format", "out_features", "in_features", "group_size", "codebook_rows", "activation_bits", "hadamard_block"}
+    if not isinstance(entry, dict) or entry.keys() != keys:
+        raise CheckpointError(f"{where}: layer {name!r} must have exactly the keys {sorted(keys)}")
+    numbers = {k: entry[k] for k in keys - {"format"}}
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers.values()):
+        raise CheckpointError(f"{where}: layer {name!r}: sizes must be positive integers, got {numbers}")
+    if (entry["out_features"], entry["in_features"]) != (linear.out_features, linear.in_features):
+        raise CheckpointError(
+            f"{where}: layer {name!r} is {entry['out_features']} x {entry['in_features']} in quantization_config,"
+            f" but {linear.out_features} x {linear.in_features} in the model"
+        )
+    block, bits = entry["hadamard_block"], entry["activation_bits"]
+    if block & (block - 1) or entry["in_features"] % block or bits not in (4, 6, 8, 16):
+        raise CheckpointError(f"{where}: layer {name!r}: hadamard_block {block} or activation_bits {bits} is not possible")
+    spec = QSpec(*(entry[k] for k in ("format", "out_features", "in_features", "group_size", "codebook_rows")))
+    try:
+        return QuantLinear(spec, bits, block, linear.bias is not None, device="meta")
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{where}: layer {name!r}: {error}") from error
+
+
+def _open(weights: Path):  # noqa: ANN202 - safetensors has no public type for it
+    try:
+        return safe_open(weights, framework="pt")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{weights} is missing; copy the whole folder, or calibrate again") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{weights}: not a whole safetensors file ({error}); copy it again") from error
+
+
+def _check_header(file, model: nn.Module, weights: Path) -> None:  # noqa: ANN001
+    layers = quant_layers(model)
+    own = {f"{name}.{field}" for name in layers for field in (*FIELDS, "sign")}
+    expected = model.state_dict()
+    names = set(file.keys())
+    if missing := sorted(expected.keys() - names):
+        raise CheckpointError(f"{weights}: tensor {missing[0]} is missing (and {len(missing) - 1} more); copy it again")
+    if extra := sorted(names - expected.keys()):
+        raise CheckpointError(f"{weights}: unexpected tensor {extra[0]} (and {len(extra) - 1} more): file and config disagree")
+    for key, tensor in expected.items():
+        stored = file.get_slice(key)
+        shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+        dtypes = (_DTYPES[tensor.dtype],) if key in own else _DENSE
+        if shape != tuple(tensor.shape) or dtype not in dtypes:
+            raise CheckpointError(
+                f"{weights}: tensor {key} is {dtype} {shape}, expected {' or '.join(dtypes)} {tuple(tensor.shape)}:"
+                " file and config disagree"
+            )
+
+
+def sha256(path: Path) -> str:
+    """Return the hexadecimal sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON atomically, indented, newline at the end."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    _fsync(part)
+    os.replace(part, path)
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: missing, unreadable, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: this is no diffusers model folder") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return content
+
+
+def _narrow(t: Tensor) -> Tensor:
+    """Return `t` in the narrowest of float16, bfloat16, float32 that holds it exactly."""
+    if not t.is_floating_point():
+        return t
+    for dtype in (torch.float16, torch.bfloat16):
+        if torch.equal(t.to(dtype).to(t.dtype), t):
+            return t.to(dtype)
+    return t.float()
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

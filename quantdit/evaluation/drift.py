@@ -1,0 +1,154 @@
+"""How far the images of a quantized model (the candidate) drift from those of the original (the reference)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from quantdit.evaluation.features import BACKBONE, efficientnet_lite0_features
+from quantdit.evaluation.frechet import FeatureStatistics, frechet_distance, kernel_distance, summarise
+from quantdit.evaluation.paired import bootstrap_interval, capped, psnr, ssim
+
+FD, KID = f"FD-{BACKBONE}", f"KID-{BACKBONE}"
+LEVEL = 0.95
+_SUBSETS_PER_ROUND, _ROUNDS = 8, 10
+
+
+@dataclass(frozen=True)
+class DriftReport:
+    """Drift of a candidate from its reference, beside the noise floor of the reference.
+
+    "Drift" compares candidate and reference, image by image from the same seeds. "Noise floor" compares reference images of
+    other seeds with the reference: what the distribution measures give for two samples of one model at this many images.
+    A distribution measure of shared seeds can fall below the floor, as each image then has a near copy in the other set.
+
+    Attributes:
+        count: image pairs.
+        psnr_mean: mean PSNR in dB, each image capped at `paired.PSNR_CEILING`.
+        psnr_interval: 95 % bootstrap interval of psnr_mean.
+        psnr_min: PSNR of the worst pair in dB, capped.
+        identical: pairs equal in every pixel.
+        ssim_mean: mean SSIM.
+        ssim_interval: 95 % bootstrap interval of ssim_mean.
+        fd_drift: Frechet distance on EfficientNet-Lite0 features, candidate to reference.
+        fd_floor: the same, other seeds to reference.
+        kid_drift: kernel distance on EfficientNet-Lite0 features, candidate to reference: mean and standard error.
+        kid_floor: the same, other seeds to reference.
+        kid_subset_size: images in a subset of the kernel distances.
+        fd_reference_real: Frechet distance of the reference images to the real set; None without one.
+        fd_candidate_real: Frechet distance of the candidate images to the real set; None without one.
+    """
+
+    count: int
+    psnr_mean: float
+    psnr_interval: tuple[float, float]
+    psnr_min: float
+    identical: int
+    ssim_mean: float
+    ssim_interval: tuple[float, float]
+    fd_drift: float
+    fd_floor: float
+    kid_drift: tuple[float, float]
+    kid_floor: tuple[float, float]
+    kid_subset_size: int
+    fd_reference_real: float | None
+    fd_candidate_real: float | None
+
+    def to_json(self) -> dict[str, object]:
+        """Return plain, finite values in a fixed order, metric names with their backbone, six significant digits."""
+        kid = [{"mean": _six(mean), "standard_error": _six(error)} for mean, error in (self.kid_drift, self.kid_floor)]
+        frechet: dict[str, object] = {"drift": _six(self.fd_drift), "noise_floor": _six(self.fd_floor)}
+        if self.fd_reference_real is not None and self.fd_candidate_real is not None:
+            frechet |= {"reference_to_real": _six(self.fd_reference_real), "candidate_to_real": _six(self.fd_candidate_real)}
+        return {
+            "count": self.count,
+            "interval_level": LEVEL,
+            "PSNR": {
+                "unit": "dB",
+                "mean": _six(self.psnr_mean),
+                "interval": [_six(x) for x in self.psnr_interval],
+                "min": _six(self.psnr_min),
+                "identical": self.identical,
+            },
+            "SSIM": {"mean": _six(self.ssim_mean), "interval": [_six(x) for x in self.ssim_interval]},
+            FD: frechet,
+            KID: {"drift": kid[0], "noise_floor": kid[1], "subset_size": self.kid_subset_size},
+        }
+
+
+def compare(
+    reference: torch.Tensor,
+    candidate: torch.Tensor,
+    other_seeds: torch.Tensor,
+    real_features: torch.Tensor | FeatureStatistics | None = None,
+    seed: int = 0,
+) -> DriftReport:
+    """Measure the drift of candidate images from reference images.
+
+    Args:
+        reference: `[n, c, h, w]` float in [-1, 1], n >= 4, c = 1 or 3: images of the original model.
+        candidate: the same shape: images of the quantized model from the same seeds, labels and sampler.
+        other_seeds: the same shape: images of the original model from other seeds, for the noise floor.
+        real_features: EfficientNet-Lite0 features `[m, 1280]` of real images, or their statistics (`real.load_real`).
+        seed: of bootstrap and kernel-distance subsets.
+
+    Raises:
+        ValueError: if the shapes differ, there are fewer than four images, or values are not finite.
+        ModuleNotFoundError: if the `eval` extra is not installed.
+    """
+    if other_seeds.shape != reference.shape:
+        raise ValueError(
+            f"other_seeds is {list(other_seeds.shape)}, expected {list(reference.shape)} like reference: "
+            "the Frechet distance depends on the number of images"
+        )
+    if len(reference) < 4:
+        raise ValueError(f"{len(reference)} images, expected at least 4, better 64: two disjoint subsets of two are the least")
+    decibels, similarity = psnr(reference, candidate), ssim(reference, candidate)
+    sets = [efficientnet_lite0_features(images) for images in (reference, candidate, other_seeds)]
+    ref, cand, other = [summarise(features) for features in sets]
+    subset_size = max(2, len(reference) // _SUBSETS_PER_ROUND)
+    subsets = _ROUNDS * _SUBSETS_PER_ROUND
+    to_real = [None if real_features is None else frechet_distance(x, real_features) for x in (ref, cand)]
+    return DriftReport(
+        count=len(reference),
+        psnr_mean=capped(decibels).mean().item(),
+        psnr_interval=bootstrap_interval(capped(decibels), seed, LEVEL),
+        psnr_min=capped(decibels).min().item(),
+        identical=int(torch.isinf(decibels).sum()),
+        ssim_mean=similarity.mean().item(),
+        ssim_interval=bootstrap_interval(similarity, seed, LEVEL),
+        fd_drift=frechet_distance(cand, ref),
+        fd_floor=frechet_distance(other, ref),
+        kid_drift=kernel_distance(sets[1], sets[0], subset_size, subsets, seed),
+        kid_floor=kernel_distance(sets[2], sets[0], subset_size, subsets, seed),
+        kid_subset_size=subset_size,
+        fd_reference_real=to_real[0],
+        fd_candidate_real=to_real[1],
+    )
+
+
+def table(report: DriftReport) -> str:
+    """Return the report as a Markdown table that is readable as plain text, too."""
+    same = f", {report.identical} identical" if report.identical else ""
+    low, high = report.psnr_interval
+    ssim_low, ssim_high = report.ssim_interval
+    rows = [
+        (f"{report.count} images", "drift", "noise floor"),
+        ("PSNR, dB", f"{report.psnr_mean:.2f} [{low:.2f}, {high:.2f}], min {report.psnr_min:.2f}{same}", ""),
+        ("SSIM", f"{report.ssim_mean:.4f} [{ssim_low:.4f}, {ssim_high:.4f}]", ""),
+        (FD, f"{report.fd_drift:.2f}", f"{report.fd_floor:.2f}"),
+        (KID, *(f"{mean:.5f} ± {error:.5f}" for mean, error in (report.kid_drift, report.kid_floor))),
+    ]
+    if report.fd_reference_real is not None:
+        rows.append((f"{FD} to real images", f"{report.fd_candidate_real:.2f}", f"{report.fd_reference_real:.2f} (reference)"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    note = f"[a, b]: {LEVEL:.0%} bootstrap interval. ±: standard error. Noise floor: reference images of other seeds."
+    return "\n".join([*lines, "", note])
+
+
+def _six(value: float) -> float:
+    """Round to six significant digits: the last bits depend on the number of threads."""
+    return float(f"{value:.6g}")

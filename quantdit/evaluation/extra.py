@@ -1,0 +1,21 @@
+"""Import of the libraries that only evaluation needs, so that `import quantdit` stays light."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+def require(module: str) -> ModuleType:
+    """Import `module`, or say which extra of quantdit brings it.
+
+    Raises:
+        ModuleNotFoundError: if the module, or something it imports, is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"this measure needs {module!r}, and {error.name!r} is not installed; run: pip install 'quantdit[eval]'",
+            name=error.name,
+        ) from error

@@ -1,0 +1,24 @@
+"""Every number format quantdit can store a weight in. A new format is one file here and one row of this table."""
+
+from __future__ import annotations
+
+from quantdit.formats.affine import INT2, INT3, INT4, INT6, INT8
+from quantdit.formats.codebook import TABLE2, TABLE3, TABLE4, VQ64X2, VQ256X4
+from quantdit.formats.float8 import FP8_E4M3
+from quantdit.formats.format import Field, Format, QSpec
+
+FORMATS: dict[str, Format] = {
+    "int2": INT2,
+    "int3": INT3,
+    "int4": INT4,
+    "int6": INT6,
+    "int8": INT8,
+    "table2": TABLE2,
+    "table3": TABLE3,
+    "table4": TABLE4,
+    "vq256x4": VQ256X4,
+    "vq64x2": VQ64X2,
+    "fp8_e4m3": FP8_E4M3,
+}
+
+__all__ = ["FORMATS", "Field", "Format", "QSpec"]

@@ -1,0 +1,58 @@
+"""Orthonormal block-Hadamard rotations with random signs: `R = diag(sign) (I kron H_b)`, `R R^T = 1`.
+
+(Ashkboos et al. 2024, QuaRot, arXiv 2404.00456.) The signs keep a constant offset of the input, such as the mean that GELU
+leaves, from piling up in the first coefficient of every block.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+LARGEST_BLOCK = 128
+
+
+def block_size(width: int, largest: int = LARGEST_BLOCK) -> int:
+    """Return the largest power of two that divides `width`, at most `largest`; 1 (no rotation possible) for odd widths."""
+    return min(largest, width & -width)
+
+
+@lru_cache(maxsize=32)
+def hadamard(n: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+    """Return the symmetric orthonormal Sylvester Hadamard matrix `[n, n]`, n a power of two.
+
+    Raises:
+        ValueError: n is not a power of two.
+    """
+    if n < 1 or n & (n - 1):
+        raise ValueError(f"a Sylvester Hadamard matrix needs a power of two, got {n}")
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while h.shape[0] < n:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
+    return (h / math.sqrt(n)).to(device=device, dtype=dtype)
+
+
+def random_sign(width: int, seed: int) -> Tensor:
+    """Return `[width]` int8 of +1 and -1, the same for the same seed and width."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + width)
+    return (torch.randint(0, 2, (width,), generator=generator, dtype=torch.int8) * 2 - 1).to(torch.int8)
+
+
+def rotate(x: Tensor, sign: Tensor, block: int) -> Tensor:
+    """Return `x R` for x `[..., width]` float, in x's dtype; sign `[width]` int8."""
+    h = hadamard(block, x.dtype, str(x.device))
+    return ((x * sign.to(x.dtype)).unflatten(-1, (-1, block)) @ h).flatten(-2)
+
+
+def rotate_back(x: Tensor, sign: Tensor, block: int) -> Tensor:
+    """Return `x R^T`, the inverse of `rotate`."""
+    h = hadamard(block, x.dtype, str(x.device))
+    return (x.unflatten(-1, (-1, block)) @ h).flatten(-2) * sign.to(x.dtype)
+
+
+def rotate_gram(gram: Tensor, sign: Tensor, block: int) -> Tensor:
+    """Return `R^T G R` for a Gram matrix `[width, width]` of unrotated inputs."""
+    return rotate(rotate(gram, sign, block).T, sign, block)

@@ -1,0 +1,1 @@
+"""Which models quantdit knows, and what it knows of them."""

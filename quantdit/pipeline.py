@@ -1,0 +1,145 @@
+"""One way from a name to a running pipeline, full precision or quantized: alias, hub id and folder all pass here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantdit import checkpoint
+from quantdit.models.aliases import locate
+
+# Pipelines of ours; every other class is diffusers' own.
+PIPELINES = {"PixelDiTPipeline": "quantdit.models.pixel_dit"}
+
+PROMPTS = (
+    "a red bicycle leaning against a stone wall in the rain",
+    "two otters floating on their backs in a green river",
+    "a street market at night, lanterns, steam over the pots",
+    "an old lighthouse on a cliff, storm clouds, oil painting",
+    "a bowl of ramen with a soft egg, close-up photograph",
+    "a child flying a kite on a wide beach at sunset",
+    "a red fox running through fresh snow, motion blur",
+    "portrait of an astronaut reading a newspaper in a cafe",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a pipeline came from: what the user said, and the local folder it was read from."""
+
+    name: str
+    folder: Path
+
+
+def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str = "cpu"):  # noqa: ANN201 - any diffusers pipeline
+    """Return `(pipeline, Source)` for an alias, a hub id or a folder; a quantized transformer comes back quantized.
+
+    Raises:
+        ValueError: unknown name, no network, no diffusers pipeline, or a damaged checkpoint (CheckpointError).
+    """
+    place = locate(model)
+    folder = place if isinstance(place, Path) else _download(model, place)
+    index = checkpoint.read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else None
+    if index is None or not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"{folder} is no diffusers pipeline: it has no model_index.json naming a pipeline class")
+    cls = _pipeline_class(index["_class_name"], folder)
+    parts = {}
+    transformer = folder / "transformer"
+    if "transformer" not in index:
+        raise ValueError(f"{folder}: {index['_class_name']} has no transformer; quantdit quantizes diffusion transformers")
+    if checkpoint.is_quantized(transformer):
+        parts["transformer"] = checkpoint.read_transformer(transformer, dtype)
+    try:
+        pipeline = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **parts)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise ValueError(f"{folder}: {cls.__name__} cannot be loaded: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device), Source(model, folder)
+
+
+def sampling_arguments(pipeline: object, count: int, prompts: Sequence[str] | None = None, classes: Sequence[int] | None = None) -> dict:
+    """Return the `prompt` or `class_labels` argument for `count` images: the given ones in turn, or spread over what the model knows.
+
+    Raises:
+        ValueError: the pipeline takes neither.
+    """
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    if "class_labels" in accepted:
+        known = pipeline.transformer.config.num_embeds_ada_norm
+        # A stride that is odd and not a multiple of 5 walks over all classes of the usual class counts.
+        chosen = list(classes) if classes else [(i * (1 if known <= count else max(1, known // count))) % known for i in range(count)]
+        return {"class_labels": [chosen[i % len(chosen)] for i in range(count)]}
+    if "prompt" in accepted:
+        chosen = list(prompts or PROMPTS)
+        return {"prompt": [chosen[i % len(chosen)] for i in range(count)]}
+    raise ValueError(f"{type(pipeline).__name__} takes neither class_labels nor prompt; quantdit cannot sample from it")
+
+
+def generate(
+    pipeline,  # noqa: ANN001 - any diffusers pipeline
+    count: int,
+    seed: int,
+    steps: int,
+    guidance: float | None = None,
+    batch: int = 32,
+    prompts: Sequence[str] | None = None,
+    classes: Sequence[int] | None = None,
+    description: str = "generate",
+) -> Tensor:
+    """Sample `count` images `[n, c, h, w]` float32 in [-1, 1]; image i has its own seed, `seed * 2^20 + i`, whatever the batch."""
+    import numpy as np
+    from tqdm import tqdm
+
+    arguments = sampling_arguments(pipeline, count, prompts, classes)
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    extra = {"guidance_scale": guidance} if guidance is not None and "guidance_scale" in accepted else {}
+    images = []
+    with tqdm(total=count, desc=description, unit="image") as bar:
+        for start in range(0, count, batch):
+            part = {k: v[start : start + batch] for k, v in arguments.items()}
+            n = len(next(iter(part.values())))
+            generators = [torch.Generator().manual_seed(seed * 2**20 + i) for i in range(start, start + n)]
+            output = pipeline(**part, **extra, generator=generators, num_inference_steps=steps, output_type="np" if _numpy(pipeline) else "pt")
+            result = output.images
+            result = torch.from_numpy(np.asarray(result)).permute(0, 3, 1, 2) * 2 - 1 if isinstance(result, np.ndarray) else result
+            images.append(result.float().cpu())
+            bar.update(n)
+    return torch.cat(images)
+
+
+def _numpy(pipeline: object) -> bool:
+    """Diffusers' image pipelines return [0, 1] arrays; ours returns [-1, 1] tensors."""
+    return type(pipeline).__name__ not in PIPELINES
+
+
+
+
+def _pipeline_class(name: str, folder: Path) -> type:
+    import importlib
+
+    import diffusers
+
+    module = importlib.import_module(PIPELINES[name]) if name in PIPELINES else diffusers
+    cls = getattr(module, name, None)
+    if cls is None:
+        raise ValueError(f"{folder}: the installed diffusers has no pipeline class {name!r}; upgrade it with pip install -U diffusers")
+    return cls
+
+
+def _download(model: str, hub: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(hub, ignore_patterns=["*.bin", "*.ckpt", "*.pth", "*.onnx", "*.msgpack"]))
+    except (OSError, HfHubHTTPError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"cannot fetch {hub} ({reason}). Where there is a network, run: hf download {hub} --local-dir {hub.split('/')[1]};"
+            f" copy that folder here and give it as --model PATH/{hub.split('/')[1]}"
+        ) from error
