@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
-
 from quantdit.calibration import stats as statistics
 from quantdit.calibration.stats import Stats
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Call:
     bucket: int
 
 
-class _Enough(Exception):  # noqa: N818 - a signal, not an error
+class _Enough(Exception):
     """Ends a forward pass once the first block's inputs are known."""
 
 
@@ -117,7 +116,9 @@ def collecting(linears: dict[str, nn.Linear], buckets: int, result: dict[str, St
                 try:
                     result[name] = statistics.update(result[name], x, bucket)
                 except ValueError as error:
-                    raise ValueError(f"calibration: layer {name}: {error}; the model itself is broken, or its dtype too narrow") from error
+                    raise ValueError(
+                        f"calibration: layer {name}: {error}; the model itself is broken, or its dtype too narrow"
+                    ) from error
 
         return collect
 
@@ -143,7 +144,7 @@ def _timestep(args: tuple, kwargs: dict) -> object:
     return float(t) if isinstance(t, int | float) else None
 
 
-def _detached(value):  # noqa: ANN001, ANN202 - any nesting of containers
+def _detached(value):
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):

@@ -1,4 +1,3 @@
-# ruff: noqa: N803, N806 - the paper's letters
 """Error feedback: GPTQ (Frantar et al. 2022, arXiv 2210.17323), algorithm 1, for any grid of codes.
 
 H = G / rows + damp * mean(diag) * 1;   U = upper Cholesky factor of H^-1.  Column i is rounded, its error e = (w - q) / U_ii is
@@ -8,9 +7,8 @@ subtracted from the columns to the right as e U_ij; a group's parameters are fit
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from quantdit.calibration.grids import Grid, Params
+from torch import Tensor
 
 GPTQ_BLOCK = 128
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from quantdit.calibration.levels import histogram, lloyd_max, twin_log
 from torch import Tensor
 
-from quantdit.calibration.levels import histogram, lloyd_max, twin_log
 from quantdit.formats import FORMATS
 
 Params = tuple[Tensor, ...]

@@ -10,7 +10,10 @@ SAMPLE = 1 << 17
 
 
 def assign(vectors: Tensor, weights: Tensor, codebook: Tensor) -> Tensor:
-    """Return the nearest codeword `[n]` int64 under `sum_j weights[n, j] (vectors[n, j] - codebook[c, j])^2`; all `[n or k, d]` float32."""
+    """Return the nearest codeword `[n]` int64 under `sum_j weights[n, j] (vectors[n, j] - codebook[c, j])^2`.
+
+    vectors and weights are `[n, d]`, the codebook `[k, d]`, all float32.
+    """
     parts = []
     for v, w in zip(vectors.split(CHUNK), weights.split(CHUNK), strict=True):
         # The v^2 term is the same for every codeword.

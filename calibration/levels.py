@@ -57,7 +57,9 @@ def twin_log(points: Tensor, mass: Tensor, levels: int) -> Tensor:
     u = points / peak
     best, best_error = None, float("inf")
     lows = torch.logspace(-2.7, -0.6, 13, base=10.0).tolist()  # .002 .. .25
-    for eta, low, high in itertools.product((0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6), lows, (1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)):
+    for eta, low, high in itertools.product(
+        (0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6), lows, (1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+    ):
         if low >= high:
             continue
         table = twin_log_levels(levels.bit_length() - 1, eta, low, high)

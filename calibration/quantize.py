@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from quantdit.calibration.gptq import gptq, rtn
 from quantdit.calibration.grids import GRIDS, PAIR_LIMIT
 from quantdit.calibration.kmeans import assign, kmeans
+from torch import Tensor
+
 from quantdit.formats import FORMATS, QSpec
 from quantdit.qtensor import QTensor
 
@@ -44,7 +44,7 @@ def quantize_weight(
     if f.dim > 1:
         return _quantize_vectors(weight, importance, gram, format, seed)
     grid = GRIDS[format](weight, importance, group_size, format, table)
-    W = weight / grid.scale[:, None]  # noqa: N806
+    W = weight / grid.scale[:, None]
     if method == "gptq":
         codes, groups = gptq(W, gram, grid, group_size)
     else:
@@ -79,7 +79,10 @@ def _refine_scale(q: QTensor, weight: Tensor, gram: Tensor) -> QTensor:
 
 
 def output_error(delta: Tensor, weight: Tensor, gram: Tensor) -> float:
-    """Return rel_rmse of the layer's output, `sqrt(tr(D G D^T) / tr(W G W^T))`, for a weight error D `[out, in]` and inputs of Gram G."""
+    """Return rel_rmse of the layer's output, `sqrt(tr(D G D^T) / tr(W G W^T))`.
+
+    D is the weight error `[out, in]`, W the weight, G the Gram matrix `[in, in]` of the inputs.
+    """
     gram = gram.double()
     delta, weight = delta.double(), weight.double()
     power = float(((weight @ gram) * weight).sum())

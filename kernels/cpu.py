@@ -40,7 +40,7 @@ def unsafe_rows(weight: Tensor) -> Tensor:
 
 
 def scaled_int8_product(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """Return `(codes weight^T) * scale` `[m, n]` float32 for int8 codes `[m, k]` and int8 weight `[n, k]`; the integer sum is exact."""
+    """Return `(codes weight^T) * scale` `[m, n]` float32, int8 codes `[m, k]` and weight `[n, k]`; the integer sum is exact."""
     ready = _prepare(weight)
     if ready.packed is None:
         return exact_float_product(codes, weight.float()) * scale
@@ -78,9 +78,7 @@ def _make_ready(weight: Tensor) -> _Prepared:
     rows = torch.zeros(0, dtype=torch.int64) if _onednn_is_exact() else unsafe_rows(weight).nonzero()[:, 0]
     # Past a quarter of the rows the second product costs more than oneDNN saves.
     packed = None if len(rows) > n // 4 else torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
-    return _Prepared(
-        weight._version, packed, torch.zeros(n, dtype=torch.int32), rows, weight[rows].float()
-    )
+    return _Prepared(weight._version, packed, torch.zeros(n, dtype=torch.int32), rows, weight[rows].float())
 
 
 @lru_cache(maxsize=1)

@@ -12,11 +12,11 @@ Letters: m, n, k = tokens, out, in. The ops live in `torch.ops.quantdit`:
 from __future__ import annotations
 
 import torch
+from quantdit.kernels import cpu
 from torch import Tensor
 
 from quantdit import hadamard
 from quantdit.formats import FORMATS, QSpec
-from quantdit.kernels import cpu
 
 _library = torch.library.Library("quantdit", "DEF")
 _library.define("rotate(Tensor x, Tensor sign, int block) -> Tensor")
@@ -60,7 +60,9 @@ def _quantize_tokens(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def _(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     torch._check(x.dim() == 2, lambda: f"quantize_tokens: x must be [m, k], got {tuple(x.shape)}")
     torch._check(2 <= bits <= 8, lambda: f"quantize_tokens: bits must be 2..8, got {bits}")
-    return torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format), x.new_empty(x.shape[0], dtype=torch.float32)
+    return torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format), x.new_empty(
+        x.shape[0], dtype=torch.float32
+    )
 
 
 # stored tensors of a QTensor  ->  I :: [n, k] int8 or e4m3
@@ -125,9 +127,7 @@ def _epilogue(product: Tensor, token_scale: Tensor, bias: Tensor | None, dtype: 
 
 
 @torch.library.register_fake("quantdit::gemm_w8a8")
-def _(
-    codes: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def _(codes: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     _check_gemm("gemm_w8a8", codes, weight, scale)
     torch._check(codes.dtype == torch.int8, lambda: f"gemm_w8a8: codes must be int8, got {codes.dtype}")
     torch._check(token_scale.shape == codes.shape[:1], lambda: "gemm_w8a8: one token_scale per token is needed")

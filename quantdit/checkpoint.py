@@ -63,7 +63,7 @@ def write_transformer(model: nn.Module, folder: Path, recipe: dict, provenance: 
     # One metadata key: safetensors writes several in no fixed order.
     save_file(tensors, weights, metadata={METHOD: json.dumps(header, sort_keys=True)})
     digest = sha256(weights)
-    config = {k: v for k, v in dict(model.config).items() if k != "quantization_config" and _is_json(v)}
+    config = {k: v for k, v in dict(model.config).items() if not k.startswith("_") and k != "quantization_config" and _is_json(v)}
     config = {"_class_name": type(model).__name__, "_diffusers_version": version("diffusers"), **config}
     config["quantization_config"] = {
         "quant_method": METHOD,
@@ -104,7 +104,8 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Mod
     spec = quantization.get("spec")
     if not isinstance(spec, int) or spec > SPEC or spec < 1:
         raise CheckpointError(
-            f"{folder / 'config.json'}: checkpoint spec {spec!r}, this quantdit reads up to {SPEC}; upgrade with pip install -U quantdit"
+            f"{folder / 'config.json'}: checkpoint spec {spec!r}, but this quantdit reads specs up to {SPEC};"
+            " upgrade with pip install -U quantdit"
         )
     model = _skeleton(config, quantization, folder)
     weights = folder / WEIGHTS
@@ -179,7 +180,7 @@ def _layer(name: str, entry: object, linear: nn.Linear, where: Path) -> QuantLin
         raise CheckpointError(f"{where}: layer {name!r}: {error}") from error
 
 
-def _open(weights: Path):  # noqa: ANN202 - safetensors has no public type for it
+def _open(weights: Path):
     try:
         return safe_open(weights, framework="pt")
     except FileNotFoundError as error:
@@ -188,7 +189,7 @@ def _open(weights: Path):  # noqa: ANN202 - safetensors has no public type for i
         raise CheckpointError(f"{weights}: not a whole safetensors file ({error}); copy it again") from error
 
 
-def _check_header(file, model: nn.Module, weights: Path) -> None:  # noqa: ANN001
+def _check_header(file, model: nn.Module, weights: Path) -> None:
     layers = quant_layers(model)
     own = {f"{name}.{field}" for name in layers for field in (*FIELDS, "sign")}
     expected = model.state_dict()

@@ -39,7 +39,7 @@ HISTOGRAM_BINS = 97
 
 @dataclass(frozen=True)
 class Settings:
-    """What calibration data is made of: `samples` images at `steps` sampling steps, seeded; statistics in `buckets` of timesteps."""
+    """What calibration data is made of: `samples` images of `steps` sampling steps; statistics in `buckets` of timesteps."""
 
     samples: int = 32
     steps: int = 20
@@ -49,11 +49,11 @@ class Settings:
 
 
 def calibrate(
-    pipeline,  # noqa: ANN001 - any diffusers pipeline
+    pipeline,
     source: Source,
     plan_recipe: Recipe,
     output: Path,
-    settings: Settings = Settings(),  # noqa: B008 - frozen
+    settings: Settings = Settings(),
     resume: bool = False,
     overwrite: bool = False,
 ) -> dict:
@@ -77,7 +77,7 @@ def calibrate(
     _check_weights(transformer, plans)
     provenance = {
         "quantdit": quantdit.__version__,
-        "source": source.name,
+        "source": source.label,
         "source_sha256": _source_digest(source.folder),
         "calibration": asdict(settings),
     }
@@ -94,7 +94,7 @@ def calibrate(
         reports.update(_quantize_unit(transformer, unit, plans, partial, sign_seed, settings.seed))
     quantized = time.perf_counter()
 
-    _copy_rest(source.folder, partial)
+    copy_rest(source.folder, partial)
     digest = checkpoint.write_transformer(transformer, partial / "transformer", plan_recipe.to_dict(), provenance)
     report = {
         "recipe": plan_recipe.to_dict(),
@@ -154,9 +154,7 @@ def _units(
         done |= linears.keys()
         yield _Unit(path, linears, block_calls, block, buckets), index
         if index + 1 < len(chain):
-            block_calls = [
-                capture.next_block_call(call, capture.run_call(block, call), adapter.carry) for call in block_calls
-            ]
+            block_calls = [capture.next_block_call(call, capture.run_call(block, call), adapter.carry) for call in block_calls]
     rest = {n: transformer.get_submodule(n) for n in plans if n not in done}
     if rest:
         yield _Unit("outside", rest, calls, transformer, buckets), len(chain)
@@ -194,7 +192,10 @@ def _quantize_unit(
         if sign is not None:
             stored[f"{name}.sign"] = sign
         layer = _replace(transformer, name, linear, q, plan, sign)
-        reports[name] = report | {"bits_per_weight": round(weight_bits(layer), 4), "rel_rmse": _layer_error(linear, layer, stats[name])}
+        reports[name] = report | {
+            "bits_per_weight": round(weight_bits(layer), 4),
+            "rel_rmse": _layer_error(linear, layer, stats[name]),
+        }
     part = tensors_path.with_suffix(".part")
     part.parent.mkdir(exist_ok=True)
     save_file(stored, part)
@@ -237,7 +238,9 @@ def _layer_error(linear: nn.Linear, layer: QuantLinear, stats: Stats) -> float:
     return float(difference.norm() / reference.norm().clamp_min(1e-30))
 
 
-def _replace(transformer: nn.Module, name: str, linear: nn.Linear, q: QTensor, plan: LayerPlan, sign: Tensor | None) -> QuantLinear:
+def _replace(
+    transformer: nn.Module, name: str, linear: nn.Linear, q: QTensor, plan: LayerPlan, sign: Tensor | None
+) -> QuantLinear:
     layer = QuantLinear.from_qtensor(q, plan.rule.activation_bits, plan.hadamard_block, sign, linear.bias)
     parent, _, child = name.rpartition(".")
     setattr(transformer.get_submodule(parent), child, layer)
@@ -248,7 +251,9 @@ def _check_weights(transformer: nn.Module, plans: dict[str, LayerPlan]) -> None:
     for name in plans:
         weight = transformer.get_submodule(name).weight
         if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"layer {name}: {int((~torch.isfinite(weight)).sum())} weights are NaN or infinite; the source is damaged")
+            raise ValueError(
+                f"layer {name}: {int((~torch.isfinite(weight)).sum())} weights are NaN or infinite; the source is damaged"
+            )
 
 
 def _source_digest(folder: Path) -> str:
@@ -281,7 +286,7 @@ def _open_partial(output: Path, identity: dict, resume: bool, overwrite: bool) -
     return partial
 
 
-def _copy_rest(source: Path, partial: Path) -> None:
+def copy_rest(source: Path, partial: Path) -> None:
     """Copy the pipeline's other parts, so that the output folder is whole."""
     for path in sorted(source.iterdir()):
         if path.name in ("transformer", REPORT) or path.name.startswith("."):
@@ -317,7 +322,9 @@ def clear_disk_errors(output: Path) -> Iterator[None]:
         # safetensors hides the error number in its text.
         if f"os error {errno.ENOSPC}" not in str(error):
             raise
-        raise ValueError(f"cannot write {output}: the disk is full; free some space and run the same command with --resume") from error
+        raise ValueError(
+            f"cannot write {output}: the disk is full; free some space and run the same command with --resume"
+        ) from error
     except OSError as error:
         remedies = {
             errno.ENOSPC: "the disk is full; free some space and run the same command with --resume",

@@ -101,9 +101,10 @@ class QuantLinear(nn.Linear):
         s = self.spec
         group = "" if s.group_size == s.in_features else f", group_size={s.group_size}"
         rotation = f", hadamard={self.hadamard_block}" if self.hadamard_block > 1 else ""
-        return f"{s.in_features}, {s.out_features}, {s.format}{group}, a{self.activation_bits}{rotation}, bias={self.bias is not None}"
+        sizes = f"{s.in_features}, {s.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, {s.format}{group}, a{self.activation_bits}{rotation}"
 
-    def _apply(self, fn, recurse: bool = True):  # noqa: ANN001, ANN202 - nn.Module's signature
+    def _apply(self, fn, recurse: bool = True):
         """Move as any module, but keep float32 scales float32 when the model is cast."""
         scale = self.scale
         super()._apply(fn, recurse)

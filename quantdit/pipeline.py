@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,13 @@ class Source:
     name: str
     folder: Path
 
+    @property
+    def label(self) -> str:
+        """Return the name without the path of this machine."""
+        return Path(self.name).name if Path(self.name).is_dir() else self.name
 
-def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str = "cpu"):  # noqa: ANN201 - any diffusers pipeline
+
+def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str = "cpu"):
     """Return `(pipeline, Source)` for an alias, a hub id or a folder; a quantized transformer comes back quantized.
 
     Raises:
@@ -55,15 +61,20 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str = 
     if checkpoint.is_quantized(transformer):
         parts["transformer"] = checkpoint.read_transformer(transformer, dtype)
     try:
-        pipeline = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **parts)
+        with warnings.catch_warnings():
+            # The newest diffusers says `dtype` and warns of `torch_dtype`; the older ones know only the latter.
+            warnings.simplefilter("ignore", FutureWarning)
+            pipeline = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **parts)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise ValueError(f"{folder}: {cls.__name__} cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device), Source(model, folder)
 
 
-def sampling_arguments(pipeline: object, count: int, prompts: Sequence[str] | None = None, classes: Sequence[int] | None = None) -> dict:
-    """Return the `prompt` or `class_labels` argument for `count` images: the given ones in turn, or spread over what the model knows.
+def sampling_arguments(
+    pipeline: object, count: int, prompts: Sequence[str] | None = None, classes: Sequence[int] | None = None
+) -> dict:
+    """Return the `prompt` or `class_labels` argument for `count` images: the given ones in turn, or a spread of our own.
 
     Raises:
         ValueError: the pipeline takes neither.
@@ -71,8 +82,8 @@ def sampling_arguments(pipeline: object, count: int, prompts: Sequence[str] | No
     accepted = inspect.signature(type(pipeline).__call__).parameters
     if "class_labels" in accepted:
         known = pipeline.transformer.config.num_embeds_ada_norm
-        # A stride that is odd and not a multiple of 5 walks over all classes of the usual class counts.
-        chosen = list(classes) if classes else [(i * (1 if known <= count else max(1, known // count))) % known for i in range(count)]
+        # Few images of many classes: evenly spaced ones, so that they differ.
+        chosen = list(classes or range(0, known, max(1, known // count)))
         return {"class_labels": [chosen[i % len(chosen)] for i in range(count)]}
     if "prompt" in accepted:
         chosen = list(prompts or PROMPTS)
@@ -81,7 +92,7 @@ def sampling_arguments(pipeline: object, count: int, prompts: Sequence[str] | No
 
 
 def generate(
-    pipeline,  # noqa: ANN001 - any diffusers pipeline
+    pipeline,
     count: int,
     seed: int,
     steps: int,
@@ -91,8 +102,10 @@ def generate(
     classes: Sequence[int] | None = None,
     description: str = "generate",
 ) -> Tensor:
-    """Sample `count` images `[n, c, h, w]` float32 in [-1, 1]; image i has its own seed, `seed * 2^20 + i`, whatever the batch."""
-    import numpy as np
+    """Sample `count` images `[n, c, h, w]` float32 in [-1, 1].
+
+    Image i has its own seed, `seed * 2^20 + i`, so it does not depend on the batch it is sampled in.
+    """
     from tqdm import tqdm
 
     arguments = sampling_arguments(pipeline, count, prompts, classes)
@@ -104,19 +117,10 @@ def generate(
             part = {k: v[start : start + batch] for k, v in arguments.items()}
             n = len(next(iter(part.values())))
             generators = [torch.Generator().manual_seed(seed * 2**20 + i) for i in range(start, start + n)]
-            output = pipeline(**part, **extra, generator=generators, num_inference_steps=steps, output_type="np" if _numpy(pipeline) else "pt")
-            result = output.images
-            result = torch.from_numpy(np.asarray(result)).permute(0, 3, 1, 2) * 2 - 1 if isinstance(result, np.ndarray) else result
-            images.append(result.float().cpu())
+            output = pipeline(**part, **extra, generator=generators, num_inference_steps=steps, output_type="np")
+            images.append(torch.from_numpy(output.images).permute(0, 3, 1, 2).float() * 2 - 1)
             bar.update(n)
     return torch.cat(images)
-
-
-def _numpy(pipeline: object) -> bool:
-    """Diffusers' image pipelines return [0, 1] arrays; ours returns [-1, 1] tensors."""
-    return type(pipeline).__name__ not in PIPELINES
-
-
 
 
 def _pipeline_class(name: str, folder: Path) -> type:
@@ -127,7 +131,9 @@ def _pipeline_class(name: str, folder: Path) -> type:
     module = importlib.import_module(PIPELINES[name]) if name in PIPELINES else diffusers
     cls = getattr(module, name, None)
     if cls is None:
-        raise ValueError(f"{folder}: the installed diffusers has no pipeline class {name!r}; upgrade it with pip install -U diffusers")
+        raise ValueError(
+            f"{folder}: the installed diffusers has no pipeline class {name!r}; upgrade it with pip install -U diffusers"
+        )
     return cls
 
 

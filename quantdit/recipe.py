@@ -220,7 +220,9 @@ def _unused(recipe: Recipe, number: int, layers: list[Layer]) -> str:
         return f"{text} matches only layers that earlier rules have taken; move it up or remove it"
     names = [layer.name for layer in layers]
     roles = sorted({f"role:{layer.role}" for layer in layers})
-    return f"{text} matches no layer{_near(rule.match, names + roles)}; layers look like {names[0]!r}, roles are {', '.join(roles)}"
+    return (
+        f"{text} matches no layer{_near(rule.match, names + roles)}; layers look like {names[0]!r}, roles are {', '.join(roles)}"
+    )
 
 
 def _known_keys(table: Mapping, known: tuple[str, ...] | list[str], where: str) -> None:

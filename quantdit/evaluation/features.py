@@ -49,7 +49,7 @@ def efficientnet_lite0_features(images: torch.Tensor, batch: int = 64) -> torch.
         `[n, 1280]` float32 on the CPU.
 
     Raises:
-        ValueError: if the images are not such a tensor, contain NaN or inf, or if the installed weight file is not the pinned one.
+        ValueError: if the images are not such a tensor or contain NaN or inf; if the installed weights are not the pinned ones.
         ModuleNotFoundError: if the `eval` extra is not installed.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():

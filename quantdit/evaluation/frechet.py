@@ -86,8 +86,9 @@ def kernel_distance(
     two models) and stay aligned. A value may be negative.
 
     Each round deals shuffled rows into disjoint, hence independent, subsets; rounds repeat until `subsets` are reached. The
-    standard error is the deviation between subsets of a round over the root of their number. It does not shrink with further
-    rounds, which reuse the same images; drawing subsets at random and dividing by the root of `subsets` would claim that.
+    standard error is the deviation between subsets of a round over the root of their number: exact for one round, an upper
+    bound for more. It does not shrink with the number of rounds, which reuse the same images; subsets drawn at random and a
+    deviation divided by the root of `subsets` would pretend that.
 
     Args:
         a: `[n, d]` float features.
@@ -97,7 +98,7 @@ def kernel_distance(
         seed: of the shuffles.
 
     Returns:
-        Mean over all subsets and its standard error.
+        Mean over all subsets and a standard error that is not too small.
 
     Raises:
         ValueError: if the widths differ, values are not finite, or the sets are too small for two disjoint subsets.

@@ -36,18 +36,19 @@ def load_real(path: Path = REAL_SET) -> RealSet:
         ValueError: if its statistics were made with other weights or another resolution than `features` uses now.
     """
     with safe_open(path, framework="pt") as file:
-        found, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     expected = feature_definition()
-    if {key: found.get(key) for key in expected} != expected:
+    found = {key: metadata.get(key) for key in expected}
+    if found != expected:
         raise ValueError(
-            f"{path.name} was made with {({key: found.get(key) for key in expected})}, this version computes {expected}; "
+            f"{path.name} was made with {found}, this version computes {expected}; "
             "remake it with: python -m quantdit.models.train.real_set"
         )
     # The factor is upper triangular (a QR factor): its rows are stored from the diagonal on.
     factor = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
     rows, columns = torch.triu_indices(WIDTH, WIDTH)
     factor[rows, columns] = tensors["factor"].double()
-    statistics = FeatureStatistics(tensors["mean"].double(), factor, int(found["count"]))
+    statistics = FeatureStatistics(tensors["mean"].double(), factor, int(metadata["count"]))
     return RealSet(tensors["images"].float() / 127.5 - 1, tensors["labels"].long(), statistics)
 
 

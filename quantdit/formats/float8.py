@@ -1,4 +1,4 @@
-"""`fp8_e4m3`: `I` is the stored OCP e4m3 number itself (OFP8, sign 1, exponent 4 with bias 7, mantissa 3; largest 448; no infinity).
+"""`fp8_e4m3`: `I` is the stored OCP e4m3 number itself (sign 1, exponent 4 with bias 7, mantissa 3; largest 448; no infinity).
 
 Stored: `data` float8_e4m3fn `[out, in]`. Codes 0x7f and 0xff are NaN and are refused in a checkpoint.
 """

@@ -44,7 +44,7 @@ ADAPTERS: dict[str, Adapter] = {
 
 
 def adapter_for(model: nn.Module) -> Adapter:
-    """Return the adapter of the model's class, or derive one: the longest module list that has linears holds the blocks.
+    """Return the adapter of the model's class, or derive one: the module list with the most linears holds the blocks.
 
     Raises:
         ValueError: the model has no module list with linears, so there is nothing to stream.
@@ -52,24 +52,22 @@ def adapter_for(model: nn.Module) -> Adapter:
     known = ADAPTERS.get(type(model).__name__)
     if known is not None:
         return known
-    lists = [
-        (len(module), path)
+    # A list inside a block, such as the feed-forward's, holds fewer linears than the list of the blocks.
+    counts = {
+        path: sum(isinstance(m, nn.Linear) for m in module.modules())
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(isinstance(m, nn.Linear) for m in module.modules())
-    ]
-    if not lists:
+        if isinstance(module, nn.ModuleList)
+    }
+    if not any(counts.values()):
         raise ValueError(
             f"{type(model).__name__} has no list of blocks with linears; quantdit quantizes the blocks of diffusion transformers"
         )
-    longest = max(lists)[0]
-    return Adapter((next(path for length, path in lists if length == longest),), roles=ROLES)
+    return Adapter((max(counts, key=lambda path: counts[path]),), roles=ROLES)
 
 
 def blocks(model: nn.Module, adapter: Adapter) -> list[tuple[str, nn.Module]]:
     """Return (path, block) in running order."""
-    return [
-        (f"{path}.{index}", block) for path in adapter.blocks for index, block in enumerate(model.get_submodule(path))
-    ]
+    return [(f"{path}.{index}", block) for path in adapter.blocks for index, block in enumerate(model.get_submodule(path))]
 
 
 def layers(model: nn.Module, adapter: Adapter) -> list[Layer]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput, numpy_to_pil
 
 
 class PixelDiTOutput(BaseOutput):
-    """`images`: `[n, c, h, w]` float in [-1, 1], or a list of PIL images."""
+    """`images`: a list of PIL images, or floats in [0, 1], numpy `[n, h, w, c]` or torch `[n, c, h, w]`."""
 
-    images: torch.Tensor | list
+    images: list | np.ndarray | torch.Tensor
 
 
 class PixelDiTPipeline(DiffusionPipeline):
@@ -43,7 +44,7 @@ class PixelDiTPipeline(DiffusionPipeline):
             guidance_scale: 1 means no guidance and half the work.
             num_inference_steps: Euler steps.
             generator: one for all images, or one per image, which makes an image independent of its batch.
-            output_type: `pil`, or `pt` for a tensor `[n, c, h, w]` in [-1, 1].
+            output_type: `pil`, `np` or `pt`, as in PixelDiTOutput.
             return_dict: return a tuple if False.
 
         Raises:
@@ -76,8 +77,10 @@ class PixelDiTPipeline(DiffusionPipeline):
                 conditional, unconditional = v.chunk(2)
                 v = unconditional + guidance_scale * (conditional - unconditional)
             x = self.scheduler.step(v, t, x).prev_sample
-        images = x.clamp(-1, 1)
+        images = (x / 2 + 0.5).clamp(0, 1)
         self.maybe_free_model_hooks()
+        if output_type != "pt":
+            images = images.permute(0, 2, 3, 1).cpu().numpy()
         if output_type == "pil":
-            images = numpy_to_pil((images / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy())
+            images = numpy_to_pil(images)
         return PixelDiTOutput(images=images) if return_dict else (images,)

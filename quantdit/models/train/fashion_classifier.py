@@ -23,6 +23,7 @@ from quantdit.models.train.fashion_dit import read_idx, save_atomic
 
 CLASSIFIER = Path(__file__).resolve().parents[1] / "embedded" / "fashion-classifier.safetensors"
 LOG = Path(__file__).with_suffix(".log.jsonl")
+DATA_SOURCE = "Fashion-MNIST, MIT licence, Copyright (c) 2017 Zalando SE"
 CLASSES = 10
 SHIFT = 2
 
@@ -99,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=CLASSIFIER)
     parser.add_argument("--log", type=Path, default=LOG)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -114,7 +115,8 @@ def main() -> None:
     steps = args.epochs * (len(images) // args.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
     settings = {"seed": args.seed, "batch": args.batch, "lr": args.lr, "torch": torch.__version__}
-    rows, began = [], time.time()
+    args.log.write_text("")
+    began = time.time()
     for epoch in range(args.epochs):
         model.train()
         total = 0.0
@@ -134,14 +136,15 @@ def main() -> None:
         }
         left = (args.epochs - epoch - 1) * row["seconds"] / (epoch + 1)
         print(f"{json.dumps(row)}, about {left:.0f} s left", flush=True)
-        rows.append(row | settings)
+        with args.log.open("a") as log:
+            log.write(json.dumps(row | settings) + "\n")
 
     state = {k: v.half() for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     model.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
     final = accuracy(model, test_images, test_labels)
-    metadata = {"test_accuracy": str(final), "seed": str(args.seed), "epochs": str(args.epochs), "data": "Fashion-MNIST (MIT, Zalando SE)"}
+    metadata = {"test_accuracy": str(final), "seed": str(args.seed), "epochs": str(args.epochs), "data": DATA_SOURCE}
     save_atomic(state, args.output, metadata)
-    args.log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args.output.chmod(0o644)  # safetensors writes files that only their owner can read
     print(f"test accuracy {final:.4f}, {args.output.name} {args.output.stat().st_size:,} bytes")
 
 

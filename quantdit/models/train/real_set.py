@@ -49,12 +49,14 @@ def main() -> None:
     }
     metadata = feature_definition() | {"count": str(len(pixels)), "split": "t10k", "licence": LICENCE}
     save_atomic(tensors, args.output, metadata)
+    args.output.chmod(0o644)  # safetensors writes files that only their owner can read
 
     stored = load_real(args.output).statistics
     sample = summarise(features[pick])
     print(f"{args.output.name}: {args.output.stat().st_size:,} bytes, {len(pick)} images, statistics of {len(pixels)}")
     print(f"distance of stored to exact statistics: {frechet_distance(stored, exact):.3g}")
-    print(f"distance of the images to the stored: {frechet_distance(sample, stored):.4f}, exact: {frechet_distance(sample, exact):.4f}")
+    to_stored, to_exact = frechet_distance(sample, stored), frechet_distance(sample, exact)
+    print(f"distance of the images to the stored statistics: {to_stored:.4f}, to the exact: {to_exact:.4f}")
 
 
 if __name__ == "__main__":

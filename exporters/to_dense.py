@@ -1,0 +1,43 @@
+"""Dense export: a quantized folder as an ordinary diffusers folder that runs anywhere and needs no quantdit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from quantdit import checkpoint
+from quantdit.compiler import copy_rest
+
+
+def to_dense(folder: Path, output: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write the pipeline of `folder` with its transformer dequantized, rotations undone, as `dtype`.
+
+    Weights are quantized ones; activations are no longer quantized.
+
+    Raises:
+        ValueError: `folder` is no quantdit checkpoint (CheckpointError), or `output` is not empty.
+        OSError: the output cannot be written.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output {output} exists and is not an empty folder; choose another")
+    if not (folder / "transformer").is_dir():
+        raise checkpoint.CheckpointError(f"{folder} has no transformer folder; give the folder that quantdit calibrate wrote")
+    transformer = checkpoint.read_transformer(folder / "transformer")
+    for name, layer in checkpoint.quant_layers(transformer).items():
+        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        linear.weight = nn.Parameter(layer.weight.float(), requires_grad=False)
+        linear.bias = layer.bias
+        parent, _, child = name.rpartition(".")
+        setattr(transformer.get_submodule(parent), child, linear)
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    copy_rest(folder, partial)
+    transformer.to(dtype).save_pretrained(partial / "transformer")
+    if output.exists():
+        output.rmdir()
+    os.replace(partial, output)

@@ -1,0 +1,200 @@
+"""Measure quantized linears on this CPU against float32 `F.linear` in the same run: `python -m quantdit.bench --output FILE`.
+
+Every row first passes a correctness gate: an integer product must equal the int64 one, a QuantLinear the float64 product of
+what it decodes to. Candidates are timed in turn, round after round, so that a drift of the machine hits all of them; the
+median and the fastest of the rounds are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from quantdit import hadamard
+from quantdit.calibration.quantize import quantize_weight
+from quantdit.kernels import cpu
+from quantdit.linear import QuantLinear
+
+# (m, n, k): the embedded model's feed-forward at 128 images, DiT-XL/2's at 256 and 1024 tokens, Wan-1.3B's projections.
+SHAPES = ((6272, 768, 192), (256, 4608, 1152), (1024, 4608, 1152), (1024, 1152, 4608), (1024, 1536, 1536), (256, 8960, 1536))
+ROUNDS = 9
+
+
+def quant_linear(weight: Tensor, bits: str, cached: bool) -> QuantLinear:
+    """Return a rotated QuantLinear of `weight` `[n, k]`, `bits` as `w4a8`; rounding method does not matter for speed."""
+    format, activation_bits = {"w4a8": ("int4", 8), "w8a8": ("int8", 8), "w4a16": ("int4", 16)}[bits]
+    k = weight.shape[1]
+    block = hadamard.block_size(k)
+    sign = hadamard.random_sign(k, 0)
+    group = 64 if format == "int4" else k
+    q = quantize_weight(hadamard.rotate(weight, sign, block), torch.eye(k), format, group, "rtn")
+    layer = QuantLinear.from_qtensor(q, activation_bits, block, sign, None)
+    layer.cache_decoded = cached
+    return layer
+
+
+def gate_linear(layer: QuantLinear, x: Tensor) -> None:
+    """Refuse to time a layer that does not compute what it decodes to.
+
+    Raises:
+        ValueError: the output differs from the float64 product by more than float32 rounding.
+    """
+    rotated = hadamard.rotate(x, layer.sign, layer.hadamard_block)
+    if layer.activation_bits < 16:
+        codes, scale = torch.ops.quantdit.quantize_tokens(rotated, layer.activation_bits)
+        rotated = codes.double() * scale.double()[:, None]
+    expected = rotated.double() @ layer.qtensor.dequantize().double().T
+    error = float((layer(x).double() - expected).norm() / expected.norm())
+    if error > 1e-6:
+        raise ValueError(f"{layer} is wrong by {error:.2e} before it is timed")
+
+
+def int8_products(codes: Tensor, weight: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Return the candidate routines for codes `[m, k]` times weight `[n, k]`, both int8."""
+    ones = torch.ones(weight.shape[0])
+    transposed = weight.T.contiguous()
+    floats = weight.float()
+    candidates: dict[str, Callable[[], Tensor]] = {
+        "chosen: cpu.scaled_int8_product": lambda: cpu.scaled_int8_product(codes, weight, ones),
+        "float32 in exact chunks": lambda: cpu.exact_float_product(codes, floats),
+        "torch._int_mm, right operand transposed": lambda: torch._int_mm(codes, weight.T),
+        "torch._int_mm, right operand contiguous": lambda: torch._int_mm(codes, transposed),
+    }
+    return candidates | _onnxruntime_products(codes, transposed)
+
+
+def _onnxruntime_products(codes: Tensor, transposed: Tensor) -> dict[str, Callable[[], Tensor]]:
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError:
+        return {}
+    import numpy as np
+    from onnx import TensorProto, helper
+
+    k, n = transposed.shape
+    kinds = {
+        "u8 x s8": (128, 0, TensorProto.UINT8, TensorProto.INT8),
+        "u8 x u8": (128, 128, TensorProto.UINT8, TensorProto.UINT8),
+    }
+    kinds["s8 x s8"] = (0, 0, TensorProto.INT8, TensorProto.INT8)
+    found: dict[str, Callable[[], Tensor]] = {}
+    for name, (a_zero, w_zero, a_type, w_type) in kinds.items():
+        stored = (transposed.numpy().astype(np.int16) + w_zero).astype(np.uint8 if w_zero else np.int8)
+        a = (codes.numpy().astype(np.int16) + a_zero).astype(np.uint8 if a_zero else np.int8)
+        graph = helper.make_graph(
+            [helper.make_node("MatMulInteger", ["a", "w", "a_zero", "w_zero"], ["y"])],
+            "product",
+            [helper.make_tensor_value_info("a", a_type, [None, k])],
+            [helper.make_tensor_value_info("y", TensorProto.INT32, [None, n])],
+            [
+                helper.make_tensor("w", w_type, [k, n], stored.tobytes(), raw=True),
+                helper.make_tensor("a_zero", a_type, [], [a_zero]),
+                helper.make_tensor("w_zero", w_type, [], [w_zero]),
+            ],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        label = f"onnxruntime {onnxruntime.__version__} MatMulInteger {name} (onnx {onnx.__version__})"
+        found[label] = lambda session=session, a=a: torch.from_numpy(session.run(None, {"a": a})[0])
+    return found
+
+
+def measure(candidates: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, tuple[float, float]]:
+    """Return (median, fastest) milliseconds of each candidate over interleaved rounds, after one warm-up."""
+    for run in candidates.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: (statistics.median(t), min(t)) for name, t in times.items()}
+
+
+def rows_for(m: int, n: int, k: int, rounds: int, products: bool) -> list[dict]:
+    """Measure one shape; the ratio is float32's median over the candidate's."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(m, k, generator=generator)
+    weight = torch.randn(n, k, generator=generator) / k**0.5
+    layers: dict[str, nn.Module] = {}
+    for bits in ("w4a8", "w8a8", "w4a16"):
+        layers[f"QuantLinear {bits}, decoded once"] = quant_linear(weight, bits, cached=True)
+    layers["QuantLinear w4a8, decoded each call"] = quant_linear(weight, "w4a8", cached=False)
+    for layer in layers.values():
+        gate_linear(layer, x)
+    candidates: dict[str, Callable[[], Tensor]] = {"F.linear float32": lambda: nn.functional.linear(x, weight)}
+    candidates |= {name: (lambda layer=layer: layer(x)) for name, layer in layers.items()}
+    notes: dict[str, bool] = {}
+    if products:
+        codes, _ = torch.ops.quantdit.quantize_tokens(x, 8)
+        integers = layers["QuantLinear w4a8, decoded once"].decoded()
+        exact = codes.double() @ integers.double().T
+        # Operands that use the whole range: the ones a saturating routine fails on.
+        hard_codes, hard_weight = torch.full_like(codes[:64], 127), torch.full_like(integers[:64], 127)
+        hard_exact = hard_codes.double() @ hard_weight.double().T
+        hard = int8_products(hard_codes, hard_weight)
+        for name, run in int8_products(codes, integers).items():
+            label = f"int8 product: {name}"
+            notes[label] = bool(torch.equal(run().double(), exact)) and bool(torch.equal(hard[name]().double(), hard_exact))
+            candidates[label] = run
+    measured = measure(candidates, rounds)
+    base = measured["F.linear float32"][0]
+    return [
+        {"m": m, "n": n, "k": k, "what": name, "ms_median": round(median, 3), "ms_fastest": round(fastest, 3)}
+        | {"times_float32": round(base / median, 2)}
+        | ({"exact": notes[name]} if name in notes else {})
+        for name, (median, fastest) in measured.items()
+    ]
+
+
+def provenance() -> dict:
+    """Return machine, versions and commit for a row."""
+    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    name = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), platform.processor())
+    isa = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if f" {flag} " in f"{flags} "]
+    return {
+        "cpu": name,
+        "isa": isa,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": run.stdout.strip(),
+        "command": "python -m quantdit.bench",
+    }
+
+
+def main() -> None:
+    """Measure every shape and write one JSON object a line."""
+    parser = argparse.ArgumentParser(description="Measure quantized linears on this CPU.")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    args = parser.parse_args()
+    origin = provenance()
+    rows = []
+    for index, shape in enumerate(SHAPES):
+        # torch._int_mm takes seconds a call on some CPUs; one mid-sized shape is enough to rank the routines.
+        for row in rows_for(*shape, rounds=args.rounds, products=index == 1):
+            rows.append(row | origin)
+            shape_text = "{m:>5} {n:>5} {k:>5}".format(**row)
+            print(f"{shape_text}  {row['ms_median']:>9.2f} ms  x{row['times_float32']:<6} {row['what']}")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()

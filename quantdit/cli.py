@@ -1,0 +1,219 @@
+"""The command line: arguments in, calls of the library, one clear line for a user's error."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from pathlib import Path
+
+EXAMPLES = """examples:
+  quantdit models
+  quantdit calibrate --model fashion-dit --bits w4a8 --output out/fashion-dit-w4a8
+  quantdit generate out/fashion-dit-w4a8 --count 40 --seed 1 --output clothes.png
+  quantdit evaluate fashion-dit out/fashion-dit-w4a8 --output out/drift
+  quantdit inspect out/fashion-dit-w4a8 --plot layers.png
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns 0, 1 for a user's error (one line on stderr), 2 for wrong usage, 130 if interrupted."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("\nquantdit: interrupted; calibrate goes on where it was with --resume", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        if args.traceback:
+            traceback.print_exc()
+        print(f"quantdit: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "quantdit", description="Quantize diffusion transformers.", epilog=EXAMPLES, formatter_class=form
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run, text: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, epilog=f"example:\n  {example}", formatter_class=form)
+        sub.add_argument("--traceback", action="store_true", help="print the whole traceback of an error")
+        sub.set_defaults(run=run)
+        return sub
+
+    command("models", _models, "List the models known by name.", "quantdit models")
+
+    sub = command(
+        "calibrate",
+        _calibrate,
+        "Quantize a model.",
+        "quantdit calibrate --model fashion-dit --bits w4a8 --output out/fashion-dit-w4a8",
+    )
+    sub.add_argument(
+        "--model", required=True, metavar="NAME|HUB_ID|DIR", help="what to quantize; `quantdit models` lists the names"
+    )
+    how = sub.add_mutually_exclusive_group(required=True)
+    how.add_argument("--bits", metavar="wXaY", help="weight bits X in 2 3 4 6 8 and activation bits Y in 4 6 8 16")
+    how.add_argument("--recipe", type=Path, metavar="FILE.toml", help="ordered per-layer rules")
+    sub.add_argument("--output", type=Path, required=True, help="folder to write")
+    sub.add_argument("--samples", type=_positive, default=32, help="images to calibrate on (%(default)s)")
+    _sampling(sub)
+    sub.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
+    sub.add_argument("--overwrite", action="store_true", help="replace what is in the output folder")
+
+    sub = command(
+        "generate",
+        _generate,
+        "Sample a grid of images.",
+        "quantdit generate fashion-dit --count 40 --seed 1 --output clothes.png",
+    )
+    sub.add_argument("model", metavar="NAME|HUB_ID|DIR")
+    sub.add_argument("--output", type=Path, required=True, help="PNG file")
+    sub.add_argument("--count", type=_positive, default=40, help="images (%(default)s)")
+    sub.add_argument("--columns", type=_positive, default=10, help="images in a row (%(default)s)")
+    sub.add_argument("--classes", type=int, nargs="+", help="class numbers to draw, in turn (class-conditional models)")
+    sub.add_argument("--prompts", type=Path, help="text file, one prompt a line (text-to-image models)")
+    _sampling(sub)
+
+    sub = command(
+        "inspect", _inspect, "Show what is inside a quantized folder.", "quantdit inspect out/fashion-dit-w4a8 --plot layers.png"
+    )
+    sub.add_argument("folder", type=Path, metavar="DIR")
+    sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw weights and levels, errors, activations per timestep")
+
+    sub = command(
+        "evaluate",
+        _evaluate,
+        "Compare two models on the same seeds.",
+        "quantdit evaluate fashion-dit out/fashion-dit-w4a8 --output out/drift",
+    )
+    sub.add_argument("reference", metavar="REF")
+    sub.add_argument("candidate", metavar="CAND")
+    sub.add_argument("--output", type=Path, required=True, help="folder for drift.json, drift.md and drift.png")
+    sub.add_argument("--samples", type=_positive, default=64, help="images of each model (%(default)s)")
+    _sampling(sub)
+
+    sub = command(
+        "export",
+        _export,
+        "Write a quantized folder in another form.",
+        "quantdit export out/fashion-dit-w4a8 --to dense --output out/fashion-dit-dense",
+    )
+    sub.add_argument("folder", type=Path, metavar="DIR")
+    sub.add_argument(
+        "--to", choices=("dense",), required=True, help="dense: a bfloat16 diffusers folder that runs without quantdit"
+    )
+    sub.add_argument("--output", type=Path, required=True, help="folder to write")
+    return parser
+
+
+def _sampling(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--steps", type=_positive, default=20, help="sampling steps (%(default)s)")
+    sub.add_argument("--guidance", type=float, help="guidance scale (the pipeline's own default)")
+    sub.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    sub.add_argument("--device", default="cpu", help="(%(default)s)")
+
+
+def _models(args: argparse.Namespace) -> int:
+    from quantdit.models.aliases import ALIASES
+
+    row = "{:<14} {:>7}  {:<9} {:<24} {:<42} {}"
+    print(row.format("name", "size", "embedded", "transformer", "hub id", "what it makes"))
+    for name, a in ALIASES.items():
+        print(row.format(name, a.parameters, "no" if a.hub else "yes", a.transformer, a.hub or "-", a.about))
+    return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from quantdit import recipe
+    from quantdit.compiler import REPORT, Settings, calibrate, clear_disk_errors
+
+    plan = recipe.from_bits(args.bits) if args.bits else recipe.from_toml(args.recipe)
+    pipeline, source = _load(args.model, args.device)
+    settings = Settings(args.samples, args.steps, args.seed, args.guidance)
+    with clear_disk_errors(args.output):
+        report = calibrate(pipeline, source, plan, args.output, settings, args.resume, args.overwrite)
+    size, seconds = report["size"], report["seconds"]
+    errors = [layer["rel_rmse"] for layer in report["layers"].values()]
+    print(
+        f"{args.output}: {len(errors)} layers at {size['bits_per_weight']:.2f} bits a weight, {size['file_bytes'] / 1e6:.2f} MB,"
+        f" mean rel_rmse {sum(errors) / max(1, len(errors)):.4f}, {sum(seconds.values()):.0f} s; report in {args.output / REPORT}"
+    )
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from quantdit.evaluation.picture import side_by_side
+    from quantdit.pipeline import generate
+
+    prompts = [line for line in args.prompts.read_text().splitlines() if line.strip()] if args.prompts else None
+    pipeline, source = _load(args.model, args.device)
+    images = generate(pipeline, args.count, args.seed, args.steps, args.guidance, prompts=prompts, classes=args.classes)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    side_by_side([(f"{source.name}, seed {args.seed}, {args.steps} steps", images)], args.columns, args.output)
+    print(args.output)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from quantdit import inspection
+
+    print(inspection.describe(args.folder))
+    if args.plot:
+        inspection.plot(args.folder, args.plot)
+        print(args.plot)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from quantdit.evaluation.run import evaluate
+
+    _quiet()
+    sampling = (args.samples, args.seed, args.steps, args.guidance, args.device)
+    print(evaluate(args.reference, args.candidate, args.output, *sampling))
+    print(f"\n{args.output / 'drift.png'}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from quantdit.exporters.to_dense import to_dense
+
+    to_dense(args.folder, args.output)
+    print(args.output)
+    return 0
+
+
+def _load(model: str, device: str):
+    from quantdit.pipeline import load_pipeline
+
+    _quiet()
+    return load_pipeline(model, device=device)
+
+
+def _quiet() -> None:
+    """Leave the terminal to our own progress bars."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"quantdit {version('quantdit')}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

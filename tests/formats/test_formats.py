@@ -1,0 +1,299 @@
+"""Every row of FORMATS: packing, the decode contract and the refusals, against slow definitions written from the docstrings.
+
+The slow definitions are plain Python on lists of integers and share no code with the package. Everything here is integers or
+exactly representable floats, so every comparison is for equality.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantdit.formats import FORMATS, Format, QSpec
+from quantdit.formats.packing import pack_codes, packed_bytes, unpack_codes
+from quantdit.qtensor import check_values, spec_fields
+
+WIDTHS = (1, 7, 8, 40, 64, 100, 128, 129, 136, 192, 300)
+PACKED = tuple(name for name, f in FORMATS.items() if name not in ("int8", "fp8_e4m3"))  # these go through packing.py
+AFFINE = ("int2", "int3", "int4", "int6")
+TABLES = ("table2", "table3", "table4")
+VECTORS = ("vq256x4", "vq64x2")
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def every_code_everywhere(levels: int, width: int) -> torch.Tensor:
+    """Codes `[levels, width]` uint8 in which every code stands at every position once."""
+    return ((torch.arange(levels)[:, None] + torch.arange(width)) % levels).to(torch.uint8)
+
+
+def random_codes(f: Format, rows: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(f.levels, (rows, width), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+
+
+def slow_pack(row: list[int], bits: int) -> list[int]:
+    """Pack one row as the docstring of packing.py says: code j of a block of t at byte j % r, bit p * (j // r), r = t p / 8."""
+    packed = []
+    for start in range(0, len(row), 128):
+        block = row[start : start + 128]
+        block = block + [0] * (-len(block) % 8)
+        t, low = len(block), 0
+        for p in {1: [1], 2: [2], 3: [2, 1], 4: [4], 6: [4, 2], 8: [8]}[bits]:
+            r = t * p // 8
+            plane = [0] * r
+            for j, code in enumerate(block):
+                plane[j % r] += ((code >> low) % 2**p) << (p * (j // r))
+            packed += plane
+            low += p
+    return packed
+
+
+def int8_range(top: int) -> list[tuple[int, int]]:
+    """Every (multiplier, offset) with -128 <= offset and offset + top * multiplier <= 127."""
+    return [(m, o) for m in range(256) for o in range(-128, 128 - top * m)]
+
+
+def slow_e4m3(code: int) -> float:
+    """OCP 8-bit floating point, E4M3: sign, exponent with bias 7, mantissa of 3 bits; 0x7f and 0xff are NaN, no infinity."""
+    sign, exponent, mantissa = (-1) ** (code >> 7), (code >> 3) % 16, code % 8
+    if exponent == 15 and mantissa == 7:
+        return math.nan
+    return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+
+
+def test_the_lists_here_cover_the_table():
+    """A new format lands in the generic tests by itself; this says that it also needs a slow definition of its decode."""
+    assert {*AFFINE, *TABLES, *VECTORS, "int8", "fp8_e4m3"} == set(FORMATS)
+    assert all(name == f.name for name, f in FORMATS.items())
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_unpack_inverts_pack(name: str, width: int):
+    f = FORMATS[name]
+    codes = every_code_everywhere(f.levels, width)
+    data = f.pack(f, codes)
+    unpacked = f.unpack(f, data, width)
+    assert unpacked.dtype == torch.uint8
+    assert torch.equal(unpacked, codes)
+    expected = spec_fields(QSpec(name, f.levels, width * f.dim, width * f.dim))["data"]
+    assert (data.dtype, tuple(data.shape)) == (expected.dtype, expected.shape)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_pack_takes_any_strides_and_leaves_its_input_alone(name: str):
+    f = FORMATS[name]
+    codes = random_codes(f, 136, 5)
+    before = codes.clone()
+    transposed = f.pack(f, codes.T)
+    assert torch.equal(codes, before)
+    assert torch.equal(f.unpack(f, transposed, 136), before.T)
+    assert transposed.contiguous().view(torch.uint8).tolist() == f.pack(f, before.T.contiguous()).view(torch.uint8).tolist()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
+def test_packed_bytes_are_those_of_the_docstring(bits: int, width: int):
+    generator = torch.Generator().manual_seed(width)
+    codes = torch.randint(2**bits, (3, width), generator=generator).to(torch.uint8)
+    packed = pack_codes(codes, bits)
+    assert packed.tolist() == [slow_pack(row, bits) for row in codes.tolist()]
+    assert packed.shape[1] == packed_bytes(width, bits)
+    assert torch.equal(unpack_codes(packed, bits, width), codes)
+
+
+def test_the_picture_of_a_block_of_128():
+    """The two lines of the docstring, and where the single bit of each code of a 3- and a 6-bit block goes."""
+    four = every_code_everywhere(16, 128)
+    assert torch.equal(pack_codes(four, 4), four[:, :64] | four[:, 64:] << 4)
+    two = every_code_everywhere(4, 128)
+    assert torch.equal(pack_codes(two, 2), two[:, :32] | two[:, 32:64] << 2 | two[:, 64:96] << 4 | two[:, 96:] << 6)
+    three = every_code_everywhere(8, 128)
+    assert torch.equal(pack_codes(three, 3)[:, :32], pack_codes(three % 4, 2))  # the plane of the two low bits
+    assert torch.equal(pack_codes(three, 3)[:, 32:], pack_codes(three >> 2, 1))
+    six = every_code_everywhere(64, 128)
+    assert torch.equal(pack_codes(six, 6)[:, :64], pack_codes(six % 16, 4))
+    assert torch.equal(pack_codes(six, 6)[:, 64:], pack_codes(six >> 4, 2))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_element_0_lies_in_the_low_bits(bits: int):
+    """And a row of 136 codes is a block of 128 followed by a block of 8, of which the first byte belongs to code 128."""
+    codes = torch.zeros(1, 136, dtype=torch.uint8)
+    codes[0, 0] = 1
+    assert pack_codes(codes, bits)[0].nonzero().tolist() == [[0]]
+    assert pack_codes(codes, bits)[0, 0] == 1
+    codes = torch.zeros(1, 136, dtype=torch.uint8)
+    codes[0, 128] = 1
+    assert pack_codes(codes, bits)[0].nonzero().tolist() == [[128 * bits // 8]]
+
+
+@pytest.mark.parametrize("name", [name for name in PACKED if FORMATS[name].code_bits < 8])
+@pytest.mark.parametrize("width", [8, 100, 300])
+def test_codes_out_of_range_are_refused(name: str, width: int):
+    """Wherever in the row they stand; of 8-bit formats every uint8 is a code."""
+    f = FORMATS[name]
+    for position in {0, width // 2, width - 1}:
+        codes = torch.zeros(2, width, dtype=torch.uint8)
+        codes[1, position] = f.levels
+        with pytest.raises(ValueError, match=f"{f.levels} does not fit {f.code_bits} bits"):
+            f.pack(f, codes)
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_affine_decode_of_every_legal_code_multiplier_and_offset(name: str):
+    """I = code * multiplier + offset, nothing left out: one row per (multiplier, offset), its group holds every code."""
+    f = FORMATS[name]
+    legal = int8_range(f.levels - 1)
+    multiplier, offset = (torch.tensor(column)[:, None] for column in zip(*legal, strict=True))
+    codes = torch.arange(f.levels, dtype=torch.uint8).repeat(len(legal), 1)
+    spec = QSpec(name, len(legal), f.levels, f.levels)
+    stored = {"data": f.pack(f, codes), "multiplier": multiplier.to(torch.uint8), "offset": offset.to(torch.int8)}
+    assert f.check(f, spec, stored) is None
+    integers = f.decode8(f, spec, stored)
+    assert integers.dtype == torch.int8
+    assert integers.tolist() == [[code * m + o for code in range(f.levels)] for m, o in legal]
+    assert (int(integers.min()), int(integers.max())) == (-128, 127)
+
+
+@pytest.mark.parametrize(("width", "group"), [(40, 40), (64, 32), (100, 4), (128, 128), (136, 8), (192, 64), (300, 100)])
+@pytest.mark.parametrize("name", AFFINE)
+def test_affine_groups_run_along_the_input(name: str, width: int, group: int):
+    """Groups that end inside, at and beyond a packed block of 128."""
+    f = FORMATS[name]
+    legal, rows, groups = int8_range(f.levels - 1), 5, width // group
+    pick = torch.randint(len(legal), (rows, groups), generator=torch.Generator().manual_seed(width)).tolist()
+    parameters = [[legal[i] for i in row] for row in pick]
+    codes = random_codes(f, rows, width)
+    spec = QSpec(name, rows, width, group)
+    stored = {
+        "data": f.pack(f, codes),
+        "multiplier": torch.tensor([[m for m, _ in row] for row in parameters], dtype=torch.uint8),
+        "offset": torch.tensor([[o for _, o in row] for row in parameters], dtype=torch.int8),
+    }
+    expected = [
+        [code * parameters[o][i // group][0] + parameters[o][i // group][1] for i, code in enumerate(row)]
+        for o, row in enumerate(codes.tolist())
+    ]
+    assert f.decode8(f, spec, stored).tolist() == expected
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_affine_groups_that_leave_int8_are_refused(name: str):
+    """One group of many, by one, even if no stored code reaches it: the largest code could."""
+    f = FORMATS[name]
+    top = f.levels - 1
+    spec = QSpec(name, 3, 3 * 8, 8)
+    for m in {1, 2, 255 // top, 255}:
+        multiplier = torch.ones(3, 3, dtype=torch.uint8)
+        offset = torch.zeros(3, 3, dtype=torch.int8)
+        stored = {"data": f.pack(f, torch.zeros(3, 24, dtype=torch.uint8)), "multiplier": multiplier, "offset": offset}
+        highest = 127 - top * m
+        multiplier[1, 2] = m
+        if highest >= -128:
+            offset[1, 2] = highest
+            assert f.check(f, spec, stored) is None
+        if -128 <= highest < 127:
+            offset[1, 2] = highest + 1
+            assert "128" in f.check(f, spec, stored)
+        if highest < -128:
+            offset[1, 2] = -128
+            assert f.check(f, spec, stored) is not None
+
+
+@pytest.mark.parametrize("width", [1, 40, 100, 136, 300])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("name", TABLES)
+def test_table_decode(name: str, per_channel: bool, width: int):
+    """I[o, i] = codebook[o or 0, code]: every code, entries at both ends of int8, tables that differ by row."""
+    f = FORMATS[name]
+    rows = f.levels
+    codes = every_code_everywhere(f.levels, width)
+    table = torch.randint(-128, 128, (rows if per_channel else 1, f.levels), generator=torch.Generator().manual_seed(1))
+    table[:, 0], table[:, -1] = -128, 127
+    spec = QSpec(name, rows, width, width, codebook_rows=len(table))
+    integers = f.decode8(f, spec, {"data": f.pack(f, codes), "codebook": table.to(torch.int8)})
+    assert integers.dtype == torch.int8
+    expected = [[table.tolist()[o if per_channel else 0][code] for code in row] for o, row in enumerate(codes.tolist())]
+    assert integers.tolist() == expected
+
+
+@pytest.mark.parametrize("count", [1, 8, 25, 129, 150])
+@pytest.mark.parametrize("name", VECTORS)
+def test_vector_decode(name: str, count: int):
+    """I[o, i d : (i + 1) d] = codebook[assignment[o, i]] for every assignment at every place."""
+    f = FORMATS[name]
+    codes = every_code_everywhere(f.levels, count)
+    codebook = torch.randint(-128, 128, (f.levels, f.dim), generator=torch.Generator().manual_seed(2))
+    codebook[0], codebook[-1] = -128, 127
+    spec = QSpec(name, f.levels, count * f.dim, count * f.dim)
+    integers = f.decode8(f, spec, {"data": f.pack(f, codes), "codebook": codebook.to(torch.int8)})
+    assert integers.dtype == torch.int8
+    entries = codebook.tolist()
+    assert integers.tolist() == [[entry for code in row for entry in entries[code]] for row in codes.tolist()]
+
+
+def test_int8_codes_are_the_two_s_complement_of_i():
+    f = FORMATS["int8"]
+    codes = torch.arange(256, dtype=torch.uint8)[None]
+    integers = f.decode8(f, QSpec("int8", 1, 256, 256), {"data": f.pack(f, codes)})
+    assert integers.dtype == torch.int8
+    assert integers.tolist() == [[*range(128), *range(-128, 0)]]
+
+
+def test_fp8_decode_of_every_code():
+    """Against the definition of the format: 254 numbers with the sign of zero, the two NaN codes refused."""
+    f = FORMATS["fp8_e4m3"]
+    numbers = [code for code in range(256) if code % 128 != 127]
+    codes = torch.tensor([numbers], dtype=torch.uint8)
+    spec = QSpec("fp8_e4m3", 1, 254, 254)
+    stored = {"data": f.pack(f, codes)}
+    assert f.check(f, spec, stored) is None
+    values = f.decode8(f, spec, stored)
+    assert values.dtype == torch.float8_e4m3fn
+    expected = torch.tensor([[slow_e4m3(code) for code in numbers]])
+    assert torch.equal(values.float(), expected)
+    assert torch.equal(values.float().signbit(), expected.signbit())
+    assert float(values.float().max()) == 448
+
+
+def test_fp8_codes_are_those_of_torch_s_cast():
+    """Exact values come back as their code; between two neighbours the nearer, ties to the even code."""
+    f = FORMATS["fp8_e4m3"]
+    positive = torch.tensor([slow_e4m3(code) for code in range(127)])
+    codes = torch.arange(127, dtype=torch.uint8)
+    for values, expected in ((positive, codes), (-positive, codes + 128)):
+        cast = values.to(torch.float8_e4m3fn)
+        assert torch.equal(f.unpack(f, cast[None], 127)[0], expected)
+    middle = (positive[1:] + positive[:-1]) / 2  # exact in float32
+    even = torch.tensor([code + code % 2 for code in range(126)], dtype=torch.uint8)
+    assert torch.equal(f.unpack(f, middle.to(torch.float8_e4m3fn)[None], 126)[0], even)
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_fp8_nan_is_refused(code: int):
+    f = FORMATS["fp8_e4m3"]
+    codes = torch.zeros(2, 24, dtype=torch.uint8)
+    codes[1, 23] = code
+    assert "1 entries are NaN" in f.check(f, QSpec("fp8_e4m3", 2, 24, 24), {"data": f.pack(f, codes)})
+
+
+@pytest.mark.parametrize("bad", [-1e-30, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", FORMATS)
+def test_scales_that_are_negative_or_not_finite_are_refused(name: str, bad: float):
+    width = 8 * FORMATS[name].dim
+    spec = QSpec(name, 3, width, width)
+    tensors = {key: torch.zeros(field.shape).to(field.dtype) for key, field in spec_fields(spec).items()}
+    assert check_values(spec, tensors) is None
+    tensors["scale"][1] = bad
+    assert "scale" in check_values(spec, tensors)
+
+
+def test_packed_bytes_are_the_golden_ones():
+    """A checkpoint of yesterday must decode tomorrow: changing these bytes is a new version of the specification."""
+    digests = runpy.run_path(str(GOLDEN / "make_golden.py"))["digests"]()
+    assert digests == json.loads((GOLDEN / "formats.json").read_text())

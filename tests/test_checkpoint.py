@@ -1,0 +1,486 @@
+"""The checkpoint: bit-exact round trips, and a reader that trusts nothing it reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from quantdit import checkpoint
+from quantdit.checkpoint import CheckpointError, quant_layers, read_transformer, write_transformer
+from quantdit.formats import FORMATS
+
+WEIGHTS = checkpoint.WEIGHTS
+VALUES = "transformer_blocks.1.attn1.to_k"  # int4, one group per channel, rotated
+
+
+@pytest.fixture(scope="module")
+def sample() -> dict:
+    """Two calls' worth of inputs for the tiny transformers."""
+    generator = torch.Generator().manual_seed(5)
+    return {
+        "hidden_states": torch.randn(2, 1, 8, 8, generator=generator),
+        "timestep": torch.tensor([900, 17]),
+        "class_labels": torch.tensor([0, 2]),
+    }
+
+
+def output(model: torch.nn.Module, sample: dict) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**{k: v.to(model.dtype) if v.is_floating_point() else v for k, v in sample.items()}).sample
+
+
+# ---- round trips
+
+
+def test_fixture_holds_every_format(everything):
+    layers = quant_layers(everything.transformer)
+    assert {layer.spec.format for layer in layers.values()} == set(FORMATS)
+    assert {layer.activation_bits for layer in layers.values()} == {4, 6, 8, 16}
+    assert {layer.hadamard_block for layer in layers.values()} == {1, 64, 128}
+    assert "proj_out_1" in layers and "proj_out_2" not in layers
+    assert "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1" not in layers
+
+
+def test_output_after_loading_is_the_output_in_memory(everything, sample):
+    loaded = read_transformer(everything.folder / "transformer")
+    y = output(loaded, sample)
+    assert bool(torch.isfinite(y).all()) and float(y.abs().max()) > 0
+    assert torch.equal(y, output(everything.transformer, sample))
+    assert torch.equal(y, output(loaded, sample)), "decoded weights are kept between calls"
+
+
+def test_every_layer_comes_back_bit_for_bit(everything):
+    loaded = quant_layers(read_transformer(everything.folder / "transformer"))
+    kept = quant_layers(everything.transformer)
+    assert list(loaded) == list(kept)
+    for name, layer in kept.items():
+        other = loaded[name]
+        assert (other.spec, other.activation_bits, other.hadamard_block) == (
+            layer.spec,
+            layer.activation_bits,
+            layer.hadamard_block,
+        )
+        for field, tensor in layer.named_buffers(recurse=False):
+            stored = other.get_buffer(field)
+            assert stored.dtype == tensor.dtype and torch.equal(stored.view(torch.uint8), tensor.view(torch.uint8)), field
+        assert torch.equal(other.weight, layer.weight)
+
+
+def test_save_load_save_gives_the_same_bytes(everything, tmp_path: Path):
+    first = everything.folder / "transformer"
+    digest = write_transformer(
+        read_transformer(first), tmp_path / "again", everything.report["recipe"], everything.report["provenance"]
+    )
+    assert digest == everything.report["sha256"] == hashlib.sha256((first / WEIGHTS).read_bytes()).hexdigest()
+    for name in (WEIGHTS, "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (first / name).read_bytes()
+    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == ["config.json", WEIGHTS]
+
+
+def test_loading_in_bfloat16_leaves_quantized_weights_alone(everything, sample):
+    plain, narrow = (read_transformer(everything.folder / "transformer", dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert narrow.dtype == torch.bfloat16
+    for name, layer in quant_layers(narrow).items():
+        other = quant_layers(plain)[name]
+        assert layer.scale.dtype == torch.float32
+        assert torch.equal(layer.qtensor.dequantize(), other.qtensor.dequantize())
+    y, reference = output(narrow, sample).float(), output(plain, sample)
+    assert y.dtype == torch.float32 and float((y - reference).norm()) < 0.1 * float(reference.norm())
+
+
+def test_file_can_be_read_by_safetensors_alone(everything):
+    """The promise of the format: names, fields and shapes as documented, `I * scale` from the stored bytes."""
+    with safe_open(everything.folder / "transformer" / WEIGHTS, framework="pt") as file:
+        data, scale = (file.get_tensor(f"transformer_blocks.1.attn1.to_out.0.{f}") for f in ("data", "scale"))
+        header = json.loads(file.metadata()["quantdit"])
+    layer = quant_layers(everything.transformer)["transformer_blocks.1.attn1.to_out.0"]
+    assert torch.equal(data.float() * scale[:, None], layer.qtensor.dequantize())
+    assert header["spec"] == 1 and header["recipe"] == everything.report["recipe"]
+
+
+def test_quantized_folder_is_told_from_a_plain_one(everything, pixel_dit: Path):
+    assert checkpoint.is_quantized(everything.folder / "transformer")
+    assert not checkpoint.is_quantized(pixel_dit / "transformer")
+    with pytest.raises(CheckpointError, match="quantdit"):
+        read_transformer(pixel_dit / "transformer")
+
+
+# ---- hostile weights files
+
+
+def split(path: Path) -> tuple[dict, bytes]:
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def join(path: Path, header: dict, data: bytes) -> None:
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def forgive_digest(folder: Path) -> None:
+    """Write the sha256 of the damaged file into the config, as an attacker would."""
+    change_config(
+        folder, lambda c: c["quantization_config"].update(sha256=checkpoint.sha256(folder / "transformer" / WEIGHTS))
+    )
+
+
+def change_config(folder: Path, change: Callable[[dict], object]) -> None:
+    path = folder / "transformer" / "config.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def refusal(folder: Path, file: str = WEIGHTS) -> str:
+    """Return the one line with which the folder is refused; it names the file."""
+    with pytest.raises(CheckpointError) as caught:
+        read_transformer(folder / "transformer")
+    message = str(caught.value)
+    assert str(folder / "transformer" / file) in message, message
+    assert "\n" not in message.strip(), message
+    return message
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 1000, -4096, -1])
+def test_truncated_file(copied: Path, length: int):
+    weights = copied / "transformer" / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:length])
+    assert "copy it again" in refusal(copied)
+
+
+@pytest.mark.parametrize("extra", [b"\0", b"\0" * 4096])
+def test_appended_bytes(copied: Path, extra: bytes):
+    with (copied / "transformer" / WEIGHTS).open("ab") as file:
+        file.write(extra)
+    refusal(copied)
+
+
+def test_any_flipped_bit_is_noticed(copied: Path):
+    weights = copied / "transformer" / WEIGHTS
+    good = weights.read_bytes()
+    (length,) = struct.unpack("<Q", good[:8])
+    generator = random.Random(0)
+    places = [generator.randrange(8, 8 + length) for _ in range(12)] + [generator.randrange(8 + length, len(good)) for _ in range(12)]
+    for place in [0, 3, 7, 8, len(good) - 1, *places]:
+        bad = bytearray(good)
+        bad[place] ^= 1 << generator.randrange(8)
+        weights.write_bytes(bad)
+        refusal(copied)
+    weights.write_bytes(good)
+    read_transformer(copied / "transformer")
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**47, 2**31, 0])
+def test_header_of_absurd_length(copied: Path, length: int):
+    weights = copied / "transformer" / WEIGHTS
+    weights.write_bytes(struct.pack("<Q", length) + weights.read_bytes()[8:])
+    refusal(copied)
+
+
+def test_tensor_of_absurd_size(copied: Path):
+    weights = copied / "transformer" / WEIGHTS
+    header, data = split(weights)
+    header[f"{VALUES}.scale"]["shape"] = [2**60]
+    join(weights, header, data)
+    refusal(copied)
+
+
+def test_missing_file_and_folder_in_its_place(copied: Path):
+    weights = copied / "transformer" / WEIGHTS
+    weights.unlink()
+    assert "missing" in refusal(copied)
+    weights.mkdir()
+    refusal(copied)
+
+
+@pytest.mark.parametrize("digest_fixed", [False, True])
+def test_renamed_tensor_is_named(copied: Path, digest_fixed: bool):
+    weights = copied / "transformer" / WEIGHTS
+    header, data = split(weights)
+    header[f"{VALUES}.scalf"] = header.pop(f"{VALUES}.scale")
+    join(weights, header, data)
+    if digest_fixed:
+        forgive_digest(copied)
+    assert f"{VALUES}.scale is missing" in refusal(copied)
+
+
+def test_surplus_tensor_is_named(copied: Path):
+    weights = copied / "transformer" / WEIGHTS
+    header, data = split(weights)
+    header["zzz.surplus"] = {"dtype": "U8", "shape": [16], "data_offsets": [len(data), len(data) + 16]}
+    join(weights, header, data + bytes(16))
+    forgive_digest(copied)
+    assert "zzz.surplus" in refusal(copied)
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype"),
+    [
+        (f"{VALUES}.data", "I8"),
+        (f"{VALUES}.offset", "U8"),
+        (f"{VALUES}.scale", "I32"),
+        (f"{VALUES}.sign", "U8"),
+        ("transformer_blocks.0.ff.net.2.data", "F8_E5M2"),
+        ("proj_out_2.weight", "I16"),
+    ],
+)
+def test_changed_dtype_is_named(copied: Path, key: str, dtype: str):
+    weights = copied / "transformer" / WEIGHTS
+    header, data = split(weights)
+    width = {"F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+    if width.get(dtype, 1) != width.get(header[key]["dtype"], 1):  # keep the file well-formed
+        dtype = {4: "I32", 2: "I16"}[width[header[key]["dtype"]]]
+    header[key]["dtype"] = dtype
+    join(weights, header, data)
+    forgive_digest(copied)
+    message = refusal(copied)
+    assert key in message and dtype in message
+
+
+def test_changed_shape_is_named(copied: Path):
+    weights = copied / "transformer" / WEIGHTS
+    header, data = split(weights)
+    key = f"{VALUES}.data"
+    rows, columns = header[key]["shape"]
+    header[key]["shape"] = [rows // 2, columns * 2]
+    join(weights, header, data)
+    forgive_digest(copied)
+    message = refusal(copied)
+    assert key in message and str((rows // 2, columns * 2)) in message and str((rows, columns)) in message
+
+
+def test_tensors_that_share_bytes(copied: Path):
+    weights = copied / "transformer" / WEIGHTS
+    header, data = split(weights)
+    header[f"{VALUES}.offset"]["data_offsets"] = header[f"{VALUES}.multiplier"]["data_offsets"]
+    join(weights, header, data)
+    forgive_digest(copied)
+    refusal(copied)
+
+
+def poke(folder: Path, key: str, values: bytes) -> None:
+    """Overwrite the first bytes of a tensor and make the sha256 fit."""
+    weights = folder / "transformer" / WEIGHTS
+    header, data = split(weights)
+    start, end = header[key]["data_offsets"]
+    assert len(values) <= end - start
+    join(weights, header, data[:start] + values + data[start + len(values) :])
+    forgive_digest(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "word"),
+    [
+        ("scale", struct.pack("<f", float("nan")), "scale"),
+        ("scale", struct.pack("<f", float("inf")), "scale"),
+        ("scale", struct.pack("<f", -0.5), "scale"),
+        ("multiplier", b"\xff", "multiplier"),
+        ("offset", b"\x7f", "offset"),
+        ("sign", b"\x00", "sign"),
+        ("sign", b"\x7f", "sign"),
+    ],
+)
+def test_values_no_calibration_writes_are_refused_despite_their_sha256(copied: Path, field: str, values: bytes, word: str):
+    poke(copied, f"{VALUES}.{field}", values)
+    message = refusal(copied)
+    assert VALUES in message and word in message
+
+
+@pytest.mark.parametrize("code", [b"\x7f", b"\xff"])
+def test_fp8_nan_is_refused_despite_its_sha256(copied: Path, code: bytes):
+    name = "transformer_blocks.0.ff.net.0.proj"
+    poke(copied, f"{name}.data", code)
+    message = refusal(copied)
+    assert name in message and "NaN" in message
+
+
+def test_dense_nan_is_refused_despite_its_sha256(copied: Path):
+    poke(copied, "proj_out_2.weight", b"\xff" * 4)  # NaN in float16, bfloat16 and float32
+    assert "proj_out_2.weight" in refusal(copied)
+
+
+def test_changed_weights_name_both_digests(copied: Path):
+    weights = copied / "transformer" / WEIGHTS
+    good = checkpoint.sha256(weights)
+    poke(copied, f"{VALUES}.data", b"\x00\x01")
+    read_transformer(copied / "transformer")  # any code of int4 is a legal one: with its sha256 the file is right
+    change_config(copied, lambda c: c["quantization_config"].update(sha256=good))
+    message = refusal(copied)
+    assert "sha256" in message and good[:12] in message
+
+
+@pytest.mark.parametrize("digest", [None, "", 5, "0" * 64])
+def test_config_without_the_right_digest(copied: Path, digest: object):
+    change_config(copied, lambda c: c["quantization_config"].update(sha256=digest))
+    assert "sha256" in refusal(copied)
+
+
+# ---- hostile configs
+
+
+@pytest.mark.parametrize("spec", [2, 10**30, "1", 1.0, None, True, [1], 0, -1])
+def test_spec_that_is_newer_or_no_number(copied: Path, spec: object):
+    change_config(copied, lambda c: c["quantization_config"].update(spec=spec))
+    message = refusal(copied, "config.json")
+    assert f"spec {spec!r}" in message and "upgrade" in message
+
+
+def test_missing_spec(copied: Path):
+    change_config(copied, lambda c: c["quantization_config"].pop("spec"))
+    assert "spec" in refusal(copied, "config.json")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "3", "null", "\x00\x01", '"' + "x" * 100, "[" * 100_000, '{"a":' * 100_000])
+def test_config_that_is_no_json_object(copied: Path, content: str):
+    (copied / "transformer" / "config.json").write_text(content)
+    refusal(copied, "config.json")
+
+
+def test_config_of_bytes_that_are_no_text(copied: Path):
+    (copied / "transformer" / "config.json").write_bytes(b'{"a": "\xff\xfe"}')
+    refusal(copied, "config.json")
+
+
+def test_missing_config(copied: Path):
+    (copied / "transformer" / "config.json").unlink()
+    assert "missing" in refusal(copied, "config.json")
+
+
+@pytest.mark.parametrize("quantization", [None, [], "quantdit", {}, {"quant_method": "bitsandbytes"}])
+def test_config_without_our_quantization(copied: Path, quantization: object):
+    change_config(copied, lambda c: c.update(quantization_config=quantization))
+    refusal(copied, "config.json")
+
+
+@pytest.mark.parametrize("layers", [None, [], "x", {"": {}}, {VALUES: None}, {VALUES: []}, {VALUES: {}}])
+def test_config_with_an_unusable_layer_table(copied: Path, layers: object):
+    change_config(copied, lambda c: c["quantization_config"].update(layers=layers))
+    refusal(copied, "config.json")
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer_blocks.7.attn1.to_q", "transformer_blocks.0", "pos_embed.proj", "x", "..", "a.b", "forward", "__class__"]
+)
+def test_layer_that_the_model_lacks_is_named(copied: Path, name: str):
+    change_config(copied, lambda c: c["quantization_config"]["layers"].update({name: c["quantization_config"]["layers"][VALUES]}))
+    assert repr(name) in refusal(copied, "config.json")
+
+
+def test_layer_missing_from_the_table_is_noticed(copied: Path):
+    change_config(copied, lambda c: c["quantization_config"]["layers"].pop(VALUES))
+    assert VALUES in refusal(copied)
+
+
+def change_layer(folder: Path, **values: object) -> str:
+    change_config(folder, lambda c: c["quantization_config"]["layers"][VALUES].update(values))
+    message = refusal(folder, "config.json")
+    assert VALUES in message
+    return message
+
+
+@pytest.mark.parametrize("format", ["int5", "", None, 4, ["int4"], {}, "table4\n"])
+def test_unknown_format_is_named(copied: Path, format: object):
+    assert repr(format)[1:-1] in change_layer(copied, format=format)
+
+
+@pytest.mark.parametrize("key", ["out_features", "in_features", "group_size", "codebook_rows", "activation_bits", "hadamard_block"])
+@pytest.mark.parametrize("value", [-1, 0, -(2**63), 2**62, 2**70, True, False, 1.0, 64.0, "64", None, [64], 1e300])
+def test_impossible_size_is_refused(copied: Path, key: str, value: object):
+    change_layer(copied, **{key: value})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"out_features": 32},
+        {"in_features": 128},
+        {"group_size": 48},
+        {"group_size": 128},
+        {"codebook_rows": 2},
+        {"hadamard_block": 24},
+        {"hadamard_block": 128},
+        {"activation_bits": 5},
+        {"extra": 1},
+    ],
+)
+def test_possible_size_of_another_layer_is_refused(copied: Path, values: dict):
+    change_layer(copied, **values)
+
+
+@pytest.mark.parametrize("values", [{"format": "int3"}, {"group_size": 32}, {"hadamard_block": 1}, {"format": "int8"}])
+def test_config_that_disagrees_with_the_tensors_names_one(copied: Path, values: dict):
+    change_config(copied, lambda c: c["quantization_config"]["layers"][VALUES].update(values))
+    assert VALUES in refusal(copied)
+
+
+def test_other_architecture_than_the_tensors(copied: Path):
+    change_config(copied, lambda c: c.update(num_embeds_ada_norm=c["num_embeds_ada_norm"] + 1))
+    assert "class_embedder" in refusal(copied)
+
+
+@pytest.mark.parametrize(
+    "name", [None, "", "DiTTransformer3DModel", "DiTPipeline", "ModelMixin", "ConfigMixin", "logging", "__name__", "AutoencoderKL", 5]
+)
+def test_class_that_is_no_transformer(copied: Path, name: object):
+    change_config(copied, lambda c: c.update(_class_name=name))
+    refusal(copied, "config.json")
+
+
+# Every key of the model's config but num_layers, whose huge values only cost time.
+@pytest.mark.parametrize("value", [None, "x", -1, 0, 2**56, 2**70, 1e308, [], {}, [1], True], ids=repr)
+def test_senseless_model_config_never_escapes_as_another_error(copied: Path, value: object):
+    path = copied / "transformer" / "config.json"
+    good = path.read_text()
+    escaped = {}
+    for key in json.loads(good):
+        if key in ("quantization_config", "num_layers"):
+            continue
+        change_config(copied, lambda c, key=key: c.update({key: value}))
+        try:
+            read_transformer(copied / "transformer")
+        except CheckpointError as error:
+            assert str(copied / "transformer") in str(error)
+        except Exception as error:
+            escaped[key] = f"{type(error).__name__}: {error}"
+        path.write_text(good)
+    assert not escaped
+
+
+def test_position_table_beyond_any_memory(copied: Path):
+    change_config(copied, lambda c: c.update(sample_size=2**25))  # 2^48 positions
+    refusal(copied, "config.json")
+
+
+def test_nothing_but_the_checkpoint_is_touched(copied: Path):
+    before = {p.relative_to(copied): p.read_bytes() for p in copied.rglob("*") if p.is_file()}
+    read_transformer(copied / "transformer")
+    assert before == {p.relative_to(copied): p.read_bytes() for p in copied.rglob("*") if p.is_file()}
+
+
+def test_pickle_is_never_read(copied: Path, tmp_path: Path):
+    """A `.bin` in place of the safetensors must not be looked at."""
+    trap = tmp_path / "opened"
+
+    class Trap:
+        def __reduce__(self):
+            return (trap.write_text, ("x",))
+
+    weights = copied / "transformer" / WEIGHTS
+    torch.save(Trap(), copied / "transformer" / "diffusion_pytorch_model.bin")
+    shutil.move(weights, tmp_path / "away.safetensors")
+    refusal(copied)
+    shutil.copy(copied / "transformer" / "diffusion_pytorch_model.bin", weights)
+    refusal(copied)
+    assert not trap.exists()

@@ -1,0 +1,478 @@
+"""The command line: exit codes, one clear line for a user's error, pictures that depend on the seed alone."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from quantdit import checkpoint, cli as command_line
+from quantdit.checkpoint import quant_layers
+from quantdit.compiler import REPORT
+from quantdit.models.aliases import ALIASES
+from quantdit.pipeline import generate, load_pipeline
+
+COMMANDS = ("models", "calibrate", "generate", "inspect", "evaluate")
+QUICK = ("--steps", "2", "--count", "3", "--columns", "3")
+
+
+# ---- help and usage
+
+
+@pytest.mark.parametrize("command", [(), *((c,) for c in COMMANDS)], ids=lambda c: c[0] if c else "quantdit")
+def test_help_has_an_example_that_parses(cli, command: tuple[str, ...]):
+    ran = cli(*command, "--help")
+    assert ran.code == 0 and not ran.err
+    examples = re.findall(r"^  quantdit (.+)$", ran.out.partition("example")[2], re.MULTILINE)
+    assert examples
+    for example in examples:
+        parsed = command_line._parser().parse_args(example.split())
+        assert callable(parsed.run)
+    if command:
+        assert all(example.split()[0] == command[0] for example in examples)
+    else:
+        assert {example.split()[0] for example in examples} == set(COMMANDS)
+        assert all(name in ran.out.partition("examples")[0] for name in COMMANDS)
+
+
+def test_version(cli):
+    ran = cli("--version")
+    assert (ran.code, ran.out.strip()) == (0, f"quantdit {__import__('quantdit').__version__}")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("comply",),
+        ("calibrate",),
+        ("calibrate", "--model", "x", "--output", "y"),
+        ("calibrate", "--model", "x", "--output", "y", "--bits", "w4a8", "--recipe", "r.toml"),
+        ("calibrate", "--bits", "w4a8", "--output", "y"),
+        ("calibrate", "--model", "x", "--bits", "w4a8"),
+        ("calibrate", "--model", "x", "--bits", "w4a8", "--output", "y", "--samples", "0"),
+        ("calibrate", "--model", "x", "--bits", "w4a8", "--output", "y", "--steps", "-1"),
+        ("calibrate", "--model", "x", "--bits", "w4a8", "--output", "y", "--steps", "many"),
+        ("calibrate", "--model", "x", "--bits", "w4a8", "--output", "y", "--seed", "1.5"),
+        ("calibrate", "--model", "x", "--bits", "w4a8", "--output", "y", "--frobnicate"),
+        ("generate", "x"),
+        ("generate", "x", "--output", "y.png", "--count", "0"),
+        ("generate", "x", "--output", "y.png", "--columns", "0"),
+        ("inspect",),
+        ("evaluate", "x"),
+    ],
+)
+def test_wrong_usage_is_2(cli, arguments: tuple[str, ...]):
+    ran = cli(*arguments)
+    assert ran.code == 2 and "usage: quantdit" in ran.err and not ran.out
+
+
+def test_traceback_only_on_request(cli):
+    arguments = ("calibrate", "--model", "x", "--bits", "w5a8", "--output", "y")
+    assert "Traceback" not in cli(*arguments).err
+    ran = cli(*arguments, "--traceback")
+    assert ran.code == 1 and "Traceback" in ran.err and "quantdit: error: " in ran.err
+
+
+def test_console_script_is_this_function():
+    from importlib.metadata import entry_points
+
+    (script,) = entry_points(group="console_scripts", name="quantdit")
+    assert script.load() is command_line.main
+
+
+def test_usage_error_reaches_the_shell():
+    """The one start as a process: what a shell sees, without anything heavy."""
+    done = subprocess.run([sys.executable, "-P", "-m", "quantdit.cli", "calibrate"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "usage: quantdit calibrate" in done.stderr
+
+
+# ---- models that cannot be had
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("fashion-dot", ["'fashion-dot'", "did you mean fashion-dit?"]),
+        ("Fashion-DiT", ["'Fashion-DiT'", "fashion-dit"]),
+        ("wan1.3b", ["'wan1.3b'", "wan-1.3b"]),
+        ("zzz", ["'zzz'", "known names", *ALIASES]),
+        ("./nowhere", ["'./nowhere'"]),
+        ("a/b/c", ["'a/b/c'"]),
+        ("~nobody-of-this-name/model", ["'~nobody-of-this-name/model'"]),
+        ("x" * 5000, []),
+    ],
+)
+@pytest.mark.parametrize("command", ["calibrate", "generate"])
+def test_unknown_model_names_near_matches(cli, tmp_path: Path, command: str, model: str, words: list[str]):
+    output = ("--output", tmp_path / "out")
+    ran = cli("calibrate", "--model", model, "--bits", "w4a8", *output) if command == "calibrate" else cli(command, model, *output)
+    assert ran.code == 1
+    for word in words:
+        assert word in ran.error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bits", ["w5a8", "w4", ""])
+def test_unknown_bits_name_near_matches(cli, tmp_path: Path, pixel_dit: Path, bits: str):
+    ran = cli("calibrate", "--model", pixel_dit, "--bits", bits, "--output", tmp_path / "out")
+    assert ran.code == 1 and "w4a8" in ran.error and repr(bits) in ran.error
+    assert not list(tmp_path.iterdir())
+
+
+def test_recipe_errors_are_one_line(cli, tmp_path: Path, pixel_dit: Path):
+    arguments = ("calibrate", "--model", pixel_dit, "--output", tmp_path / "out", "--recipe")
+    ran = cli(*arguments, tmp_path / "missing.toml")
+    assert ran.code == 1 and "missing.toml" in ran.error
+    ran = cli(*arguments, tmp_path)
+    assert ran.code == 1 and str(tmp_path) in ran.error
+    (tmp_path / "bad.toml").write_text("[[rule]]\nmatch = '*.to_k'\n[[rule]]\nmatch = '*.to_kk'\n")
+    ran = cli(*arguments, tmp_path / "bad.toml")
+    assert ran.code == 1 and "rule 2" in ran.error and "'*.to_kk'" in ran.error
+
+
+HUB = "facebook/DiT-XL-2-256"
+
+
+def explains_the_hub(error: str) -> bool:
+    """What to download, where to put it, how to name it then."""
+    return all(word in error for word in (HUB, f"hf download {HUB}", "--local-dir DiT-XL-2-256", "--model", "/DiT-XL-2-256"))
+
+
+@pytest.mark.parametrize("model", [HUB, "dit-xl-2-256"])
+def test_hub_model_without_network(cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str):
+    """The real path of huggingface_hub, which conftest.py has put offline, with nothing in its cache."""
+    import huggingface_hub
+
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    ran = cli("calibrate", "--model", model, "--bits", "w4a8", "--output", tmp_path / "out")
+    assert ran.code == 1 and explains_the_hub(ran.error)
+    assert not (tmp_path / "out").exists()
+
+
+def hub_errors() -> list[Exception]:
+    """What huggingface_hub lets out when it meets no network, a proxy that does not answer, or no such repository."""
+    import huggingface_hub.errors as errors
+
+    found: list[Exception] = [
+        errors.LocalEntryNotFoundError("An error happened while trying to locate the files on the Hub"),
+        errors.OfflineModeIsEnabled("Cannot reach the Hub"),
+        ConnectionError("Network is unreachable"),
+    ]
+    for name in ("httpx", "httpx2"):  # which one depends on the version of huggingface_hub
+        if name in sys.modules:
+            http = sys.modules[name]
+            found += [http.ProxyError("502 Bad Gateway"), http.ReadTimeout("timed out"), http.ConnectError("[Errno -2] Name unknown")]
+    return found
+
+
+def test_every_way_to_miss_the_network_is_explained(cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    import huggingface_hub
+
+    for error in hub_errors():
+
+        def fail(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+        ran = cli("generate", HUB, "--output", tmp_path / "x.png")
+        assert ran.code == 1 and explains_the_hub(ran.error)
+
+
+def test_hub_model_that_was_fetched_goes_on_like_a_folder(cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pixel_dit: Path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda hub, **options: str(pixel_dit))
+    for model, name in (("someone/tiny", "a.png"), (pixel_dit, "b.png")):
+        assert cli("generate", model, "--output", tmp_path / name, *QUICK).code == 0
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _index(**values: object):
+    def change(folder: Path) -> None:
+        path = folder / "model_index.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _empty,
+        lambda f: (f / "model_index.json").unlink(),
+        lambda f: (f / "model_index.json").write_text("{"),
+        lambda f: (f / "model_index.json").write_text("[]"),
+        lambda f: (f / "model_index.json").write_text("{}"),
+        lambda f: shutil.rmtree(f / "transformer"),
+        lambda f: (f / "transformer" / "config.json").unlink(),
+        lambda f: (f / "transformer" / "config.json").write_text("{}"),
+        lambda f: (f / "transformer" / checkpoint.WEIGHTS).unlink(),
+        lambda f: (f / "transformer" / checkpoint.WEIGHTS).write_bytes(b"x" * 100),
+        lambda f: shutil.rmtree(f / "scheduler"),
+        _index(_class_name="FutureDiTPipeline"),
+        _index(_class_name="__version__"),
+        _index(_class_name="logging"),
+        _index(_class_name="AutoencoderKL"),
+        _index(_class_name=3),
+        _index(transformer=["diffusers", "FutureTransformer2DModel"]),
+        _index(transformer=["os", "system"]),
+        _index(transformer=3),
+    ],
+    ids=[
+        "empty", "no-index", "index-cut", "index-list", "index-empty", "no-transformer", "no-config", "config-empty", "no-weights",
+        "weights-garbage", "no-scheduler", "future-class", "class-string", "class-module", "class-model", "class-number",
+        "future-transformer", "foreign-transformer", "transformer-number",
+    ],
+)  # fmt: skip
+def test_folder_that_is_no_usable_pipeline_is_one_line(cli, tmp_path: Path, pixel_dit: Path, damage):
+    model = Path(shutil.copytree(pixel_dit, tmp_path / "model"))
+    damage(model)
+    ran = cli("calibrate", "--model", model, "--bits", "w4a8", "--output", tmp_path / "out")
+    assert ran.code == 1 and str(model) in ran.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_pipeline_without_a_transformer(cli, tmp_path: Path, pixel_dit: Path):
+    model = Path(shutil.copytree(pixel_dit, tmp_path / "model"))
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline", "unet": index["transformer"]}))
+    ran = cli("calibrate", "--model", model, "--bits", "w4a8", "--output", tmp_path / "out")
+    assert ran.code == 1 and "DDPMPipeline has no transformer" in ran.error
+
+
+def test_file_in_place_of_a_folder(cli, tmp_path: Path):
+    (tmp_path / "model.safetensors").write_text("x")
+    ran = cli("generate", tmp_path / "model.safetensors", "--output", tmp_path / "x.png")
+    assert ran.code == 1 and "is a file" in ran.error
+
+
+def test_damaged_checkpoint_is_one_line(cli, copied: Path, tmp_path: Path):
+    weights = copied / "transformer" / checkpoint.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1])
+    for arguments in (("inspect", copied), ("generate", copied, "--output", tmp_path / "x.png")):
+        ran = cli(*arguments)
+        assert ran.code == 1 and str(weights) in ran.error
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:99", "nonsense", "", "meta"])
+def test_device_that_is_not_there_is_one_line(cli, pixel_dit: Path, tmp_path: Path, device: str):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    ran = cli("generate", pixel_dit, "--device", device, "--output", tmp_path / "x.png", *QUICK)
+    assert ran.code == 1 and "--device" in ran.error
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("seed", [2**40, 2**63, -(2**63), -5])
+@pytest.mark.parametrize("command", ["calibrate", "generate"])
+def test_any_integer_is_a_seed_or_refused_in_one_line(cli, pixel_dit: Path, tmp_path: Path, command: str, seed: int):
+    if command == "generate":
+        ran = cli("generate", pixel_dit, f"--seed={seed}", "--output", tmp_path / "x.png", *QUICK)
+    else:
+        more = ("--samples", "2", "--steps", "2", "--output", tmp_path / "out")
+        ran = cli("calibrate", "--model", pixel_dit, "--bits", "w8a8", f"--seed={seed}", *more)
+    assert ran.code in (0, 1, 2)
+    if ran.code == 1:
+        assert "seed" in ran.error
+
+
+# ---- models
+
+
+def test_models_prints_the_table(cli):
+    ran = cli("models")
+    assert ran.code == 0 and not ran.err
+    lines = ran.out.splitlines()
+    assert len(lines) == 1 + len(ALIASES)
+    for line, (name, alias) in zip(lines[1:], ALIASES.items(), strict=True):
+        assert line.startswith(name) and alias.transformer in line and alias.parameters in line
+        assert ("yes" if not alias.hub else alias.hub) in line
+        assert line.index(alias.transformer) == lines[0].index("transformer"), "columns are aligned"
+
+
+def test_known_models_are_classes_of_the_installed_diffusers():
+    import diffusers
+
+    for alias in ALIASES.values():
+        assert inspect.isclass(getattr(diffusers, alias.transformer))
+        if alias.hub:
+            assert inspect.isclass(getattr(diffusers, alias.pipeline))
+
+
+# ---- generate
+
+
+def test_same_seed_same_picture_other_seed_another(cli, pixel_dit: Path, tmp_path: Path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        ran = cli("generate", pixel_dit, "--seed", seed, "--output", tmp_path / f"{name}.png", *QUICK)
+        assert ran.code == 0 and ran.out.strip().endswith(f"{name}.png")
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+    assert Image.open(tmp_path / "a.png").format == "PNG"
+
+
+def test_picture_of_a_quantized_folder(cli, everything, tmp_path: Path):
+    for name in "ab":
+        assert cli("generate", everything.folder, "--output", tmp_path / f"deep/er/{name}.png", *QUICK).code == 0
+    assert (tmp_path / "deep/er/a.png").read_bytes() == (tmp_path / "deep/er/b.png").read_bytes()
+
+
+@pytest.mark.parametrize("model", ["pixel_dit", "plain_dit"])
+def test_image_does_not_depend_on_its_batch(request: pytest.FixtureRequest, model: str):
+    pipeline, _ = load_pipeline(str(request.getfixturevalue(model)))
+    classes = [0, 1, 2]
+    alone, together, more = (
+        generate(pipeline, count, 3, 2, batch=batch, classes=classes) for count, batch in ((5, 1), (5, 5), (7, 4))
+    )
+    assert together.dtype == torch.float32 and together.min() >= -1 and together.max() <= 1
+    # Sums of products are rounded in another order; a fiftieth of an 8-bit step of the picture bounds it amply.
+    assert torch.allclose(alone, together, atol=2 / 255 / 50, rtol=0)
+    assert torch.allclose(more[:5], together, atol=2 / 255 / 50, rtol=0)
+    others = torch.stack([(together[i] - together[j]).abs().max() for i in range(5) for j in range(i)])
+    assert others.min() > 2 / 255, "every image has a noise of its own"
+
+
+def test_seeds_do_not_overlap(pixel_dit: Path):
+    """Image i of one seed is no image of the next seed."""
+    pipeline, _ = load_pipeline(str(pixel_dit))
+    a, b = (generate(pipeline, 4, seed, 1, classes=[1]) for seed in (0, 1))
+    assert not any(torch.equal(x, y) for x in a for y in b)
+
+
+def test_generation_leaves_the_global_generator_alone(pixel_dit: Path):
+    pipeline, _ = load_pipeline(str(pixel_dit))
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    generate(pipeline, 2, 0, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_classes_are_drawn_in_turn(pixel_dit: Path):
+    pipeline, _ = load_pipeline(str(pixel_dit))
+    seen = []
+    pipeline.transformer.register_forward_pre_hook(lambda m, a, k: seen.append(k["class_labels"].tolist()), with_kwargs=True)
+    generate(pipeline, 5, 0, 1, classes=[2, 0])
+    generate(pipeline, 7, 0, 1)
+    assert seen[0][:5] == [2, 0, 2, 0, 2]
+    assert set(seen[1][:7]) == {0, 1, 2}
+    assert set(seen[1][7:]) == {3}, "the unconditional half"
+
+
+@pytest.mark.parametrize("model", ["pixel_dit", "plain_dit"])
+@pytest.mark.parametrize("label", [3000, -1])
+def test_class_out_of_range_is_one_line(cli, request: pytest.FixtureRequest, tmp_path: Path, model: str, label: int):
+    ran = cli("generate", request.getfixturevalue(model), f"--classes={label}", "--output", tmp_path / "x.png", *QUICK)
+    assert ran.code == 1 and str(label) in ran.error and "class" in ran.error
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("model", ["pixel_dit", "plain_dit"])
+def test_prompts_for_a_model_of_classes_are_not_ignored(cli, request: pytest.FixtureRequest, tmp_path: Path, model: str):
+    (tmp_path / "prompts.txt").write_text("a red bicycle\n")
+    arguments = ("--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "x.png", *QUICK)
+    ran = cli("generate", request.getfixturevalue(model), *arguments)
+    assert ran.code == 1 and "prompt" in ran.error
+
+
+@pytest.mark.parametrize("guidance", ["nan", "inf"])
+def test_guidance_that_is_no_number(cli, plain_dit: Path, tmp_path: Path, guidance: str):
+    ran = cli("generate", plain_dit, "--guidance", guidance, "--output", tmp_path / "x.png", *QUICK)
+    assert ran.code in (1, 2)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_missing_prompt_file(cli, pixel_dit: Path, tmp_path: Path):
+    ran = cli("generate", pixel_dit, "--prompts", tmp_path / "none.txt", "--output", tmp_path / "x.png", *QUICK)
+    assert ran.code == 1 and "none.txt" in ran.error
+
+
+def test_picture_that_cannot_be_written(cli, pixel_dit: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("precious")
+    ran = cli("generate", pixel_dit, "--output", tmp_path / "file" / "x.png", *QUICK)
+    assert ran.code == 1 and "file" in ran.error
+    (tmp_path / "folder.png").mkdir()
+    ran = cli("generate", pixel_dit, "--output", tmp_path / "folder.png", *QUICK)
+    assert ran.code == 1 and "folder.png" in ran.error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.png"]
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_embedded_model_generates(cli, tmp_path: Path):
+    ran = cli("generate", "fashion-dit", "--count", "2", "--steps", "2", "--output", tmp_path / "x.png")
+    assert ran.code == 0, ran.err
+    assert Image.open(tmp_path / "x.png").size[0] > 100
+
+
+# ---- inspect
+
+
+def test_inspect_prints_each_layer(cli, everything):
+    ran = cli("inspect", everything.folder)
+    assert ran.code == 0
+    lines = {line.split()[0]: line for line in ran.out.splitlines()}
+    layers = quant_layers(everything.transformer)
+    for name, layer in layers.items():
+        line, entry = lines[name], everything.report["layers"][name]
+        assert re.search(rf"\b{layer.out_features}x{layer.in_features}\b", line)
+        assert layer.spec.format in line and f" a{layer.activation_bits} " in line
+        assert (f"hadamard-{layer.hadamard_block}" if layer.hadamard_block > 1 else " none ") in line
+        assert f"{entry['bits_per_weight']:.3f}" in line
+        assert f"{entry['rel_rmse']:.5f}" in line and line.endswith(f"{entry['rms']:.3f}")
+        if layer.spec.group_size < layer.in_features:
+            assert f" g{layer.spec.group_size} " in line
+    last = ran.out.splitlines()[-1]
+    assert f"{len(layers)} layers" in last and f"{everything.report['size']['quantized_weights']:,}" in last
+
+
+def test_inspect_without_a_report_still_counts_bits(cli, copied: Path):
+    (copied / REPORT).unlink()
+    ran = cli("inspect", copied)
+    assert ran.code == 0 and "transformer_blocks.0.attn1.to_q" in ran.out
+    ran = cli("inspect", copied, "--plot", copied / "x.png")
+    assert ran.code == 1 and REPORT in ran.error
+
+
+@pytest.mark.parametrize("report", ["{}", "{", "[]", '{"layers": {}}', '{"layers": []}', '{"layers": {"x": 1}}', '{"layers": null}'])
+def test_inspect_with_a_damaged_report_is_one_line(cli, copied: Path, report: str):
+    (copied / REPORT).write_text(report)
+    ran = cli("inspect", copied, "--plot", copied / "x.png")
+    assert ran.code == 1 and REPORT in ran.error
+    assert not (copied / "x.png").exists()
+
+
+def test_inspect_of_other_things_is_one_line(cli, pixel_dit: Path, tmp_path: Path):
+    for folder in (pixel_dit, tmp_path, tmp_path / "nowhere", pixel_dit / "model_index.json"):
+        ran = cli("inspect", folder)
+        assert ran.code == 1 and str(folder) in ran.error
+
+
+def test_inspect_draws_a_picture(cli, everything, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    ran = cli("inspect", everything.folder, "--plot", tmp_path / "new/layers.png")
+    assert ran.code == 0 and str(tmp_path / "new/layers.png") in ran.out
+    with Image.open(tmp_path / "new/layers.png") as image:
+        assert image.format == "PNG" and min(image.size) > 500
+        assert len(image.convert("RGB").resize((200, 200)).getcolors(40000)) > 50, "something is drawn"
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["layers.png"]
+
+
+def test_inspect_plot_without_matplotlib_says_what_to_install(cli, everything, tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    ran = cli("inspect", everything.folder, "--plot", tmp_path / "x.png")
+    assert ran.code == 1 and "pip install" in ran.error and "plot" in ran.error
