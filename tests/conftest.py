@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +138,9 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
 
     def run(*arguments: object) -> Ran:
         capsys.readouterr()
+        for handler in logging.getLogger("diffusers").handlers:
+            if type(handler) is logging.StreamHandler:  # made for the stderr of the first test that loaded a model
+                handler.stream = sys.stderr
         try:
             code = main([str(a) for a in arguments])
         except SystemExit as stop:

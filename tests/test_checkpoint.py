@@ -131,9 +131,7 @@ def join(path: Path, header: dict, data: bytes) -> None:
 
 def forgive_digest(folder: Path) -> None:
     """Write the sha256 of the damaged file into the config, as an attacker would."""
-    change_config(
-        folder, lambda c: c["quantization_config"].update(sha256=checkpoint.sha256(folder / "transformer" / WEIGHTS))
-    )
+    change_config(folder, lambda c: c["quantization_config"].update(sha256=checkpoint.sha256(folder / "transformer" / WEIGHTS)))
 
 
 def change_config(folder: Path, change: Callable[[dict], object]) -> None:
@@ -172,7 +170,9 @@ def test_any_flipped_bit_is_noticed(copied: Path):
     good = weights.read_bytes()
     (length,) = struct.unpack("<Q", good[:8])
     generator = random.Random(0)
-    places = [generator.randrange(8, 8 + length) for _ in range(12)] + [generator.randrange(8 + length, len(good)) for _ in range(12)]
+    places = [generator.randrange(8, 8 + length) for _ in range(12)] + [
+        generator.randrange(8 + length, len(good)) for _ in range(12)
+    ]
     for place in [0, 3, 7, 8, len(good) - 1, *places]:
         bad = bytearray(good)
         bad[place] ^= 1 << generator.randrange(8)
@@ -342,7 +342,9 @@ def test_missing_spec(copied: Path):
     assert "spec" in refusal(copied, "config.json")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "3", "null", "\x00\x01", '"' + "x" * 100, "[" * 100_000, '{"a":' * 100_000])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[1, 2]", "3", "null", "\x00\x01", '"' + "x" * 100, "[" * 100_000, '{"a":' * 100_000]
+)
 def test_config_that_is_no_json_object(copied: Path, content: str):
     (copied / "transformer" / "config.json").write_text(content)
     refusal(copied, "config.json")
@@ -371,7 +373,8 @@ def test_config_with_an_unusable_layer_table(copied: Path, layers: object):
 
 
 @pytest.mark.parametrize(
-    "name", ["transformer_blocks.7.attn1.to_q", "transformer_blocks.0", "pos_embed.proj", "x", "..", "a.b", "forward", "__class__"]
+    "name",
+    ["transformer_blocks.7.attn1.to_q", "transformer_blocks.0", "pos_embed.proj", "x", "..", "a.b", "forward", "__class__"],
 )
 def test_layer_that_the_model_lacks_is_named(copied: Path, name: str):
     change_config(copied, lambda c: c["quantization_config"]["layers"].update({name: c["quantization_config"]["layers"][VALUES]}))
@@ -395,7 +398,9 @@ def test_unknown_format_is_named(copied: Path, format: object):
     assert repr(format)[1:-1] in change_layer(copied, format=format)
 
 
-@pytest.mark.parametrize("key", ["out_features", "in_features", "group_size", "codebook_rows", "activation_bits", "hadamard_block"])
+@pytest.mark.parametrize(
+    "key", ["out_features", "in_features", "group_size", "codebook_rows", "activation_bits", "hadamard_block"]
+)
 @pytest.mark.parametrize("value", [-1, 0, -(2**63), 2**62, 2**70, True, False, 1.0, 64.0, "64", None, [64], 1e300])
 def test_impossible_size_is_refused(copied: Path, key: str, value: object):
     change_layer(copied, **{key: value})
@@ -431,7 +436,8 @@ def test_other_architecture_than_the_tensors(copied: Path):
 
 
 @pytest.mark.parametrize(
-    "name", [None, "", "DiTTransformer3DModel", "DiTPipeline", "ModelMixin", "ConfigMixin", "logging", "__name__", "AutoencoderKL", 5]
+    "name",
+    [None, "", "DiTTransformer3DModel", "DiTPipeline", "ModelMixin", "ConfigMixin", "logging", "__name__", "AutoencoderKL", 5],
 )
 def test_class_that_is_no_transformer(copied: Path, name: object):
     change_config(copied, lambda c: c.update(_class_name=name))

@@ -138,9 +138,7 @@ def test_a_role_is_no_name_and_a_name_no_role(toml):
 
 
 def test_unused_rule_names_itself_and_near_names(toml):
-    message = refusal(
-        lambda: recipe.resolve(toml('[[rule]]\nmatch = "*"\n[[rule]]\nmatch = "blocks.0.atn.to_q"\n'), LAYERS)
-    )
+    message = refusal(lambda: recipe.resolve(toml('[[rule]]\nmatch = "*"\n[[rule]]\nmatch = "blocks.0.atn.to_q"\n'), LAYERS))
     assert "rule 2" in message and "'blocks.0.atn.to_q'" in message and "mine" in message
     assert "did you mean blocks.0.attn.to_q" in message
     message = refusal(lambda: recipe.resolve(toml('[[rule]]\nmatch = "role:atention"\n'), LAYERS))

@@ -1,0 +1,1 @@
+"""Drift of a quantized model from its reference, in numbers and pictures."""

@@ -1,0 +1,294 @@
+"""Capture: which calls are recorded, in which bucket, how they walk from block to block, and what each linear has seen."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from quantdit.calibration import stats
+from quantdit.calibration.capture import Call, collecting, first_block_calls, next_block_call, run_call, transformer_calls
+from quantdit.calibration.stats import Stats
+from torch import Tensor, nn
+
+WIDTH = 8
+
+
+class Block(nn.Module):
+    """Attention-like: q, k and v of one tensor, an output of another, a modulation of the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.modulation = nn.Linear(WIDTH, WIDTH)
+        self.calls = 0
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        self.calls += 1
+        x = hidden_states * self.modulation(temb)[:, None]
+        return hidden_states + self.to_out(self.to_q(x) + self.to_k(x) * self.to_v(x))
+
+
+class Transformer(nn.Module):
+    """Two blocks behind an input layer; the timestep by keyword or by position, as pipelines differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj_in = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor | float | None = None, scale: dict | None = None) -> Tensor:
+        t = torch.as_tensor(0.0 if timestep is None else timestep, dtype=torch.float32)
+        temb = torch.cos(t.reshape(-1)[:1, None] * torch.arange(WIDTH) / 100).expand(len(hidden_states), WIDTH)
+        x = self.proj_in(hidden_states)
+        for block in self.blocks:
+            x = block(x, temb=temb)
+        return x
+
+
+def integers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def sample(transformer: nn.Module, timesteps: list, guidance: bool = True, keyword: bool = True, batches: int = 1):
+    """What a pipeline does: all timesteps for each batch, with guidance in two calls each."""
+
+    def run() -> None:
+        for _ in range(batches):
+            for t in timesteps:
+                for _ in range(2 if guidance else 1):
+                    x = integers(2, 3, WIDTH)
+                    transformer(x, timestep=t) if keyword else transformer(x, t)
+
+    return run
+
+
+def buckets(calls: list[Call]) -> list[int]:
+    return [call.bucket for call in calls]
+
+
+@pytest.mark.parametrize("keyword", [True, False])
+@pytest.mark.parametrize("kind", [float, int, torch.tensor, lambda t: torch.tensor([t, t]), lambda t: torch.full((2, 3), t)])
+def test_calls_of_a_step_share_a_bucket(kind, keyword: bool):
+    """Four steps, two calls each, in two buckets, the noisiest first; the second batch goes through the same buckets."""
+    transformer = Transformer()
+    timesteps = [kind(t) for t in (900, 600, 300, 0)]
+    calls = transformer_calls(sample(transformer, timesteps, keyword=keyword, batches=2), transformer, steps=4, buckets=2)
+    assert buckets(calls) == [0, 0, 0, 0, 1, 1, 1, 1] * 2
+
+
+@pytest.mark.parametrize(
+    ("count", "steps", "number", "expected"),
+    [
+        (4, 4, 4, [0, 1, 2, 3]),
+        (5, 5, 2, [0, 0, 0, 1, 1]),
+        (4, 4, 10, [0, 2, 5, 7]),
+        (4, 4, 1, [0, 0, 0, 0]),
+        (1, 1, 5, [0]),
+        (7, 4, 2, [0, 0, 0, 0, 1, 1, 1]),  # a solver that calls at more timesteps than it has steps
+        (3, 6, 2, [0, 0, 0]),  # one that was stopped halfway
+    ],
+)
+def test_buckets_are_of_equal_length(count: int, steps: int, number: int, expected: list[int]):
+    transformer = Transformer()
+    run = sample(transformer, [1000.0 - 100 * i for i in range(count)], guidance=False)
+    assert buckets(transformer_calls(run, transformer, steps, number)) == expected
+
+
+def test_without_a_timestep_the_position_of_the_call_counts():
+    transformer = Transformer()
+
+    def run() -> None:
+        for i in range(4):
+            transformer(integers(2, 3, WIDTH, seed=i))
+
+    assert buckets(transformer_calls(run, transformer, steps=4, buckets=2)) == [0, 0, 1, 1]
+
+
+def test_recorded_arguments_are_copies_at_the_time_of_the_call():
+    transformer = Transformer()
+    x = integers(2, 3, WIDTH)
+    scale = {"a": [torch.ones(2), 3], "b": (None, "text")}
+
+    def run() -> None:
+        for t in (1.0, 0.0):
+            transformer(x, timestep=t, scale=scale)
+            x.add_(1)
+            scale["a"][0].zero_()
+
+    first, second = transformer_calls(run, transformer, steps=2, buckets=2)
+    assert torch.equal(first.args[0], integers(2, 3, WIDTH))
+    assert torch.equal(second.args[0], integers(2, 3, WIDTH) + 1)
+    recorded = first.kwargs["scale"]
+    assert torch.equal(recorded["a"][0], torch.ones(2))
+    assert (recorded["a"][1], recorded["b"]) == (3, (None, "text"))
+    assert first.kwargs["timestep"] == 1.0
+
+
+def test_recording_needs_no_gradients_and_leaves_no_hook():
+    transformer = Transformer()
+    x = integers(2, 3, WIDTH).requires_grad_()
+    seen = []
+
+    def run() -> None:
+        seen.append(transformer(x, timestep=1.0))
+
+    (call,) = transformer_calls(run, transformer, steps=1, buckets=1)
+    assert not seen[0].requires_grad
+    assert not call.args[0].requires_grad
+    assert not transformer._forward_pre_hooks
+
+    def broken() -> None:
+        transformer(x, timestep=1.0)
+        raise KeyError("pipeline")
+
+    with pytest.raises(KeyError, match="pipeline"):
+        transformer_calls(broken, transformer, steps=1, buckets=1)
+    assert not transformer._forward_pre_hooks
+
+
+def test_a_pipeline_that_never_calls_its_transformer():
+    with pytest.raises(ValueError, match="never called its transformer"):
+        transformer_calls(lambda: None, Transformer(), steps=1, buckets=1)
+
+
+def recorded_calls(transformer: Transformer) -> list[Call]:
+    return transformer_calls(sample(transformer, [2.0, 1.0], guidance=False), transformer, steps=2, buckets=2)
+
+
+def test_first_block_calls():
+    """What the first block gets, in the bucket of the transformer's call; the blocks themselves are not run."""
+    transformer = Transformer()
+    calls = recorded_calls(transformer)
+    runs = [block.calls for block in transformer.blocks]
+    found = first_block_calls(transformer, transformer.blocks[0], calls)
+    assert buckets(found) == buckets(calls) == [0, 1]
+    for call, original in zip(found, calls, strict=True):
+        assert torch.equal(call.args[0], transformer.proj_in(original.args[0]))
+        assert call.kwargs.keys() == {"temb"}
+        assert not call.args[0].requires_grad
+    assert [block.calls for block in transformer.blocks] == runs
+    assert not transformer.blocks[0]._forward_pre_hooks
+
+
+def test_block_by_block_is_the_transformer():
+    """Feeding each block's output to the next gives the transformer's output, to the bit: the same operations."""
+    transformer = Transformer()
+    calls = recorded_calls(transformer)
+    expected = [run_call(transformer, call) for call in calls]
+    current = first_block_calls(transformer, transformer.blocks[0], calls)
+    for block in transformer.blocks:
+        outputs = [run_call(block, call) for call in current]
+        current = [next_block_call(c, o, ("hidden_states",)) for c, o in zip(current, outputs, strict=True)]
+    for call, output, whole in zip(current, outputs, expected, strict=True):
+        assert torch.equal(call.args[0], whole)
+        assert torch.equal(output, whole)
+        assert not output.requires_grad
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_next_block_call_replaces_what_is_carried(wrapped: bool):
+    """By keyword or by position; the rest, the bucket and the call itself stay as they are."""
+    old, new, temb = integers(1, 2), integers(1, 2, seed=1), integers(1, 3)
+    output = (new,) if wrapped else new
+    by_position = Call((old, temb), {"flag": 7}, bucket=3)
+    following = next_block_call(by_position, output, ("hidden_states",))
+    assert following.args[0] is new
+    assert following.args[1] is temb
+    assert (following.kwargs, following.bucket) == ({"flag": 7}, 3)
+    assert by_position.args[0] is old
+    by_keyword = Call((temb,), {"hidden_states": old}, bucket=1)
+    following = next_block_call(by_keyword, output, ("hidden_states",))
+    assert following.kwargs["hidden_states"] is new
+    assert following.args[0] is temb
+    assert by_keyword.kwargs["hidden_states"] is old
+
+
+def test_next_block_call_with_two_streams():
+    """In the order the block returns them, which need not be the order it takes them."""
+    text, image = integers(1, 2), integers(1, 2, seed=1)
+    call = Call((), {"hidden_states": torch.zeros(1), "encoder_hidden_states": torch.zeros(2), "temb": torch.ones(1)}, bucket=0)
+    following = next_block_call(call, (text, image), ("encoder_hidden_states", "hidden_states"))
+    assert following.kwargs["encoder_hidden_states"] is text
+    assert following.kwargs["hidden_states"] is image
+    assert torch.equal(following.kwargs["temb"], torch.ones(1))
+
+
+def linears(block: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def test_layers_of_one_input_share_their_stats():
+    block, result = Block(), {}
+    with collecting(linears(block), 2, result) as set_bucket, torch.no_grad():
+        for bucket in (0, 1):
+            set_bucket(bucket)
+            block(integers(2, 3, WIDTH, seed=bucket), integers(2, WIDTH, seed=5))
+    assert result.keys() == linears(block).keys()
+    assert result["to_q"] is result["to_k"]
+    assert result["to_q"] is result["to_v"]
+    assert len({id(s) for s in result.values()}) == 3
+    assert result["to_q"].count == 12  # each token once, not three times
+    assert result["modulation"].count == 4
+
+
+def test_stats_are_those_of_the_inputs():
+    """Each linear's Stats equal an update with the tensors it was called with; those of to_k, called in between, too."""
+    layers = {name: nn.Linear(WIDTH, 2) for name in ("to_q", "other", "to_k")}
+    calls = [(name, bucket) for bucket in (1, 0, 1) for name in ("to_q", "other", "to_k")]
+    expected, result = {}, {}
+    with collecting(layers, 2, result) as set_bucket, torch.no_grad():
+        for bucket in (1, 0, 1):
+            x, y = integers(2, 3, WIDTH, seed=bucket), integers(4, WIDTH, seed=bucket + 9)
+            set_bucket(bucket)
+            for name, value in (("to_q", x), ("other", y), ("to_k", x)):
+                layers[name](value)
+                before = expected.get(name, stats.init(WIDTH, 2))
+                expected[name] = stats.update(before, value, bucket)
+    assert len(calls) == 9
+    for name in layers:
+        assert isinstance(result[name], Stats)
+        assert result[name].count == expected[name].count
+        for field in ("gram", "absmax", "rows"):
+            assert torch.equal(getattr(result[name], field), getattr(expected[name], field)), (name, field)
+
+
+def test_equal_values_in_two_tensors_are_two_inputs():
+    layers, result = {"a": nn.Linear(WIDTH, 2), "b": nn.Linear(WIDTH, 2)}, {}
+    x = integers(3, WIDTH)
+    with collecting(layers, 1, result), torch.no_grad():
+        layers["a"](x)
+        layers["b"](x.clone())
+    assert result["a"] is not result["b"]
+    assert torch.equal(result["a"].gram, result["b"].gram)
+
+
+def test_nothing_is_collected_afterwards_or_of_what_was_not_called():
+    block, result = Block(), {}
+    layers = {**linears(block), "unused": nn.Linear(WIDTH, 2)}
+    with collecting(layers, 1, result), torch.no_grad():
+        block(integers(2, 3, WIDTH), integers(2, WIDTH))
+    count = result["to_out"].count
+    block(integers(2, 3, WIDTH), integers(2, WIDTH))
+    assert result["to_out"].count == count
+    assert "unused" not in result
+    assert not any(layer._forward_pre_hooks for layer in layers.values())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["to_q", "to_out", "modulation"])
+def test_an_activation_that_is_not_finite_names_the_layer(name: str, bad: float):
+    """Where it shows first; and no hook stays behind."""
+    block = Block()
+    x, temb = integers(2, 3, WIDTH), integers(2, WIDTH)
+    with torch.no_grad():
+        if name == "modulation":
+            temb[1, 2] = bad
+        elif name == "to_q":
+            x[0, 1, 2] = bad
+        else:
+            block.to_v.bias[3] = bad
+    with pytest.raises(ValueError, match=f"layer {name}: .*NaN or infinite"), collecting(linears(block), 1, {}), torch.no_grad():
+        block(x, temb)
+    assert not any(layer._forward_pre_hooks for layer in linears(block).values())

@@ -1,0 +1,111 @@
+"""Stats: sums over a stream of rows. Of small integers every float32 sum is exact, so comparisons are for equality."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from quantdit.calibration import stats
+from quantdit.calibration.stats import SAMPLED_ROWS, Stats
+
+WIDTH, BUCKETS = 12, 3
+
+
+def integers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(-9, 10, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def collect(*parts: tuple[torch.Tensor, int]) -> Stats:
+    result = stats.init(WIDTH, BUCKETS)
+    for x, bucket in parts:
+        result = stats.update(result, x, bucket)
+    return result
+
+
+def assert_same(a: Stats, b: Stats) -> None:
+    assert a.count == b.count
+    assert torch.equal(a.gram, b.gram)
+    assert torch.equal(a.absmax, b.absmax)
+    assert torch.equal(a.rows, b.rows)
+
+
+def test_definitions():
+    x, y = integers(40, WIDTH), integers(2, 5, WIDTH, seed=1)
+    result = collect((x, 0), (y, 2))
+    rows = torch.cat([x, y.reshape(-1, WIDTH)])
+    assert result.count == 50
+    assert torch.equal(result.gram, rows.T @ rows)
+    assert torch.equal(result.absmax[0], x.abs().amax(dim=0))
+    assert torch.equal(result.absmax[1], torch.zeros(WIDTH))
+    assert torch.equal(result.absmax[2], y.abs().amax(dim=(0, 1)))
+    assert all(t.dtype == torch.float32 for t in (result.gram, result.absmax, result.rows))
+
+
+def test_merge_is_the_update_with_both():
+    parts = [(integers(30, WIDTH, seed=i), i % BUCKETS) for i in range(6)]
+    assert_same(stats.merge(collect(*parts[:2]), collect(*parts[2:])), collect(*parts))
+    assert_same(stats.merge(collect(*parts), stats.init(WIDTH, BUCKETS)), collect(*parts))
+    a, b, c = collect(*parts[:1]), collect(*parts[1:3]), collect(*parts[3:])
+    assert_same(stats.merge(stats.merge(a, b), c), stats.merge(a, stats.merge(b, c)))
+
+
+def test_updates_of_one_bucket_add_up():
+    x = integers(33, WIDTH)
+    whole, halves = collect((x, 1)), collect((x[:20], 1), (x[20:], 1))
+    assert whole.count == halves.count
+    assert torch.equal(whole.gram, halves.gram)
+    assert torch.equal(whole.absmax, halves.absmax)
+
+
+def test_the_past_is_not_changed():
+    old = collect((integers(30, WIDTH), 0))
+    copies = [t.clone() for t in (old.gram, old.absmax, old.rows)]
+    x = integers(30, WIDTH, seed=1) * 5
+    stats.update(old, x, 0)
+    stats.merge(old, collect((x, 0)))
+    assert all(torch.equal(a, b) for a, b in zip((old.gram, old.absmax, old.rows), copies, strict=True))
+    kept = collect((x, 0))
+    rows = kept.rows.clone()
+    x.zero_()  # what is kept of the rows is a copy
+    assert torch.equal(kept.rows, rows)
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 32, 40, 100, 1000])
+def test_sampled_rows_are_an_even_sample(count: int):
+    """Rows of the input, none twice, at least half of what may be kept, spread over at least half of the input."""
+    x = torch.arange(count, dtype=torch.float32)[:, None].repeat(1, WIDTH)
+    rows = collect((x, 0)).rows[:, 0]
+    assert torch.equal(collect((x, 0)).rows, rows[:, None].repeat(1, WIDTH))
+    assert min(count, SAMPLED_ROWS // 2) <= len(rows) <= SAMPLED_ROWS
+    steps = rows.diff()
+    assert bool((steps == steps[:1]).all())
+    assert bool((steps > 0).all())
+    assert float(rows[-1]) >= (count - 1) / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_any_float_dtype(dtype: torch.dtype):
+    x = integers(30, WIDTH)
+    assert_same(collect((x.to(dtype), 0)), collect((x, 0)))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused(bad: float):
+    x = integers(2, 9, WIDTH)
+    x[1, 4, 3] = bad
+    x[0, 2, 7] = bad
+    with pytest.raises(ValueError, match="2 of 12 input channels are NaN or infinite"):
+        collect((x, 0))
+
+
+def test_rms():
+    """sqrt(mean x^2): the squares are exact, the root is rounded in float64 only."""
+    x, y = integers(30, WIDTH), integers(10, WIDTH, seed=1)
+    expected = float(torch.cat([x, y]).double().square().mean().sqrt())
+    assert collect((x, 0), (y, 1)).rms == pytest.approx(expected, rel=1e-14)
+    assert collect((torch.full((5, WIDTH), -3.0), 0)).rms == 3.0
+
+
+def test_rms_of_nothing_is_zero():
+    assert stats.init(WIDTH, BUCKETS).rms == 0
