@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor, nn
+
 from quantdit.calibration import stats as statistics
 from quantdit.calibration.stats import Stats
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ def transformer_calls(run: Callable[[], object], transformer: nn.Module, steps: 
     seen: list[tuple[tuple, dict, object]] = []
 
     def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen.append((_detached(args), _detached(kwargs), _timestep(args, kwargs)))
+        timestep = _timestep(args, kwargs)
+        seen.append((_detached(args), _detached(kwargs), ("call", len(seen)) if timestep is None else timestep))
 
     handle = transformer.register_forward_pre_hook(record, with_kwargs=True)
     try:
@@ -75,8 +77,10 @@ def first_block_calls(transformer: nn.Module, block: nn.Module, calls: list[Call
 def next_block_call(call: Call, output: object, carry: tuple[str, ...]) -> Call:
     """Return the call of the next block: what this one returned, in place of the arguments named `carry`."""
     outputs = output if isinstance(output, tuple) else (output,)
+    if len(outputs) != len(carry):
+        raise ValueError(f"a block returned {len(outputs)} values, its adapter carries {carry}; this class needs an adapter")
     args, kwargs = list(call.args), dict(call.kwargs)
-    for position, (name, value) in enumerate(zip(carry, outputs, strict=False)):
+    for position, (name, value) in enumerate(zip(carry, outputs, strict=True)):
         if name in kwargs:
             kwargs[name] = value
         else:
@@ -137,7 +141,7 @@ def collecting(linears: dict[str, nn.Linear], buckets: int, result: dict[str, St
 
 
 def _timestep(args: tuple, kwargs: dict) -> object:
-    """Identify the sampling step: the timestep's largest value, or the position of the call if there is none."""
+    """Identify the sampling step by the timestep's largest value; None if there is no timestep."""
     t = kwargs.get("timestep", args[1] if len(args) > 1 else None)
     if isinstance(t, Tensor) and t.numel():
         return float(t.max())

@@ -7,8 +7,9 @@ subtracted from the columns to the right as e U_ij; a group's parameters are fit
 from __future__ import annotations
 
 import torch
-from quantdit.calibration.grids import Grid, Params
 from torch import Tensor
+
+from quantdit.calibration.grids import Grid, Params
 
 GPTQ_BLOCK = 128
 
@@ -16,7 +17,7 @@ GPTQ_BLOCK = 128
 def inverse_factor(H: Tensor, damp: float) -> Tensor:
     """Return U `[k, k]` upper triangular with `U^T U = (H + damp * mean(diag H) 1)^-1`, in float64 inside.
 
-    Dead inputs (H_ii = 0) get H_ii = 1, so that their weights are merely rounded.
+    Dead inputs (H_ii = 0) get the mean diagonal, so that their weights are merely rounded.
     """
     H = H.double()
     diagonal = H.diagonal()

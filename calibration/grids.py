@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from quantdit.calibration.levels import histogram, lloyd_max, twin_log
 from torch import Tensor
 
+from quantdit.calibration.levels import histogram, lloyd_max, twin_log
 from quantdit.formats import FORMATS
 
 Params = tuple[Tensor, ...]
@@ -113,8 +113,8 @@ def _per_channel_scale(weight: Tensor, importance: Tensor, top: int) -> Tensor:
     low, high = weight.amin(dim=1), weight.amax(dim=1)
     step = _not_zero((high - low) / top)
     best_error, best = torch.full_like(step, float("inf")), step
-    for shrink in (*SHRINKS, 0.6, 0.5, 0.4):
-        s = step * shrink
+    # The last one is for rows far from zero, whose offset must stay an int8.
+    for s in (*(step * shrink for shrink in (*SHRINKS, 0.6, 0.5, 0.4)), _not_zero(weight.abs().amax(dim=1) / 126)):
         w = weight / s[:, None]
         _, offset = _unit_fit(w, importance, top)
         codes = (w - offset[:, None]).round().clamp(0, top)

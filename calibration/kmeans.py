@@ -36,7 +36,7 @@ def kmeans(vectors: Tensor, weights: Tensor, k: int, seed: int, iterations: int 
         mass = torch.zeros_like(codebook).index_add_(0, cell, weights)
         total = torch.zeros_like(codebook).index_add_(0, cell, weights * vectors)
         codebook = torch.where(mass > 0, total / mass.clamp_min(1e-30), codebook)
-        empty = (mass.sum(dim=1) == 0).nonzero()[:, 0]
+        empty = (mass.sum(dim=1) == 0).nonzero()[: len(vectors), 0]
         if len(empty):
             error = (weights * (vectors - codebook[cell]).square()).sum(dim=1)
             codebook[empty] = vectors[error.topk(len(empty)).indices]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from quantdit.calibration.gptq import gptq, rtn
 from quantdit.calibration.grids import GRIDS, PAIR_LIMIT
 from quantdit.calibration.kmeans import assign, kmeans
-from torch import Tensor
-
 from quantdit.formats import FORMATS, QSpec
 from quantdit.qtensor import QTensor
 
@@ -50,7 +50,7 @@ def quantize_weight(
     else:
         codes, groups = rtn(W, importance, grid, group_size)
     spec = QSpec(format, *weight.shape, group_size, grid.codebook_rows)
-    q = QTensor(spec, f.pack(f, codes), grid.scale, **grid.fields(groups))
+    q = QTensor(spec, f.pack(f, codes), _zero_rows(grid.scale, weight), **grid.fields(groups))
     return _refine_scale(q, weight, gram) if method == "gptq" else q
 
 
@@ -65,7 +65,12 @@ def _quantize_vectors(weight: Tensor, importance: Tensor, gram: Tensor, format: 
     unit = codebook.abs().max().clamp_min(1e-30) / (PAIR_LIMIT // 2)
     entries = (codebook / unit).round().to(torch.int8)
     codes = assign(vectors / unit, weights, entries.float()).to(torch.uint8).reshape(out, width // f.dim)
-    return QTensor(QSpec(format, out, width, width), f.pack(f, codes), rms * unit, codebook=entries)
+    return QTensor(QSpec(format, out, width, width), f.pack(f, codes), _zero_rows(rms * unit, weight), codebook=entries)
+
+
+def _zero_rows(scale: Tensor, weight: Tensor) -> Tensor:
+    """Give rows of zeros the scale 0: a table need not have a level at 0."""
+    return torch.where(weight.abs().amax(dim=1) > 0, scale, torch.zeros_like(scale))
 
 
 def _refine_scale(q: QTensor, weight: Tensor, gram: Tensor) -> QTensor:
@@ -86,4 +91,5 @@ def output_error(delta: Tensor, weight: Tensor, gram: Tensor) -> float:
     gram = gram.double()
     delta, weight = delta.double(), weight.double()
     power = float(((weight @ gram) * weight).sum())
-    return (float(((delta @ gram) * delta).sum()) / power) ** 0.5 if power > 0 else 0.0
+    # Rounding can leave a tiny negative error of a layer that is reproduced exactly.
+    return (max(0.0, float(((delta @ gram) * delta).sum())) / power) ** 0.5 if power > 0 else 0.0

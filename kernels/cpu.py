@@ -68,7 +68,7 @@ def exact_float_product(codes: Tensor, weight: Tensor) -> Tensor:
 
 def _prepare(weight: Tensor) -> _Prepared:
     ready = _PREPARED.get(weight)
-    if ready is None or ready.version != weight._version:
+    if ready is None or ready.version != version_of(weight):
         ready = _PREPARED[weight] = _make_ready(weight)
     return ready
 
@@ -78,7 +78,12 @@ def _make_ready(weight: Tensor) -> _Prepared:
     rows = torch.zeros(0, dtype=torch.int64) if _onednn_is_exact() else unsafe_rows(weight).nonzero()[:, 0]
     # Past a quarter of the rows the second product costs more than oneDNN saves.
     packed = None if len(rows) > n // 4 else torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
-    return _Prepared(weight._version, packed, torch.zeros(n, dtype=torch.int32), rows, weight[rows].float())
+    return _Prepared(version_of(weight), packed, torch.zeros(n, dtype=torch.int32), rows, weight[rows].float())
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was written to; -1 for inference tensors, which do not count and are not to be written to."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 @lru_cache(maxsize=1)

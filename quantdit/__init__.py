@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib.metadata import version as _version
 
 from quantdit.formats import FORMATS, Format, QSpec
 from quantdit.qtensor import QTensor
 from quantdit.recipe import Recipe, Rule
 
-__version__ = version("quantdit")
+__version__ = _version("quantdit")
 __all__ = ["FORMATS", "Format", "QSpec", "QTensor", "Recipe", "Rule"]

@@ -62,6 +62,7 @@ def write_transformer(model: nn.Module, folder: Path, recipe: dict, provenance: 
     weights = folder / WEIGHTS
     # One metadata key: safetensors writes several in no fixed order.
     save_file(tensors, weights, metadata={METHOD: json.dumps(header, sort_keys=True)})
+    weights.chmod(0o644)  # safetensors makes files that only their owner can read
     digest = sha256(weights)
     config = {k: v for k, v in dict(model.config).items() if not k.startswith("_") and k != "quantization_config" and _is_json(v)}
     config = {"_class_name": type(model).__name__, "_diffusers_version": version("diffusers"), **config}
@@ -102,14 +103,15 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Mod
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
         raise CheckpointError(f"{folder / 'config.json'}: no quantization_config of quantdit; was this folder made by quantdit?")
     spec = quantization.get("spec")
-    if not isinstance(spec, int) or spec > SPEC or spec < 1:
+    if type(spec) is not int or spec > SPEC or spec < 1:
         raise CheckpointError(
             f"{folder / 'config.json'}: checkpoint spec {spec!r}, but this quantdit reads specs up to {SPEC};"
             " upgrade with pip install -U quantdit"
         )
-    model = _skeleton(config, quantization, folder)
     weights = folder / WEIGHTS
     with _open(weights) as file:
+        _check_plausible(config, len(file.keys()), folder / "config.json")
+        model = _skeleton(config, quantization, folder)
         _check_header(file, model, weights)
         if (got := sha256(weights)) != quantization.get("sha256"):
             raise CheckpointError(
@@ -122,10 +124,28 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Mod
         fields = {f: state[f"{name}.{f}"] for f in FIELDS if f in layer._buffers}
         if (wrong := check_values(layer.spec, fields)) is not None:
             raise CheckpointError(f"{weights}: layer {name}: {wrong}; the file was damaged, copy or calibrate it again")
+        sign = state.get(f"{name}.sign")
+        if sign is not None and not bool((sign.abs() == 1).all()):
+            raise CheckpointError(
+                f"{weights}: tensor {name}.sign has entries other than 1 and -1; the file was damaged, copy it again"
+            )
     own = {f"{name}.{field}" for name in layers for field in (*FIELDS, "sign")}
+    for key, t in state.items():
+        if key not in own and not bool(torch.isfinite(t).all()):
+            raise CheckpointError(f"{weights}: tensor {key} has NaN or infinite entries; the file was damaged, copy it again")
     state = {k: t if k in own else t.to(dtype) for k, t in state.items()}
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def _check_plausible(config: dict, tensors: int, where: Path) -> None:
+    """Refuse sizes that would build forever: more layers than the file has tensors, or any number no model has."""
+    for key, value in config.items():
+        number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+        if number > (tensors if "layers" in key else 2**20):
+            raise CheckpointError(
+                f"{where}: {key} = {value} is not plausible for a file of {tensors} tensors; copy the folder again"
+            )
 
 
 def _skeleton(config: dict, quantization: dict, folder: Path) -> nn.Module:
@@ -141,7 +161,7 @@ def _skeleton(config: dict, quantization: dict, folder: Path) -> nn.Module:
     try:
         with init_empty_weights(include_buffers=False):
             model = cls.from_config(plain)
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+    except Exception as error:  # a model class may fail on a hostile config in any way
         raise CheckpointError(f"{where}: {cls.__name__} cannot be built from it: {error}") from error
     layers = quantization.get("layers")
     if not isinstance(layers, dict):
@@ -173,6 +193,8 @@ def _layer(name: str, entry: object, linear: nn.Linear, where: Path) -> QuantLin
     block, bits = entry["hadamard_block"], entry["activation_bits"]
     if block & (block - 1) or entry["in_features"] % block or bits not in (4, 6, 8, 16):
         raise CheckpointError(f"{where}: layer {name!r}: hadamard_block {block} or activation_bits {bits} is not possible")
+    if not isinstance(entry["format"], str):
+        raise CheckpointError(f"{where}: layer {name!r}: format must be a name, got {entry['format']!r}")
     spec = QSpec(*(entry[k] for k in ("format", "out_features", "in_features", "group_size", "codebook_rows")))
     try:
         return QuantLinear(spec, bits, block, linear.bias is not None, device="meta")

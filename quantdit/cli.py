@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import traceback
 from pathlib import Path
@@ -114,8 +115,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _sampling(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--steps", type=_positive, default=20, help="sampling steps (%(default)s)")
-    sub.add_argument("--guidance", type=float, help="guidance scale (the pipeline's own default)")
-    sub.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    sub.add_argument("--guidance", type=_finite, help="guidance scale (the pipeline's own default)")
+    sub.add_argument("--seed", type=_seed, default=0, help="(%(default)s)")
     sub.add_argument("--device", default="cpu", help="(%(default)s)")
 
 
@@ -133,7 +134,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     from quantdit import recipe
     from quantdit.compiler import REPORT, Settings, calibrate, clear_disk_errors
 
-    plan = recipe.from_bits(args.bits) if args.bits else recipe.from_toml(args.recipe)
+    plan = recipe.from_bits(args.bits) if args.bits is not None else recipe.from_toml(args.recipe)
     pipeline, source = _load(args.model, args.device)
     settings = Settings(args.samples, args.steps, args.seed, args.guidance)
     with clear_disk_errors(args.output):
@@ -206,6 +207,20 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"a seed lies in 0..2147483647, got {value}")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
     return value
 
 

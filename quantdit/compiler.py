@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,9 +74,13 @@ def calibrate(
     transformer = pipeline.transformer.eval()
     if checkpoint.quant_layers(transformer):
         raise ValueError(f"{source.folder} is quantized already; calibrate from the full-precision model")
+    if output.resolve().is_relative_to(source.folder.resolve()):
+        raise ValueError(f"output {output} lies inside the source {source.folder}; choose a folder outside")
     adapter = adapters.adapter_for(transformer)
     plans = recipe.resolve(plan_recipe, adapters.layers(transformer, adapter))
-    _check_weights(transformer, plans)
+    if not plans:
+        raise ValueError(f"recipe {plan_recipe.name} leaves every layer dense, so there is nothing to quantize")
+    _check_weights(transformer)
     provenance = {
         "quantdit": quantdit.__version__,
         "source": source.label,
@@ -169,7 +175,12 @@ def _quantize_unit(
     tensors_path = partial / "blocks" / f"{unit.path}.safetensors"
     report_path = tensors_path.with_suffix(".json")
     if report_path.exists():
-        stored, reports = load_file(tensors_path), checkpoint.read_json(report_path)
+        finished = checkpoint.read_json(report_path)
+        if not tensors_path.exists() or checkpoint.sha256(tensors_path) != finished.get("sha256"):
+            raise ValueError(
+                f"{tensors_path} is not what the interrupted run wrote; drop --resume and begin again with --overwrite"
+            )
+        stored, reports = load_file(tensors_path), finished["layers"]
         for name, linear in unit.linears.items():
             plan = plans[name]
             spec = QSpec(**reports[name]["spec"])
@@ -185,6 +196,8 @@ def _quantize_unit(
     for name, linear in unit.linears.items():
         if name not in stats:
             raise ValueError(f"layer {name} was never called while sampling; leave it out with an earlier rule weight = 'dense'")
+        if not bool(torch.isfinite(stats[name].gram.diagonal()).all()):
+            raise ValueError(f"layer {name}: its inputs are so large that their squares overflow float32; the model is broken")
         plan = plans[name]
         sign = hadamard.random_sign(linear.in_features, seed * 1009 + sign_seed) if plan.hadamard_block > 1 else None
         q, report = quantize_layer(linear, stats[name], plan, sign, seed)
@@ -200,7 +213,7 @@ def _quantize_unit(
     part.parent.mkdir(exist_ok=True)
     save_file(stored, part)
     os.replace(part, tensors_path)
-    checkpoint.write_json(report_path, reports)
+    checkpoint.write_json(report_path, {"sha256": checkpoint.sha256(tensors_path), "layers": reports})
     return reports
 
 
@@ -211,7 +224,7 @@ def quantize_layer(linear: nn.Linear, stats: Stats, plan: LayerPlan, sign: Tenso
     if sign is not None:
         weight, gram = hadamard.rotate(weight, sign, block), hadamard.rotate_gram(gram, sign, block)
     q = quantize_weight(weight, gram, rule.weight, plan.group_size, rule.method, rule.table, seed)
-    normal = weight / q.scale[:, None]
+    normal = weight / torch.where(q.scale > 0, q.scale, torch.ones_like(q.scale))[:, None]
     reach = float(normal.abs().max())
     report = {
         "spec": asdict(q.spec),
@@ -247,13 +260,12 @@ def _replace(
     return layer
 
 
-def _check_weights(transformer: nn.Module, plans: dict[str, LayerPlan]) -> None:
-    for name in plans:
-        weight = transformer.get_submodule(name).weight
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(
-                f"layer {name}: {int((~torch.isfinite(weight)).sum())} weights are NaN or infinite; the source is damaged"
-            )
+def _check_weights(transformer: nn.Module) -> None:
+    for name, weight in transformer.state_dict().items():
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+            count = int((~torch.isfinite(weight)).sum())
+            layer, _, kind = name.rpartition(".")
+            raise ValueError(f"layer {layer}: {count} values of its {kind} are NaN or infinite; the source is damaged")
 
 
 def _source_digest(folder: Path) -> str:
@@ -278,6 +290,8 @@ def _open_partial(output: Path, identity: dict, resume: bool, overwrite: bool) -
             raise ValueError(f"{partial} was begun with another source, recipe or settings; repeat those, or drop --resume")
         return partial
     if partial.exists():
+        if not partial.is_dir() or (not state.exists() and any(partial.iterdir())):
+            raise ValueError(f"{partial} is where work on {output.name} would go, but holds something else; move it away")
         if not resume and not overwrite and state.exists():
             raise ValueError(f"{partial} holds an interrupted run; pass --resume to go on with it, or --overwrite to begin again")
         shutil.rmtree(partial)
@@ -301,12 +315,25 @@ def _publish(partial: Path, output: Path) -> None:
     """Give the finished folder its name; an old one is moved away first and removed last."""
     shutil.rmtree(partial / "blocks", ignore_errors=True)
     (partial / "identity.json").unlink()
-    old = output.with_name(output.name + ".old")
-    if output.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(output, old)
+    if not output.exists():
+        os.replace(partial, output)
+        return
+    grave = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    os.replace(output, grave / output.name)
     os.replace(partial, output)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(grave, ignore_errors=True)
+
+
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full; free some space and run the same command with --resume",
+    errno.EDQUOT: "the disk quota is used up; free some space and run the same command with --resume",
+    errno.EFBIG: "the file would be larger than the system allows (ulimit -f); raise the limit and use --resume",
+    errno.EACCES: "no permission to write there; choose another --output",
+    errno.EPERM: "no permission to write there; choose another --output",
+    errno.EROFS: "the file system is read-only; choose another --output",
+    errno.ENOTDIR: "a part of the path is a file; choose another --output",
+    errno.EIO: "the disk reports an error of its own; choose another --output",
+}
 
 
 @contextmanager
@@ -314,26 +341,14 @@ def clear_disk_errors(output: Path) -> Iterator[None]:
     """Turn the operating system's refusals into one line that says what to do.
 
     Raises:
-        ValueError: no space, no permission, read-only.
+        ValueError: no space, no permission, read-only, and the like.
     """
     try:
         yield
-    except SafetensorError as error:
-        # safetensors hides the error number in its text.
-        if f"os error {errno.ENOSPC}" not in str(error):
+    except (OSError, SafetensorError) as error:
+        # safetensors and shutil.copytree keep the error number only in their text.
+        found = re.search(r"(?:os error |\[Errno )(\d+)", str(error))
+        number = getattr(error, "errno", None) or (int(found[1]) if found else None)
+        if number not in _REMEDIES:
             raise
-        raise ValueError(
-            f"cannot write {output}: the disk is full; free some space and run the same command with --resume"
-        ) from error
-    except OSError as error:
-        remedies = {
-            errno.ENOSPC: "the disk is full; free some space and run the same command with --resume",
-            errno.EDQUOT: "the disk quota is used up; free some space and run the same command with --resume",
-            errno.EACCES: "no permission to write there; choose another --output",
-            errno.EPERM: "no permission to write there; choose another --output",
-            errno.EROFS: "the file system is read-only; choose another --output",
-            errno.ENOTDIR: "a part of the path is a file; choose another --output",
-        }
-        if error.errno not in remedies:
-            raise
-        raise ValueError(f"cannot write {output}: {remedies[error.errno]}") from error
+        raise ValueError(f"cannot write {output}: {_REMEDIES[number]}") from error

@@ -18,7 +18,7 @@ def describe(folder: Path) -> str:
     """
     transformer, report = _read(folder)
     layers = checkpoint.quant_layers(transformer)
-    width = max(len(name) for name in layers)
+    width = max((len(name) for name in layers), default=5)
     row = "{:<{width}}  {:>13}  {:<14}{:>7}  {:<13}{:>4}  {:>9}  {:>8}"
     lines = [row.format("layer", "shape", "format", "bits/w", "rotation", "act", "rel_rmse", "J (rms)", width=width)]
     for name, layer in layers.items():
@@ -72,7 +72,7 @@ def plot(folder: Path, path: Path) -> None:
 def _plot_weights(axis, layer: QuantLinear, entry: dict, title: str) -> None:
     import numpy as np
 
-    counts, reach = entry["weight_histogram"]["counts"], entry["weight_histogram"]["reach"]
+    counts, reach = entry["weight_histogram"]["counts"], entry["weight_histogram"]["reach"] or 1.0
     edges = np.linspace(-reach, reach, len(counts) + 1)
     axis.stairs(
         np.array(counts) / sum(counts) / (edges[1] - edges[0]), edges, fill=True, color="#b8cbe0", label="weights / scale"
@@ -116,7 +116,14 @@ def _read(folder: Path):
     if not (folder / "transformer").is_dir():
         raise CheckpointError(f"{folder} has no transformer folder; give the folder that quantdit calibrate wrote")
     transformer = checkpoint.read_transformer(folder / "transformer")
-    report = checkpoint.read_json(folder / REPORT)["layers"] if (folder / REPORT).exists() else {}
+    report = checkpoint.read_json(folder / REPORT).get("layers") if (folder / REPORT).exists() else {}
+    known = {"rel_rmse", "weight_only_rel_rmse", "rms", "activation_absmax", "weight_histogram", "spec"}
+    names = checkpoint.quant_layers(transformer).keys()
+    whole = isinstance(report, dict) and all(isinstance(entry, dict) and entry.keys() >= known for entry in report.values())
+    if not whole or (report and report.keys() != names):
+        raise CheckpointError(
+            f"{folder / REPORT} does not fit the checkpoint; remove it (inspect works without) or calibrate again"
+        )
     return transformer, report
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import quantdit.kernels.ops  # noqa: F401 - defines torch.ops.quantdit
 from quantdit import hadamard
 from quantdit.formats import QSpec
+from quantdit.kernels.cpu import version_of
 from quantdit.qtensor import FIELDS, QTensor, spec_fields
 
 
@@ -31,7 +32,7 @@ class QuantLinear(nn.Linear):
         self.activation_bits = activation_bits
         self.hadamard_block = hadamard_block
         self.cache_decoded = True
-        self._decoded: tuple[Tensor, Tensor] | None = None
+        self._decoded: tuple[tuple, Tensor] | None = None  # what was decoded, and I
         for name, field in spec_fields(spec).items():
             self.register_buffer(name, torch.empty(field.shape, dtype=field.dtype, device=device))
         if hadamard_block > 1:
@@ -67,11 +68,11 @@ class QuantLinear(nn.Linear):
 
     def decoded(self) -> Tensor:
         """Return `I` `[out, in]`, kept between calls on CPU."""
-        data = self.data
-        if self._decoded is not None and self._decoded[0] is data:
+        stored = tuple((id(t), version_of(t)) for t in self._buffers.values())
+        if self._decoded is not None and self._decoded[0] == stored:
             return self._decoded[1]
         integers = torch.ops.quantdit.decode8(
-            data,
+            self.data,
             getattr(self, "multiplier", None),
             getattr(self, "offset", None),
             getattr(self, "codebook", None),
@@ -79,8 +80,8 @@ class QuantLinear(nn.Linear):
             self.in_features,
             self.spec.group_size,
         )
-        if self.cache_decoded and data.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._decoded = (data, integers)
+        if self.cache_decoded and self.data.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._decoded = (stored, integers)
         return integers
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,11 +106,12 @@ class QuantLinear(nn.Linear):
         return f"{sizes}, {s.format}{group}, a{self.activation_bits}{rotation}"
 
     def _apply(self, fn, recurse: bool = True):
-        """Move as any module, but keep float32 scales float32 when the model is cast."""
-        scale = self.scale
+        """Move as any module, but let a cast of the model touch the bias alone: scales stay float32, fp8 codes fp8."""
+        stored = dict(self._buffers)
         super()._apply(fn, recurse)
-        if self.scale.dtype != torch.float32:
-            self.scale = scale.to(self.scale.device)
+        for name, before in stored.items():
+            if self._buffers[name].dtype != before.dtype:
+                self._buffers[name] = before.to(self._buffers[name].device)
         self._decoded = None
         return self
 

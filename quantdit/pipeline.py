@@ -48,6 +48,7 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str = 
     Raises:
         ValueError: unknown name, no network, no diffusers pipeline, or a damaged checkpoint (CheckpointError).
     """
+    _check_device(device)
     place = locate(model)
     folder = place if isinstance(place, Path) else _download(model, place)
     index = checkpoint.read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else None
@@ -60,11 +61,13 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str = 
         raise ValueError(f"{folder}: {index['_class_name']} has no transformer; quantdit quantizes diffusion transformers")
     if checkpoint.is_quantized(transformer):
         parts["transformer"] = checkpoint.read_transformer(transformer, dtype)
+    elif not any(transformer.glob("*.safetensors")):
+        raise ValueError(f"{transformer} has no safetensors weights, and pickled ones (.bin) are not read: they can run any code")
     try:
         with warnings.catch_warnings():
             # The newest diffusers says `dtype` and warns of `torch_dtype`; the older ones know only the latter.
             warnings.simplefilter("ignore", FutureWarning)
-            pipeline = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **parts)
+            pipeline = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **parts)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise ValueError(f"{folder}: {cls.__name__} cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
@@ -82,10 +85,17 @@ def sampling_arguments(
     accepted = inspect.signature(type(pipeline).__call__).parameters
     if "class_labels" in accepted:
         known = pipeline.transformer.config.num_embeds_ada_norm
+        bad = [c for c in classes or () if not 0 <= c < known]
+        if bad:
+            raise ValueError(f"class {bad[0]} is out of range: this model knows classes 0..{known - 1}")
+        if prompts:
+            raise ValueError(f"{type(pipeline).__name__} draws classes and takes no prompts; use --classes")
         # Few images of many classes: evenly spaced ones, so that they differ.
         chosen = list(classes or range(0, known, max(1, known // count)))
         return {"class_labels": [chosen[i % len(chosen)] for i in range(count)]}
     if "prompt" in accepted:
+        if classes:
+            raise ValueError(f"{type(pipeline).__name__} draws prompts and knows no classes; use --prompts")
         chosen = list(prompts or PROMPTS)
         return {"prompt": [chosen[i % len(chosen)] for i in range(count)]}
     raise ValueError(f"{type(pipeline).__name__} takes neither class_labels nor prompt; quantdit cannot sample from it")
@@ -123,6 +133,18 @@ def generate(
     return torch.cat(images)
 
 
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(
+            f"--device {device!r} is not to be had on this machine; use cpu, or cuda where there is a GPU"
+        ) from error
+    if kind == "meta":
+        raise ValueError("--device 'meta' holds no numbers; use cpu, or cuda where there is a GPU")
+
+
 def _pipeline_class(name: str, folder: Path) -> type:
     import importlib
 
@@ -130,7 +152,7 @@ def _pipeline_class(name: str, folder: Path) -> type:
 
     module = importlib.import_module(PIPELINES[name]) if name in PIPELINES else diffusers
     cls = getattr(module, name, None)
-    if cls is None:
+    if not isinstance(cls, type):
         raise ValueError(
             f"{folder}: the installed diffusers has no pipeline class {name!r}; upgrade it with pip install -U diffusers"
         )
@@ -139,11 +161,10 @@ def _pipeline_class(name: str, folder: Path) -> type:
 
 def _download(model: str, hub: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return Path(snapshot_download(hub, ignore_patterns=["*.bin", "*.ckpt", "*.pth", "*.onnx", "*.msgpack"]))
-    except (OSError, HfHubHTTPError, RuntimeError, ValueError) as error:
+    except Exception as error:  # the hub's transport raises errors of whatever library it is built on
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"cannot fetch {hub} ({reason}). Where there is a network, run: hf download {hub} --local-dir {hub.split('/')[1]};"

@@ -61,9 +61,12 @@ class Rule:
             "method": METHODS,
             "table": TABLES,
         }
+        if not isinstance(self.optional, bool):
+            raise ValueError(f"rule {self.match!r}: optional = {self.optional!r} must be true or false")
         for key, allowed in known.items():
             value = getattr(self, key)
-            if value not in allowed or isinstance(value, bool):
+            # 8.0 == 8 and True == 1 in Python, but a checkpoint's config distinguishes them.
+            if not isinstance(value, int | str) or isinstance(value, bool) or value not in allowed:
                 raise ValueError(f"rule {self.match!r}: {key} = {value!r} is unknown{_near(value, allowed)}")
 
     def matches(self, name: str, role: str) -> bool:
@@ -122,7 +125,7 @@ def from_bits(bits: str) -> Recipe:
     """
     known = [f"w{x}a{y}" for x in WEIGHTS for y in ACTIVATION_BITS]
     if bits not in known:
-        raise ValueError(f"unknown bits {bits!r}{_near(bits, known)}; known: {', '.join(known)}")
+        raise ValueError(f"unknown bits {bits!r}{_near(bits, known, 0)}; known: {', '.join(known)}")
     x, y = (int(n) for n in re.findall(r"\d+", bits))
     side = WEIGHTS[max(x, 4)]
     return Recipe(
@@ -231,6 +234,9 @@ def _known_keys(table: Mapping, known: tuple[str, ...] | list[str], where: str) 
             raise ValueError(f"{where}: unknown key {key!r}{_near(key, known)}; known: {', '.join(known)}")
 
 
-def _near(value: object, known: tuple | list) -> str:
+def _near(value: object, known: tuple | list, fallback: int = 12) -> str:
+    """Name the near matches, or the first `fallback` of what is known."""
     near = difflib.get_close_matches(str(value), [str(k) for k in known], n=3, cutoff=0.4)
-    return f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(str(k) for k in known[:12])}"
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; known: {', '.join(str(k) for k in known[:fallback])}" if fallback else ""

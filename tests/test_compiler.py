@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantdit.calibration import stats as statistics
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from quantdit import checkpoint, compiler, hadamard, recipe
+from quantdit.calibration import stats as statistics
 from quantdit.checkpoint import quant_layers, read_transformer
 from quantdit.compiler import REPORT, Settings, calibrate, quantize_layer
 from quantdit.linear import QuantLinear

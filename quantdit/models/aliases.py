@@ -39,7 +39,10 @@ def locate(model: str) -> Path | str:
     """
     if model in ALIASES:
         return ALIASES[model].hub or EMBEDDED / model
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"unknown model {model!r}: {error} Give the folder's whole path") from error
     if path.is_dir():
         return path
     if path.exists():

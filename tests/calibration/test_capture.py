@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from quantdit.calibration import stats
 from quantdit.calibration.capture import Call, collecting, first_block_calls, next_block_call, run_call, transformer_calls
 from quantdit.calibration.stats import Stats
-from torch import Tensor, nn
 
 WIDTH = 8
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+
 from quantdit.calibration.gptq import gptq, inverse_factor, rtn
 from quantdit.calibration.grids import GRIDS, Grid
 from quantdit.calibration.quantize import output_error, quantize_weight
-
 from quantdit.formats import FORMATS
 from quantdit.qtensor import QTensor, check_values
 

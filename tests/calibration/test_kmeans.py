@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import torch
+
 from quantdit.calibration.kmeans import CHUNK, SAMPLE, assign, kmeans
 from quantdit.calibration.quantize import quantize_weight
-
 from quantdit.formats import FORMATS
 
 U32 = 2.0**-24

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from quantdit.calibration.levels import BINS, histogram, lloyd_max, twin_log, twin_log_levels
 
 # Least normalised squared error of a Gaussian, and its positive levels (Max, Quantizing for minimum distortion, 1960, table 1).

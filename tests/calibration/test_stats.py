@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from quantdit.calibration import stats
 from quantdit.calibration.stats import SAMPLED_ROWS, Stats
 

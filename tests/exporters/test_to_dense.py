@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantdit.exporters.to_dense import to_dense
 
 from quantdit import recipe
 from quantdit.compiler import Settings, calibrate
+from quantdit.exporters.to_dense import to_dense
 from quantdit.pipeline import generate, load_pipeline
 
 

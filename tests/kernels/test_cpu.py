@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from quantdit.kernels import cpu
 from quantdit.kernels.ops import gemm_w8a8_reference
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantdit.kernels import ops
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quantdit.formats import FORMATS, QSpec
 from quantdit.hadamard import random_sign, rotate
+from quantdit.kernels import ops
 from quantdit.qtensor import spec_fields
 
 QUANTDIT = torch.ops.quantdit
