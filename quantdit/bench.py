@@ -178,6 +178,25 @@ def provenance() -> dict:
     }
 
 
+def markdown(rows: list[dict]) -> str:
+    """Return the rows as a table: milliseconds, and how many times faster than float32 in the same run."""
+    first = rows[0]
+    lines = [
+        "# Quantized linears on a CPU",
+        "",
+        f"{first['cpu']}, {first['threads']} threads, {' '.join(first['isa'])}, torch {first['torch']}, {first['commit']}.",
+        "Rotation, quantization of the tokens and, where it says so, decoding are included. Made by `make bench`.",
+        "",
+        "| m, n, k | what | ms, median | ms, fastest | times float32 | integer sums |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        exact = {True: "exact", False: "wrong: saturates", None: ""}[row.get("exact")]
+        times = " | ".join(f"{row[key]:.2f}" for key in ("ms_median", "ms_fastest", "times_float32"))
+        lines.append(f"| {row['m']}, {row['n']}, {row['k']} | {row['what']} | {times} | {exact} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Measure every shape and write one JSON object a line."""
     parser = argparse.ArgumentParser(description="Measure quantized linears on this CPU.")
@@ -194,6 +213,7 @@ def main() -> None:
             print(f"{shape_text}  {row['ms_median']:>9.2f} ms  x{row['times_float32']:<6} {row['what']}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args.output.with_suffix(".md").write_text(markdown(rows))
 
 
 if __name__ == "__main__":
