@@ -58,7 +58,7 @@ def plot(folder: Path, path: Path) -> None:
     figure = plt.figure(figsize=(15, 12), layout="constrained")
     grid = figure.add_gridspec(3, 3, height_ratios=(1, 1.2, 1.1))
     for column, (name, title) in enumerate(zip(shown, ("smallest", "median", "largest"), strict=True)):
-        _plot_weights(figure.add_subplot(grid[0, column]), layers[name], report[name], f"{title} error: {name}")
+        _plot_weights(figure.add_subplot(grid[0, column]), layers[name], report[name], f"{title} error: {_short(name)}")
     _plot_errors(figure.add_subplot(grid[1, :]), report)
     _plot_activations(figure.add_subplot(grid[2, :]), report)
     figure.suptitle(f"{folder.name}: what each layer was given and what it cost")
