@@ -1,4 +1,4 @@
-"""Dense export: a quantized folder as an ordinary diffusers folder that runs anywhere and needs no quantdit."""
+"""Dense export: a quantized folder whose transformer becomes an ordinary diffusers one that needs no quantdit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def to_dense(folder: Path, output: Path, dtype: torch.dtype = torch.bfloat16) ->
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     copy_rest(folder, partial)
-    transformer.to(dtype).save_pretrained(partial / "transformer")
+    for parameter in transformer.parameters():
+        parameter.data = parameter.data.to(dtype)
+    transformer.save_pretrained(partial / "transformer")
     if output.exists():
         output.rmdir()
     os.replace(partial, output)

@@ -29,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if args.traceback:
             traceback.print_exc()
-        print(f"quantdit: error: {error}", file=sys.stderr)
+        named = isinstance(error, OSError) and error.filename is not None and error.strerror
+        text = f"cannot open {error.filename2 or error.filename}: {error.strerror}; check the path" if named else error
+        print(f"quantdit: error: {text}", file=sys.stderr)
         return 1
 
 
@@ -107,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("folder", type=Path, metavar="DIR")
     sub.add_argument(
-        "--to", choices=("dense",), required=True, help="dense: a bfloat16 diffusers folder that runs without quantdit"
+        "--to", choices=("dense",), required=True, help="dense: its transformer as bfloat16, which plain diffusers loads"
     )
     sub.add_argument("--output", type=Path, required=True, help="folder to write")
     return parser

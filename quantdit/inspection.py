@@ -101,7 +101,9 @@ def _plot_errors(axis, report: dict) -> None:
 def _plot_activations(axis, report: dict) -> None:
     import numpy as np
 
-    image = np.log10(np.array([entry["activation_absmax"] for entry in report.values()]).T + 1e-3)
+    peaks = np.array([entry["activation_absmax"] for entry in report.values()]).T
+    seen = peaks.max(axis=1, keepdims=True) > 0  # with few sampling steps some buckets stay empty, and are left blank
+    image = np.where(seen, np.log10(np.maximum(peaks, 1e-3)), np.nan)
     shown = axis.imshow(image, aspect="auto", cmap="viridis", interpolation="nearest")
     axis.set(ylabel="timestep bucket (0 = noisiest)", title="largest |activation| per timestep bucket, log10")
     axis.set_xticks(range(len(report)), [_short(n) for n in report], rotation=90, fontsize=6)

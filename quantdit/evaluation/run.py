@@ -66,6 +66,7 @@ def evaluate(
     Raises:
         ValueError: a model that cannot be loaded, fewer than LEAST_SAMPLES, or models that generate different shapes.
     """
+    load_pipeline(candidate)  # a name that is wrong should say so before minutes of sampling the reference
     result = compare_models(sample_reference(reference, samples, seed, steps, guidance, device), candidate, output / "drift.png")
     text = result.pop("table")
     checkpoint.write_json(output / "drift.json", result)
