@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -33,9 +33,10 @@ def to_dense(folder: Path, output: Path, dtype: torch.dtype = torch.bfloat16) ->
         linear.bias = layer.bias
         parent, _, child = name.rpartition(".")
         setattr(transformer.get_submodule(parent), child, linear)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: OUTPUT.partial may hold an interrupted calibration.
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    partial.chmod(0o755)
     copy_rest(folder, partial)
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -45,6 +45,11 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
+def _own_keys(layers: dict[str, QuantLinear]) -> set[str]:
+    """Return the state-dict keys that quantized layers may have besides their bias; all other tensors are dense."""
+    return {f"{name}.{field}" for name in layers for field in (*FIELDS, "sign")}
+
+
 def write_transformer(model: nn.Module, folder: Path, recipe: dict, provenance: dict) -> str:
     """Write a transformer with QuantLinear layers; returns the sha256 of its weights file.
 
@@ -55,7 +60,7 @@ def write_transformer(model: nn.Module, folder: Path, recipe: dict, provenance: 
     """
     folder.mkdir(parents=True, exist_ok=True)
     layers = quant_layers(model)
-    own = {f"{name}.{field}" for name in layers for field in (*FIELDS, "sign")}
+    own = _own_keys(layers)
     state = model.state_dict()
     tensors = {k: (state[k] if k in own else _narrow(state[k])).detach().cpu().contiguous() for k in sorted(state)}
     header = {"spec": SPEC, "recipe": recipe, "provenance": provenance}
@@ -129,7 +134,7 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Mod
             raise CheckpointError(
                 f"{weights}: tensor {name}.sign has entries other than 1 and -1; the file was damaged, copy it again"
             )
-    own = {f"{name}.{field}" for name in layers for field in (*FIELDS, "sign")}
+    own = _own_keys(layers)
     for key, t in state.items():
         if key not in own and not bool(torch.isfinite(t).all()):
             raise CheckpointError(f"{weights}: tensor {key} has NaN or infinite entries; the file was damaged, copy it again")
@@ -213,7 +218,7 @@ def _open(weights: Path):
 
 def _check_header(file, model: nn.Module, weights: Path) -> None:
     layers = quant_layers(model)
-    own = {f"{name}.{field}" for name in layers for field in (*FIELDS, "sign")}
+    own = _own_keys(layers)
     expected = model.state_dict()
     names = set(file.keys())
     if missing := sorted(expected.keys() - names):
