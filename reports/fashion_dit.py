@@ -41,7 +41,7 @@ def main() -> None:
         folder = args.work / f"fashion-dit-{entry.name}"
         pipeline, source = load_pipeline("fashion-dit")
         report = calibrate(pipeline, source, entry, folder, Settings(guidance=GUIDANCE), overwrite=True)
-        result = compare_models(reference, str(folder), HERE / "pictures" / f"fashion-dit-{entry.name}.png")
+        result = compare_models(reference, *load_pipeline(str(folder)), HERE / "pictures" / f"fashion-dit-{entry.name}.png")
         errors = [layer["rel_rmse"] for layer in report["layers"].values()]
         mean_error = round(sum(errors) / len(errors), 5)
         rows.append({"recipe": entry.name, "mean_rel_rmse": mean_error, "seconds": report["seconds"], **result})

@@ -48,7 +48,6 @@ class Reference:
     sampling: Sampling
     other_seeds: torch.Tensor
     embedded: bool
-    device: str
 
 
 def evaluate(
@@ -66,8 +65,8 @@ def evaluate(
     Raises:
         ValueError: a model that cannot be loaded, fewer than LEAST_SAMPLES, or models that generate different shapes.
     """
-    load_pipeline(candidate)  # a name that is wrong should say so before minutes of sampling the reference
-    result = compare_models(sample_reference(reference, samples, seed, steps, guidance, device), candidate, output / "drift.png")
+    loaded = load_pipeline(candidate, device=device)  # first: a wrong name should not cost minutes of sampling the reference
+    result = compare_models(sample_reference(reference, samples, seed, steps, guidance, device), *loaded, output / "drift.png")
     text = result.pop("table")
     checkpoint.write_json(output / "drift.json", result)
     (output / "drift.md").write_text(text + "\n")
@@ -88,16 +87,15 @@ def sample_reference(
     pipeline, source = load_pipeline(name, device=device)
     model = _sample(pipeline, source, sampling)
     other = generate(pipeline, samples, seed + 1, steps, guidance, description="reference, other seeds")
-    return Reference(model, sampling, other, source.folder == EMBEDDED / "fashion-dit", device)
+    return Reference(model, sampling, other, source.folder == EMBEDDED / "fashion-dit")
 
 
-def compare_models(reference: Reference, candidate: str, picture: Path) -> dict:
+def compare_models(reference: Reference, pipeline, source: Source, picture: Path) -> dict:
     """Sample the candidate with the reference's seeds, draw both, and return the JSON of the comparison, tables included.
 
     Raises:
-        ValueError: the candidate cannot be loaded or generates other shapes.
+        ValueError: the candidate generates other shapes.
     """
-    pipeline, source = load_pipeline(candidate, device=reference.device)
     first, sampling = reference.model, reference.sampling
     second = _sample(pipeline, source, sampling)
     if first.images.shape != second.images.shape:
