@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from quantdit.formats.affine import INT2, INT3, INT4, INT6, INT8
-from quantdit.formats.codebook import TABLE2, TABLE3, TABLE4, VQ64X2, VQ256X4
+from quantdit.formats.codebook import (
+    TABLE2,
+    TABLE2_E4M3,
+    TABLE3,
+    TABLE3_E4M3,
+    TABLE4,
+    TABLE4_E4M3,
+    TABLE6,
+    TABLE6_E4M3,
+    VQ64X2,
+    VQ256X4,
+)
 from quantdit.formats.float8 import FP8_E4M3
 from quantdit.formats.format import Field, Format, QSpec
 
@@ -16,6 +27,11 @@ FORMATS: dict[str, Format] = {
     "table2": TABLE2,
     "table3": TABLE3,
     "table4": TABLE4,
+    "table6": TABLE6,
+    "table2_e4m3": TABLE2_E4M3,
+    "table3_e4m3": TABLE3_E4M3,
+    "table4_e4m3": TABLE4_E4M3,
+    "table6_e4m3": TABLE6_E4M3,
     "vq256x4": VQ256X4,
     "vq64x2": VQ64X2,
     "fp8_e4m3": FP8_E4M3,

@@ -1,7 +1,9 @@
-"""Codebooks: `I[o, i*d:(i+1)*d] = codebook[assignment[o, i]]`, every entry on the int8 grid.
+"""Codebooks: `I[o, i*d:(i+1)*d] = codebook[assignment[o, i]]`, every entry an 8-bit number.
 
-* `table2`, `table3`, `table4` (d = 1): a level table `codebook` int8 `[1, 2**bits]` (per weight) or `[out, 2**bits]` (per output
-  channel). Twin-log, Lloyd-Max and any other set of levels are choices of entries, not formats.
+* `table2`, `table3`, `table4`, `table6` (d = 1): a level table `codebook` int8 `[1, 2**bits]` (per weight) or `[out, 2**bits]`
+  (per output channel). Twin-log, Lloyd-Max and any other set of levels are choices of entries, not formats.
+* `table2_e4m3` ... `table6_e4m3`: the same with entries, and so `I`, in OCP e4m3 (float8.py), NaN refused: levels that span
+  more octaves than int8 does, for fp8 tensor cores.
 * `vq256x4` (2 bits a weight), `vq64x2` (3 bits): a codebook int8 `[k, d]` of vectors of d consecutive inputs (VQ4DiT,
   arXiv 2408.17131).
 
@@ -11,6 +13,7 @@ Stored: `data` (packed assignments, packing.py) and `codebook`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,11 +22,11 @@ from quantdit.formats.format import Field, Format, QSpec
 from quantdit.formats.packing import pack_codes, packed_bytes, unpack_codes
 
 
-def _fields(f: Format, s: QSpec) -> dict[str, Field]:
+def _fields(f: Format, s: QSpec, entry: torch.dtype = torch.int8) -> dict[str, Field]:
     codebook = (s.codebook_rows, f.levels) if f.dim == 1 else (f.levels, f.dim)
     return {
         "data": Field(torch.uint8, (s.out_features, packed_bytes(s.in_features // f.dim, f.code_bits))),
-        "codebook": Field(torch.int8, codebook),
+        "codebook": Field(entry, codebook),
     }
 
 
@@ -37,18 +40,27 @@ def _unpack(f: Format, data: Tensor, n: int) -> Tensor:
 
 def _decode8(f: Format, s: QSpec, t: Mapping[str, Tensor]) -> Tensor:
     assignments = unpack_codes(t["data"], f.code_bits, s.in_features // f.dim)
-    codebook = t["codebook"]
+    codebook = t["codebook"].view(torch.uint8)  # bytes, whatever they mean: indexing knows no float8
     if f.dim > 1:
         return codebook.view(torch.int8)[assignments.int()].reshape(s.out_features, s.in_features)
-    if s.codebook_rows == 1:
-        return codebook[0][assignments.int()]
-    return torch.gather(codebook, 1, assignments.long())
+    entries = codebook[0][assignments.int()] if s.codebook_rows == 1 else torch.gather(codebook, 1, assignments.long())
+    return entries.view(t["codebook"].dtype)
 
 
 def _check(f: Format, s: QSpec, t: Mapping[str, Tensor]) -> str | None:
     return None  # every code has an entry and every entry is an int8: there is nothing that can be out of range
 
 
-TABLE2, TABLE3, TABLE4 = (Format(f"table{b}", b, 1, _fields, _pack, _unpack, _decode8, _check) for b in (2, 3, 4))
+def _check_e4m3(f: Format, s: QSpec, t: Mapping[str, Tensor]) -> str | None:
+    nan = int(((t["codebook"].view(torch.uint8) & 0x7F) == 0x7F).sum())
+    return f"{nan} codebook entries are NaN" if nan else None
+
+
+_e4m3_fields = partial(_fields, entry=torch.float8_e4m3fn)
+
+TABLE2, TABLE3, TABLE4, TABLE6 = (Format(f"table{b}", b, 1, _fields, _pack, _unpack, _decode8, _check) for b in (2, 3, 4, 6))
+TABLE2_E4M3, TABLE3_E4M3, TABLE4_E4M3, TABLE6_E4M3 = (
+    Format(f"table{b}_e4m3", b, 1, _e4m3_fields, _pack, _unpack, _decode8, _check_e4m3) for b in (2, 3, 4, 6)
+)
 VQ256X4 = Format("vq256x4", 8, 4, _fields, _pack, _unpack, _decode8, _check)
 VQ64X2 = Format("vq64x2", 6, 2, _fields, _pack, _unpack, _decode8, _check)

@@ -21,7 +21,8 @@ from quantdit.qtensor import check_values, spec_fields
 WIDTHS = (1, 7, 8, 40, 64, 100, 128, 129, 136, 192, 300)
 PACKED = tuple(name for name, f in FORMATS.items() if name not in ("int8", "fp8_e4m3"))  # these go through packing.py
 AFFINE = ("int2", "int3", "int4", "int6")
-TABLES = ("table2", "table3", "table4")
+TABLES = ("table2", "table3", "table4", "table6")
+TABLES_E4M3 = tuple(f"{name}_e4m3" for name in TABLES)
 VECTORS = ("vq256x4", "vq64x2")
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -67,7 +68,7 @@ def slow_e4m3(code: int) -> float:
 
 def test_the_lists_here_cover_the_table():
     """A new format lands in the generic tests by itself; this says that it also needs a slow definition of its decode."""
-    assert {*AFFINE, *TABLES, *VECTORS, "int8", "fp8_e4m3"} == set(FORMATS)
+    assert {*AFFINE, *TABLES, *TABLES_E4M3, *VECTORS, "int8", "fp8_e4m3"} == set(FORMATS)
     assert all(name == f.name for name, f in FORMATS.items())
 
 
@@ -220,6 +221,45 @@ def test_table_decode(name: str, per_channel: bool, width: int):
     assert integers.dtype == torch.int8
     expected = [[table.tolist()[o if per_channel else 0][code] for code in row] for o, row in enumerate(codes.tolist())]
     assert integers.tolist() == expected
+
+
+@pytest.mark.parametrize("width", [1, 40, 129, 300])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("name", TABLES_E4M3)
+def test_e4m3_table_decode(name: str, per_channel: bool, width: int):
+    """As above with every number of e4m3 for an entry in turn, zeros of both signs and subnormals included."""
+    f = FORMATS[name]
+    rows = f.levels
+    codes = every_code_everywhere(f.levels, width)
+    numbers = [code for code in range(256) if code % 128 != 127]
+    for start in range(0, len(numbers), f.levels * (rows if per_channel else 1)):
+        count = (rows if per_channel else 1) * f.levels
+        entries = torch.tensor([numbers[(start + i) % len(numbers)] for i in range(count)], dtype=torch.uint8).reshape(
+            -1, f.levels
+        )
+        spec = QSpec(name, rows, width, width, codebook_rows=len(entries))
+        stored = {"data": f.pack(f, codes), "codebook": entries.view(torch.float8_e4m3fn)}
+        assert f.check(f, spec, stored) is None
+        numbers8 = f.decode8(f, spec, stored)
+        assert numbers8.dtype == torch.float8_e4m3fn
+        listed = entries.tolist()
+        expected = [[listed[o if per_channel else 0][code] for code in row] for o, row in enumerate(codes.tolist())]
+        assert numbers8.view(torch.uint8).tolist() == expected
+        assert numbers8.float().tolist() == [[slow_e4m3(code) for code in row] for row in expected]
+
+
+@pytest.mark.parametrize("nan", [0x7F, 0xFF])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", TABLES_E4M3)
+def test_nan_in_a_codebook_is_refused(name: str, rows: int, nan: int):
+    """Even if no stored code points at it."""
+    f = FORMATS[name]
+    spec = QSpec(name, 3, 8, 8, codebook_rows=rows)
+    codebook = torch.zeros(rows, f.levels, dtype=torch.uint8)
+    codebook[-1, -1] = nan
+    stored = {"data": f.pack(f, torch.zeros(3, 8, dtype=torch.uint8)), "codebook": codebook.view(torch.float8_e4m3fn)}
+    assert "1 codebook entries are NaN" in f.check(f, spec, stored)
+    assert "NaN" in check_values(spec, {"scale": torch.ones(3), **stored})
 
 
 @pytest.mark.parametrize("count", [1, 8, 25, 129, 150])

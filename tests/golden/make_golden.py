@@ -1,6 +1,7 @@
-"""Remake formats.json: sha256 of packed bytes per format. Run `python -P tests/golden/make_golden.py` and say why they changed.
+"""Remake formats.json and errors.json. Run `python -P tests/golden/make_golden.py` and say why they changed.
 
-The codes come from SHAKE-256 of the format's name, so that no library's random numbers can change them.
+formats.json: sha256 of packed bytes per format. errors.json: NMSE of rounding one weight to nearest, per format and way to fit.
+Codes and weights come from SHAKE-256, so that no library's random numbers can change them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ from pathlib import Path
 
 import torch
 
+from quantdit.calibration.gptq import rtn
+from quantdit.calibration.grids import AFFINE_FITS, GRIDS, TABLES
 from quantdit.formats import FORMATS
 
 FILE = Path(__file__).with_name("formats.json")
+ERRORS = Path(__file__).with_name("errors.json")
 ROWS, CODES = 7, 300  # two blocks of 128 and a remainder that is no multiple of 8
+OUT, IN, GROUP = 8, 384, 64
 
 
 def digests() -> dict[str, str]:
@@ -28,5 +33,33 @@ def digests() -> dict[str, str]:
     return result
 
 
+def errors() -> dict[str, float]:
+    """Return format and options -> NMSE, to five digits, of a weight `[OUT, IN]` of nearly Gaussian numbers."""
+    noise = torch.tensor(list(hashlib.shake_256(b"quantdit weight").digest(OUT * IN * 12)), dtype=torch.float32)
+    weight = (noise.reshape(OUT, IN, 12) - 127.5).sum(dim=-1) / 256  # variance 1, exact in float32
+    importance = torch.ones(IN)
+    cases = {}
+    for name, grid in GRIDS.items():
+        if name.startswith("table"):
+            cases |= {
+                f"{name} {t} {r}": grid(weight, importance, IN, name, t, rows=r) for t in TABLES for r in ("layer", "channel")
+            }
+        elif FORMATS[name].code_bits < 8:
+            cases |= {
+                f"{name} {fit} {g}": grid(weight, importance, g, name, "", fit=fit) for fit in AFFINE_FITS for g in (GROUP, IN)
+            }
+        else:
+            cases[name] = grid(weight, importance, IN, name, "")
+    result = {}
+    for name, grid in cases.items():
+        group = GROUP if name.endswith(f" {GROUP}") else IN
+        codes, groups = rtn(weight / grid.scale[:, None], importance, grid, group)
+        values = [grid.value(c, p) for c, p in zip(codes.split(group, dim=1), groups, strict=True)]
+        delta = (torch.cat(values, dim=1) * grid.scale[:, None] - weight).double()
+        result[name] = float(f"{float(delta.square().sum() / weight.double().square().sum()):.4e}")
+    return result
+
+
 if __name__ == "__main__":
     FILE.write_text(json.dumps(digests(), indent=2) + "\n")
+    ERRORS.write_text(json.dumps(errors(), indent=2) + "\n")
