@@ -1,0 +1,189 @@
+"""`Transform`: the change of space a linear's inputs undergo before they are quantized, `Y = (X T)(W T^-T)^T = X W^T`.
+
+    T = diag(premultiplier) R,   R orthogonal: a block-Hadamard rotation, DuQuant's R1 P R2, or nothing
+
+The premultiplier holds the Hadamard's random signs and the smoothing `1 / s` in one tensor (SmoothQuant, Xiao et al. 2022, Eq. 3;
+QuaRot, Ashkboos et al. 2024; DuQuant, Lin et al. 2024). Only X and W are transformed, never the bias or Y.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quantdit import hadamard
+from quantdit.formats import Field
+
+KINDS = ("none", "hadamard", "outlier")
+NAMES = ("premultiplier", "rotation1", "permutation", "rotation2")
+ORTHONORMAL_TOLERANCE = 1e-4  # of R^T R; rounding a block of 128 to float32 leaves 1e-6
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What happens to a token x `[k]`: `x -> ((x * premultiplier) R1)[permutation] R2`, or `(x * premultiplier) (1 kron H)`.
+
+    `Transform()` is the identity.
+
+    Attributes:
+        premultiplier: `[k]`, not zero: int8 signs of a rotation alone, float32 `sign / s` of a smoothed layer; None means 1.
+        block: size of the Hadamard blocks, a power of two dividing k; 1 means no Hadamard.
+        rotation1: outlier rotation R1, block-diagonal, float32 `[k/b, b, b]`, each block orthogonal; or None.
+        permutation: int32 `[k]`, channel `permutation[j]` of `x R1` goes to place j; with rotation1 only.
+        rotation2: as rotation1, after the permutation.
+    """
+
+    premultiplier: Tensor | None = None
+    block: int = 1
+    rotation1: Tensor | None = None
+    permutation: Tensor | None = None
+    rotation2: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the parts go together.
+
+        Raises:
+            ValueError: part of an outlier rotation is missing, or there is a Hadamard besides it.
+        """
+        outlier = [t is not None for t in (self.rotation1, self.permutation, self.rotation2)]
+        if any(outlier) and not all(outlier):
+            raise ValueError("an outlier rotation needs rotation1, permutation and rotation2 together")
+        if any(outlier) and self.block > 1:
+            raise ValueError(f"a transform has one rotation, got an outlier rotation and a Hadamard of block {self.block}")
+
+    @property
+    def kind(self) -> str:
+        """Return which rotation this is: a name of KINDS."""
+        return "outlier" if self.rotation1 is not None else "hadamard" if self.block > 1 else "none"
+
+    @property
+    def rotation_block(self) -> int:
+        """Return the block size of the rotation, whichever it is; 1 without one."""
+        return self.block if self.rotation1 is None else self.rotation1.shape[-1]
+
+    @property
+    def smoothed(self) -> bool:
+        """Return whether the premultiplier is more than signs."""
+        return self.premultiplier is not None and self.premultiplier.is_floating_point()
+
+    @property
+    def identity(self) -> bool:
+        """Return whether nothing happens to a token."""
+        return self.premultiplier is None and self.kind == "none"
+
+
+def smooth(t: Transform, factor: Tensor | None) -> Transform:
+    """Return t with inputs divided by `factor` float `[k]`, positive, before anything else; None leaves t as it is."""
+    if factor is None:
+        return t
+    signs = 1.0 if t.premultiplier is None else t.premultiplier.float()
+    return replace(t, premultiplier=signs / factor.float())
+
+
+def apply(t: Transform, x: Tensor) -> Tensor:
+    """Return `x T` for x `[..., k]` of any float dtype, in that dtype; the arithmetic is float32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if t.premultiplier is not None:
+        wide = wide * t.premultiplier.to(wide.dtype)
+    return _rotate(t, wide).to(x.dtype)
+
+
+def apply_to_weight(t: Transform, weight: Tensor) -> Tensor:
+    """Return the weight `[out, k]` that goes with transformed inputs, `W T^-T`: `(x T)(W T^-T)^T = x W^T`."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if t.premultiplier is not None:
+        wide = wide / t.premultiplier.to(wide.dtype)
+    return _rotate(t, wide).to(weight.dtype)
+
+
+def weight_back(t: Transform, transformed: Tensor) -> Tensor:
+    """Return the weight `[out, k]` that `apply_to_weight` made `transformed` of."""
+    wide = _rotate_back(t, transformed.to(torch.promote_types(transformed.dtype, torch.float32)))
+    if t.premultiplier is not None:
+        wide = wide * t.premultiplier.to(wide.dtype)
+    return wide.to(transformed.dtype)
+
+
+def gram(t: Transform, G: Tensor) -> Tensor:
+    """Return `T^T G T`: from the Gram matrix `[k, k]` of inputs x that of `apply(t, x)`."""
+    return apply(t, apply(t, G).T)
+
+
+def tensors(t: Transform) -> dict[str, Tensor]:
+    """Return the tensors of t by attribute name; what is None is left out."""
+    named = {name: getattr(t, name) for name in NAMES}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def from_tensors(kind: str, block: int, named: dict[str, Tensor]) -> Transform:
+    """Return the Transform of tensors that agree with `fields(kind, ..., block, ...)`; `block` is t.rotation_block."""
+    return Transform(block=block if kind == "hadamard" else 1, **named)
+
+
+def fields(kind: str, width: int, block: int = 1, smoothed: bool = False) -> dict[str, Field]:
+    """Return name, dtype and shape of every tensor of a transform with t.kind, t.rotation_block and t.smoothed as given.
+
+    Raises:
+        ValueError: unknown kind, a width below 1, or a block that is no power of two dividing the width (1 for `none` alone).
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown rotation {kind!r}; known: {', '.join(KINDS)}")
+    if width < 1:
+        raise ValueError(f"a transform needs a positive width, got {width}")
+    if block < 1 or block & (block - 1) or width % block or (block == 1) != (kind == "none"):
+        raise ValueError(f"rotation {kind!r} of width {width} cannot have blocks of {block}")
+    expected = {}
+    if smoothed or kind == "hadamard":
+        expected["premultiplier"] = Field(torch.float32 if smoothed else torch.int8, (width,))
+    if kind == "outlier":
+        blocks = Field(torch.float32, (width // block, block, block))
+        expected |= {"rotation1": blocks, "permutation": Field(torch.int32, (width,)), "rotation2": blocks}
+    return expected
+
+
+def check_values(t: Transform) -> str | None:
+    """Return what is wrong with the values of a transform whose tensors have the right dtypes and shapes, or None."""
+    if t.premultiplier is not None:
+        if not t.smoothed and not bool((t.premultiplier.abs() == 1).all()):
+            return "premultiplier has signs other than +1 and -1"
+        usable = torch.isfinite(t.premultiplier.float()) & torch.isfinite(1 / t.premultiplier.float())
+        if not bool(usable.all()):
+            return "premultiplier has entries that are zero or not finite"
+    if t.permutation is not None and not torch.equal(
+        t.permutation.sort().values, torch.arange(len(t.permutation), dtype=torch.int32, device=t.permutation.device)
+    ):
+        return "permutation does not name each channel once"
+    for name in ("rotation1", "rotation2"):
+        rotation = getattr(t, name)
+        if rotation is None:
+            continue
+        excess = (rotation.mT @ rotation - torch.eye(rotation.shape[-1], device=rotation.device)).abs().max()
+        if not bool(excess <= ORTHONORMAL_TOLERANCE):  # NaN is not
+            return f"{name} is not orthonormal: its Gram matrix is off by {float(excess):.2g}"
+    return None
+
+
+def _rotate(t: Transform, x: Tensor) -> Tensor:
+    """Return `x R` in x's dtype."""
+    if t.rotation1 is not None:
+        x = block_product(x, t.rotation1).index_select(-1, t.permutation)
+        return block_product(x, t.rotation2)
+    if t.block > 1:
+        return (x.unflatten(-1, (-1, t.block)) @ hadamard.hadamard(t.block, x.dtype, str(x.device))).flatten(-2)
+    return x
+
+
+def _rotate_back(t: Transform, x: Tensor) -> Tensor:
+    """Return `x R^T` in x's dtype."""
+    if t.rotation1 is not None:
+        x = block_product(x, t.rotation2.mT).index_select(-1, t.permutation.argsort())
+        return block_product(x, t.rotation1.mT)
+    return _rotate(t, x)  # a Sylvester Hadamard matrix is symmetric
+
+
+def block_product(x: Tensor, blocks: Tensor) -> Tensor:
+    """Return x `[..., n b]` times the block-diagonal matrix of `blocks` `[n, b, b]`."""
+    x = x.unflatten(-1, blocks.shape[:2])
+    return torch.einsum("...nb,nbc->...nc", x, blocks.to(x.dtype)).flatten(-2)
