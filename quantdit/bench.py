@@ -19,10 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantdit import hadamard
+from quantdit import hadamard, transform
 from quantdit.calibration.quantize import quantize_weight
 from quantdit.kernels import cpu
+from quantdit.layer_spec import ActivationSpec, LayerSpec
 from quantdit.linear import QuantLinear
+from quantdit.transform import Transform
 
 # (m, n, k): the embedded model's feed-forward at 128 images, DiT-XL/2's at 256 and 1024 tokens, Wan-1.3B's projections.
 SHAPES = ((6272, 768, 192), (256, 4608, 1152), (1024, 4608, 1152), (1024, 1152, 4608), (1024, 1536, 1536), (256, 8960, 1536))
@@ -34,10 +36,11 @@ def quant_linear(weight: Tensor, bits: str, cached: bool) -> QuantLinear:
     format, activation_bits = {"w4a8": ("int4", 8), "w8a8": ("int8", 8), "w4a16": ("int4", 16)}[bits]
     k = weight.shape[1]
     block = hadamard.block_size(k)
-    sign = hadamard.random_sign(k, 0)
+    t = Transform(hadamard.random_sign(k, 0), block)
     group = 64 if format == "int4" else k
-    q = quantize_weight(hadamard.rotate(weight, sign, block), torch.eye(k), format, group, "rtn")
-    layer = QuantLinear.from_qtensor(q, activation_bits, block, sign, None)
+    q = quantize_weight(transform.apply_to_weight(t, weight), torch.eye(k), format, group, "rtn")
+    spec = LayerSpec(q.spec, ActivationSpec(activation_bits), "hadamard", block)
+    layer = QuantLinear.from_tensors(spec, q.tensors() | transform.tensors(t), None)
     layer.cache_decoded = cached
     return layer
 
@@ -48,9 +51,9 @@ def gate_linear(layer: QuantLinear, x: Tensor) -> None:
     Raises:
         ValueError: the output differs from the float64 product by more than float32 rounding.
     """
-    rotated = hadamard.rotate(x, layer.sign, layer.hadamard_block)
-    if layer.activation_bits < 16:
-        codes, scale = torch.ops.quantdit.quantize_tokens(rotated, layer.activation_bits)
+    rotated = transform.apply(layer.transform, x)
+    if (bits := layer.layer_spec.activation.bits) < 16:
+        codes, scale = torch.ops.quantdit.quantize_tokens(rotated, bits)
         rotated = codes.double() * scale.double()[:, None]
     expected = rotated.double() @ layer.qtensor.dequantize().double().T
     error = float((layer(x).double() - expected).norm() / expected.norm())

@@ -1,8 +1,8 @@
 """The compiled artefact: a diffusers folder whose transformer is stored quantized. Writing, and reading as if it were hostile.
 
-`transformer/config.json` holds `quantization_config`: `quant_method`, `spec`, the recipe, each layer's `QSpec`, activation bits
-and Hadamard block, and the sha256 of the weights. `transformer/diffusion_pytorch_model.safetensors` holds `<layer>.<field>` for
-every field of the QTensor, `<layer>.sign` of a rotated layer, and what stayed dense. The same tensors give the same bytes.
+`transformer/config.json` holds `quantization_config`: `quant_method`, `spec`, the recipe, each layer's `LayerSpec`, the timestep
+edges of static scales, and the sha256 of the weights. `transformer/diffusion_pytorch_model.safetensors` holds `<layer>.<field>`
+for every tensor of its `LayerSpec`, and what stayed dense. The same tensors give the same bytes.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quantdit.formats import QSpec
-from quantdit.linear import QuantLinear
+from quantdit import transform
+from quantdit.layer_spec import LayerSpec, layer_fields
+from quantdit.linear import QuantLinear, follow_timesteps
 from quantdit.qtensor import FIELDS, check_values
 
-SPEC = 1
+SPEC = 2
+MAX_TIMESTEP = 1e9
 METHOD = "quantdit"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -32,6 +34,8 @@ _DTYPES = {
     torch.int8: "I8",
     torch.float32: "F32",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
 }
 _DENSE = ("F32", "F16", "BF16")
 
@@ -47,7 +51,7 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
 
 def _own_keys(layers: dict[str, QuantLinear]) -> set[str]:
     """Return the state-dict keys that quantized layers may have besides their bias; all other tensors are dense."""
-    return {f"{name}.{field}" for name in layers for field in (*FIELDS, "sign")}
+    return {f"{name}.{field}" for name, layer in layers.items() for field in layer_fields(layer.layer_spec)}
 
 
 def write_transformer(model: nn.Module, folder: Path, recipe: dict, provenance: dict) -> str:
@@ -77,10 +81,8 @@ def write_transformer(model: nn.Module, folder: Path, recipe: dict, provenance: 
         "sha256": digest,
         "recipe": recipe,
         "provenance": provenance,
-        "layers": {
-            name: {**asdict(m.spec), "activation_bits": m.activation_bits, "hadamard_block": m.hadamard_block}
-            for name, m in layers.items()
-        },
+        "timestep_edges": list(getattr(model, "timestep_edges", ())),
+        "layers": {name: asdict(m.layer_spec) for name, m in layers.items()},
     }
     write_json(folder / "config.json", config)
     _fsync(weights)
@@ -108,15 +110,17 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Mod
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
         raise CheckpointError(f"{folder / 'config.json'}: no quantization_config of quantdit; was this folder made by quantdit?")
     spec = quantization.get("spec")
-    if type(spec) is not int or spec > SPEC or spec < 1:
+    if type(spec) is not int or spec != SPEC:
+        older = type(spec) is int and 0 < spec < SPEC
+        remedy = "calibrate the model again" if older else "upgrade with pip install -U quantdit"
         raise CheckpointError(
-            f"{folder / 'config.json'}: checkpoint spec {spec!r}, but this quantdit reads specs up to {SPEC};"
-            " upgrade with pip install -U quantdit"
+            f"{folder / 'config.json'}: checkpoint spec {spec!r}, but this quantdit reads spec {SPEC}; {remedy}"
         )
     weights = folder / WEIGHTS
     with _open(weights) as file:
         _check_plausible(config, len(file.keys()), folder / "config.json")
         model = _skeleton(config, quantization, folder)
+        edges = _timestep_edges(quantization, quant_layers(model), folder / "config.json")
         _check_header(file, model, weights)
         if (got := sha256(weights)) != quantization.get("sha256"):
             raise CheckpointError(
@@ -129,17 +133,21 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Mod
         fields = {f: state[f"{name}.{f}"] for f in FIELDS if f in layer._buffers}
         if (wrong := check_values(layer.spec, fields)) is not None:
             raise CheckpointError(f"{weights}: layer {name}: {wrong}; the file was damaged, copy or calibrate it again")
-        sign = state.get(f"{name}.sign")
-        if sign is not None and not bool((sign.abs() == 1).all()):
-            raise CheckpointError(
-                f"{weights}: tensor {name}.sign has entries other than 1 and -1; the file was damaged, copy it again"
-            )
+        named = {n: state[f"{name}.{n}"] for n in transform.NAMES if n in layer._buffers}
+        moved = transform.from_tensors(layer.layer_spec.rotation, layer.layer_spec.block, named)
+        others = {n: state[f"{name}.{n}"] for n in ("static_scale", "up", "down") if n in layer._buffers}
+        wrong = transform.check_values(moved) or _not_finite(others)
+        if "static_scale" in others and not bool((others["static_scale"] > 0).all()):
+            wrong = "static_scale has entries that are not positive"
+        if wrong is not None:
+            raise CheckpointError(f"{weights}: layer {name}: {wrong}; the file was damaged, copy it again")
     own = _own_keys(layers)
     for key, t in state.items():
         if key not in own and not bool(torch.isfinite(t).all()):
             raise CheckpointError(f"{weights}: tensor {key} has NaN or infinite entries; the file was damaged, copy it again")
     state = {k: t if k in own else t.to(dtype) for k, t in state.items()}
     model.load_state_dict(state, assign=True)
+    follow_timesteps(model, edges)
     return model.requires_grad_(False).eval()
 
 
@@ -184,27 +192,39 @@ def _skeleton(config: dict, quantization: dict, folder: Path) -> nn.Module:
 
 
 def _layer(name: str, entry: object, linear: nn.Linear, where: Path) -> QuantLinear:
-    keys = {"format", "out_features", "in_features", "group_size", "codebook_rows", "activation_bits", "hadamard_block"}
-    if not isinstance(entry, dict) or entry.keys() != keys:
-        raise CheckpointError(f"{where}: layer {name!r} must have exactly the keys {sorted(keys)}")
-    numbers = {k: entry[k] for k in keys - {"format"}}
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers.values()):
-        raise CheckpointError(f"{where}: layer {name!r}: sizes must be positive integers, got {numbers}")
-    if (entry["out_features"], entry["in_features"]) != (linear.out_features, linear.in_features):
+    try:
+        spec = LayerSpec.from_dict(entry)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: layer {name!r}: {error}") from error
+    weight = spec.weight
+    if (weight.out_features, weight.in_features) != (linear.out_features, linear.in_features):
         raise CheckpointError(
-            f"{where}: layer {name!r} is {entry['out_features']} x {entry['in_features']} in quantization_config,"
+            f"{where}: layer {name!r} is {weight.out_features} x {weight.in_features} in quantization_config,"
             f" but {linear.out_features} x {linear.in_features} in the model"
         )
-    block, bits = entry["hadamard_block"], entry["activation_bits"]
-    if block & (block - 1) or entry["in_features"] % block or bits not in (4, 6, 8, 16):
-        raise CheckpointError(f"{where}: layer {name!r}: hadamard_block {block} or activation_bits {bits} is not possible")
-    if not isinstance(entry["format"], str):
-        raise CheckpointError(f"{where}: layer {name!r}: format must be a name, got {entry['format']!r}")
-    spec = QSpec(*(entry[k] for k in ("format", "out_features", "in_features", "group_size", "codebook_rows")))
     try:
-        return QuantLinear(spec, bits, block, linear.bias is not None, device="meta")
-    except (ValueError, TypeError) as error:
+        return QuantLinear(spec, linear.bias is not None, device="meta")
+    except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{where}: layer {name!r}: {error}") from error
+
+
+def _timestep_edges(quantization: dict, layers: dict[str, QuantLinear], where: Path) -> tuple[float, ...]:
+    edges = quantization.get("timestep_edges")
+    numbers = isinstance(edges, list) and all(type(e) in (int, float) and abs(e) < MAX_TIMESTEP for e in edges)
+    if not numbers or edges != sorted(edges, reverse=True):
+        raise CheckpointError(f"{where}: timestep_edges must be a falling list of numbers, got {edges!r:.80}")
+    for name, layer in layers.items():
+        buckets = layer.layer_spec.activation.buckets
+        if buckets not in (0, len(edges)):
+            raise CheckpointError(
+                f"{where}: layer {name!r} has {buckets} static scales, but there are {len(edges)} timestep_edges"
+            )
+    return tuple(float(e) for e in edges)
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+    bad = [name for name, t in tensors.items() if not bool(torch.isfinite(t).all())]
+    return f"{bad[0]} has NaN or infinite entries" if bad else None
 
 
 def _open(weights: Path):

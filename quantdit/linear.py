@@ -1,4 +1,4 @@
-"""`QuantLinear`: the one module of a quantized model. rotate -> quantize tokens -> integer product -> scale + bias."""
+"""`QuantLinear`: the one module of a quantized model. transform -> quantize tokens -> integer product -> scale + bias."""
 
 from __future__ import annotations
 
@@ -8,47 +8,52 @@ import torch
 from torch import Tensor, nn
 
 import quantdit.kernels.ops  # noqa: F401 - defines torch.ops.quantdit
-from quantdit import hadamard
-from quantdit.formats import QSpec
+from quantdit import transform
 from quantdit.kernels.cpu import version_of
-from quantdit.qtensor import FIELDS, QTensor, spec_fields
+from quantdit.layer_spec import LayerSpec, layer_fields
+from quantdit.qtensor import FIELDS, QTensor
+from quantdit.timesteps import bucket_of, timestep_of
+from quantdit.transform import Transform
 
 
 class QuantLinear(nn.Linear):
-    """A linear layer whose weight is a `QTensor`, in the rotated space if `hadamard_block` > 1.
+    """A linear layer whose weight is a `QTensor`, in the space its `Transform` takes the inputs to.
 
-    Buffers: the QTensor's tensors under their own names, and `sign` int8 `[in]` of a rotated layer. `bias` is a parameter as in
-    `nn.Linear`. `weight` is a property that decodes to `[out, in]` in the unrotated space, which is what PEFT's LoRA needs.
+    Buffers: the tensors of the QTensor and of the Transform under their own names; `up`, `down` bfloat16 of a low-rank branch;
+    `static_scale` of static activations. `bias` is a parameter as in `nn.Linear`. `weight` is a property that decodes to
+    `[out, in]` in the original space, which is what PEFT's LoRA needs.
 
     On CPU the decoded int8 matrix is kept after the first call (`cache_decoded`): one byte a weight, a quarter of float32.
     """
 
-    def __init__(
-        self, spec: QSpec, activation_bits: int, hadamard_block: int, bias: bool, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, layer_spec: LayerSpec, bias: bool, device: torch.device | str = "cpu") -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = spec.in_features, spec.out_features
-        self.spec = spec
-        self.activation_bits = activation_bits
-        self.hadamard_block = hadamard_block
+        self.layer_spec = layer_spec
+        self.spec = layer_spec.weight
+        self.in_features, self.out_features = self.spec.in_features, self.spec.out_features
+        self.bucket = 0  # of static_scale; follow_timesteps keeps it up to date
         self.cache_decoded = True
         self._decoded: tuple[tuple, Tensor] | None = None  # what was decoded, and I
-        for name, field in spec_fields(spec).items():
+        for name, field in layer_fields(layer_spec).items():
             self.register_buffer(name, torch.empty(field.shape, dtype=field.dtype, device=device))
-        if hadamard_block > 1:
-            self.register_buffer("sign", torch.empty(spec.in_features, dtype=torch.int8, device=device))
-        self.bias = nn.Parameter(torch.empty(spec.out_features, device=device), requires_grad=False) if bias else None
+        self.bias = nn.Parameter(torch.empty(self.out_features, device=device), requires_grad=False) if bias else None
 
     @classmethod
-    def from_qtensor(
-        cls, q: QTensor, activation_bits: int, hadamard_block: int, sign: Tensor | None, bias: Tensor | None
-    ) -> QuantLinear:
-        """Build the layer around a quantized weight; `sign` int8 `[in]` if hadamard_block > 1; `bias` `[out]` float or None."""
-        layer = cls(q.spec, activation_bits, hadamard_block, bias is not None, device="meta")
-        for name, tensor in q.tensors().items():
+    def from_tensors(cls, layer_spec: LayerSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> QuantLinear:
+        """Build the layer around its tensors, named as `layer_fields(layer_spec)`; `bias` `[out]` float or None.
+
+        Raises:
+            ValueError: a tensor is missing, superfluous, or of another dtype or shape.
+        """
+        layer = cls(layer_spec, bias is not None, device="meta")
+        expected = layer_fields(layer_spec)
+        if tensors.keys() != expected.keys():
+            raise ValueError(f"a layer of {layer_spec} stores {sorted(expected)}, got {sorted(tensors)}")
+        for name, field in expected.items():
+            tensor = tensors[name]
+            if (tensor.dtype, tuple(tensor.shape)) != (field.dtype, field.shape):
+                raise ValueError(f"{name}: expected {field.dtype} {field.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
             setattr(layer, name, tensor)
-        if hadamard_block > 1:
-            layer.sign = sign
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return layer
@@ -59,11 +64,19 @@ class QuantLinear(nn.Linear):
         return QTensor(self.spec, **{name: getattr(self, name) for name in FIELDS if name in self._buffers})
 
     @property
+    def transform(self) -> Transform:
+        """Return what happens to inputs before they are quantized."""
+        s = self.layer_spec
+        named = {n: getattr(self, n) for n in transform.NAMES if n in self._buffers}
+        return transform.from_tensors(s.rotation, s.block, named)
+
+    @property
     def weight(self) -> Tensor:
-        """Return the decoded weight `[out, in]` in the unrotated space, in the bias's dtype (float32 without one)."""
+        """Return the decoded weight `[out, in]` in the original space, in the bias's dtype (float32 without one)."""
         dense = self.qtensor.dequantize()
-        if self.hadamard_block > 1:
-            dense = hadamard.rotate_back(dense, self.sign, self.hadamard_block)
+        if self.layer_spec.rank:
+            dense = dense + self.up.float() @ self.down.float()
+        dense = transform.weight_back(self.transform, dense)
         return dense if self.bias is None else dense.to(self.bias.dtype)
 
     def decoded(self) -> Tensor:
@@ -86,24 +99,42 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x `[..., in]` to `[..., out]` in x's dtype."""
-        tokens = x.reshape(-1, self.in_features)
-        if self.hadamard_block > 1:
-            tokens = torch.ops.quantdit.rotate(tokens, self.sign, self.hadamard_block)
+        tokens = self._transformed(x.reshape(-1, self.in_features))
         integers = self.decoded()
-        if self.activation_bits == 16:
+        activation = self.layer_spec.activation
+        if activation.bits == 16:
             y = torch.ops.quantdit.gemm_w8a16(tokens, integers, self.scale, self.bias)
         else:
-            codes, token_scale = torch.ops.quantdit.quantize_tokens(tokens, self.activation_bits)
+            codes, token_scale = self._quantized(tokens)
             y = torch.ops.quantdit.gemm_w8a8(codes, token_scale, integers, self.scale, self.bias, x.dtype)
+        if self.layer_spec.rank:
+            thin = nn.functional.linear(tokens, self.down.to(tokens.dtype))
+            y = y + nn.functional.linear(thin, self.up.to(tokens.dtype))
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _transformed(self, tokens: Tensor) -> Tensor:
+        if self.layer_spec.rotation == "hadamard":
+            return torch.ops.quantdit.rotate(tokens, self.premultiplier, self.layer_spec.block)
+        return transform.apply(self.transform, tokens)
+
+    def _quantized(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        a = self.layer_spec.activation
+        if a.format == "fp8":
+            return torch.ops.quantdit.quantize_tokens_fp8(tokens)
+        static = self.static_scale[self.bucket : self.bucket + 1] if a.buckets else None
+        return torch.ops.quantdit.quantize_tokens(tokens, a.bits, a.group_size, a.format == "affine", static)
 
     def extra_repr(self) -> str:
         """Describe the layer as `nn.Linear` would."""
         s = self.spec
         group = "" if s.group_size == s.in_features else f", group_size={s.group_size}"
-        rotation = f", hadamard={self.hadamard_block}" if self.hadamard_block > 1 else ""
         sizes = f"{s.in_features}, {s.out_features}, bias={self.bias is not None}"
-        return f"{sizes}, {s.format}{group}, a{self.activation_bits}{rotation}"
+        return f"{sizes}, {s.format}{group}, {self.layer_spec.activation}{self._transform_text()}"
+
+    def _transform_text(self) -> str:
+        s = self.layer_spec
+        rotation = f", {s.rotation}={s.block}" if s.block > 1 else ""
+        return f"{rotation}{', smooth' if s.smoothed else ''}{f', rank={s.rank}' if s.rank else ''}"
 
     def _apply(self, fn, recurse: bool = True):
         """Move as any module, but let a cast of the model touch the bias alone: scales stay float32, fp8 codes fp8."""
@@ -117,6 +148,24 @@ class QuantLinear(nn.Linear):
 
 
 def weight_bits(layer: QuantLinear) -> float:
-    """Return stored bits per weight of a layer, scales, codebooks and rotation signs included, the bias not."""
+    """Return stored bits per weight of a layer: scales, codebooks, rotation and low-rank branch included, the bias not."""
     stored = sum(b.nbytes for b in layer.buffers(recurse=False))
     return 8 * stored / math.prod((layer.out_features, layer.in_features))
+
+
+def follow_timesteps(transformer: nn.Module, edges: tuple[float, ...]) -> None:
+    """Let every call of the transformer tell its layers with static scales the bucket of its timestep.
+
+    Bucket b holds timesteps of at least `edges[b]`; edges fall, and what is below the last belongs to the last bucket. A call
+    without a timestep uses the last one.
+    """
+    transformer.timestep_edges = tuple(edges)
+    layers = [m for m in transformer.modules() if isinstance(m, QuantLinear) and m.layer_spec.activation.buckets]
+
+    def tell(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        bucket = bucket_of(timestep_of(args, kwargs), edges)
+        for layer in layers:
+            layer.bucket = bucket
+
+    if layers:
+        transformer.register_forward_pre_hook(tell, with_kwargs=True)

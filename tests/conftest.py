@@ -18,7 +18,8 @@ import torch
 
 CLASSES = 3
 
-# Every weight format, every activation width, both rotations, a dense layer in a block, a quantized one outside of them.
+# Every weight format, every kind of activation and of transform, a low-rank branch, a dense layer in a block, a quantized one
+# outside of them.
 MIXED = """
 name = "everything"
 
@@ -51,16 +52,21 @@ activation_bits = 6
 match = "transformer_blocks.0.attn1.to_v"
 weight = "table3"
 activation_bits = 8
+activation_scale = "static"
+rotation = "ars"
 
 [[rule]]
 match = "transformer_blocks.0.attn1.to_out.0"
 weight = "int6"
 activation_bits = 4
+activation_group_size = 32
+act_order = false
 
 [[rule]]
 match = "transformer_blocks.0.ff.net.0.proj"
 weight = "fp8_e4m3"
 activation_bits = 8
+activation_format = "fp8"
 
 [[rule]]
 match = "transformer_blocks.0.ff.net.2"
@@ -74,6 +80,18 @@ match = "transformer_blocks.1.attn1.to_q"
 weight = "table4"
 table = "twin-log"
 activation_bits = 8
+rotation = "auto"
+smooth = "salience"
+method = "rtn"
+
+[[rule]]
+match = "transformer_blocks.1.attn1.to_v"
+weight = "table6"
+table = "gaussian"
+activation_bits = 4
+activation_format = "affine"
+activation_group_size = 32
+bias_correction = false
 
 [[rule]]
 match = "transformer_blocks.1.attn1.to_k"
@@ -85,13 +103,37 @@ activation_bits = 8
 match = "transformer_blocks.1.ff.net.2"
 weight = "int4"
 group_size = 128
-activation_bits = 8
+activation_bits = 6
+activation_scale = "static"
+rotation = "outlier"
+smooth = "absmax"
+low_rank = 4
+method = "rtn"
 
 [[rule]]
 match = "transformer_blocks.1.ff.net.0.proj"
-weight = "table4"
+weight = "table4_e4m3"
 rotation = "none"
+smooth = "rms"
+descent = 0
 method = "rtn"
+
+[[rule]]
+match = "transformer_blocks.1.norm1.linear"
+weight = "table6_e4m3"
+table_rows = "channel"
+
+[[rule]]
+match = "transformer_blocks.1.norm1.emb.*linear_2"
+weight = "table2_e4m3"
+method = "rtn"
+
+[[rule]]
+match = "proj_out_1"
+weight = "table3_e4m3"
+table = "twin-log-paper"
+activation_bits = 8
+activation_format = "affine"
 
 [[rule]]
 match = "role:embedder"

@@ -15,6 +15,7 @@ from torch import nn
 
 from quantdit.formats import FORMATS, QSpec
 from quantdit.hadamard import random_sign
+from quantdit.layer_spec import ActivationSpec, LayerSpec, layer_fields
 from quantdit.linear import QuantLinear, weight_bits
 from quantdit.qtensor import QTensor, spec_fields
 
@@ -35,7 +36,7 @@ def random_qtensor(name: str, out: int = OUT, width: int = WIDTH, seed: int = 0)
     for key, field in spec_fields(spec).items():
         if key not in tensors:
             low, high = {"multiplier": (1, 127 // f.levels + 1), "offset": (-128, 1), "codebook": (-128, 128)}[key]
-            tensors[key] = torch.randint(low, high, field.shape, generator=generator).to(field.dtype)
+            tensors[key] = torch.randint(low, high, field.shape, generator=generator).float().to(field.dtype)
     return QTensor(spec, **tensors)
 
 
@@ -53,17 +54,19 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float32, largest: int = 1) ->
 def layer_of(
     q: QTensor, activation_bits: int = 16, rotated: bool = False, bias: bool = False, dtype: torch.dtype = torch.float32
 ) -> QuantLinear:
-    block, sign = (BLOCK, random_sign(q.spec.in_features, 3)) if rotated else (1, None)
-    return QuantLinear.from_qtensor(q, activation_bits, block, sign, random_bias().to(dtype) if bias else None)
+    sign = {"premultiplier": random_sign(q.spec.in_features, 3)} if rotated else {}
+    rotation, block = ("hadamard", BLOCK) if rotated else ("none", 1)
+    spec = LayerSpec(q.spec, ActivationSpec(activation_bits), rotation, block)
+    return QuantLinear.from_tensors(spec, q.tensors() | sign, random_bias().to(dtype) if bias else None)
 
 
 def rotation(layer: QuantLinear) -> np.ndarray:
     """R = diag(sign) (1 kron H) `[in, in]` float64, the identity if the layer is not rotated."""
-    if layer.hadamard_block == 1:
+    b = layer.layer_spec.block
+    if b == 1:
         return np.eye(layer.in_features)
-    b = layer.hadamard_block
     h = np.array([[(-1.0) ** (i & j).bit_count() for j in range(b)] for i in range(b)]) / b**0.5
-    return np.diag(layer.sign.numpy().astype(float)) @ np.kron(np.eye(layer.in_features // b), h)
+    return np.diag(layer.premultiplier.numpy().astype(float)) @ np.kron(np.eye(layer.in_features // b), h)
 
 
 def by_hand(layer: QuantLinear, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -71,10 +74,11 @@ def by_hand(layer: QuantLinear, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray
     q = layer.qtensor
     dense = q.scale.double().numpy()[:, None] * q.decode8().to(torch.float32).double().numpy()
     tokens = x.reshape(-1, layer.in_features).double().numpy() @ rotation(layer)
-    if layer.activation_bits < 16:
+    bits = layer.layer_spec.activation.bits
+    if bits < 16:
         # The definition of a token's scale and codes, in the arithmetic that defines it: float32 (exact tokens, one division).
         tokens = tokens.astype(np.float32)
-        scale = np.abs(tokens).max(axis=1) / np.float32(2 ** (layer.activation_bits - 1) - 1)
+        scale = np.abs(tokens).max(axis=1) / np.float32(2 ** (bits - 1) - 1)
         codes = np.rint(tokens / np.where(scale == 0, np.float32(1), scale)[:, None])
         tokens = scale[:, None].astype(np.float64) * codes
     bias = np.zeros(layer.out_features) if layer.bias is None else layer.bias.double().numpy()
@@ -86,12 +90,12 @@ def assert_is_by_hand(layer: QuantLinear, x: torch.Tensor) -> None:
     assert (y.dtype, y.shape) == (x.dtype, (*x.shape[:-1], layer.out_features))
     expected, magnitude = by_hand(layer, x)
     u = UNIT[x.dtype]
-    if layer.activation_bits == 16:
+    if layer.layer_spec.activation.bits == 16:
         # Weights and bias rounded to x's dtype (the scaling is one more rounding of float32), float32 sums, the result rounded.
         bound = ((layer.in_features + 1) * U32 + 2 * u) * magnitude + 2 * u * np.abs(expected)
     else:
         # Sum, two scalings and bias rounded to float32, the result to x's dtype; e4m3 weights are summed in float32 on a CPU.
-        sums = layer.in_features if layer.spec.format == "fp8_e4m3" else 0
+        sums = layer.in_features if layer.decoded().dtype == torch.float8_e4m3fn else 0
         bound = (sums + 5) * U32 * magnitude + u * np.abs(expected)
     bound += 2.0**-25  # half the distance of the smallest float16 numbers
     assert (np.abs(y.detach().double().numpy().reshape(expected.shape) - expected) <= bound).all()
@@ -180,8 +184,8 @@ def test_repr_says_what_it_is():
 def test_state_dict_round_trip(name: str, assign: bool):
     layer = layer_of(random_qtensor(name), 8, rotated=True, bias=True)
     state = layer.state_dict()
-    assert state.keys() == {*spec_fields(layer.spec), "sign", "bias"}
-    empty = QuantLinear(layer.spec, 8, BLOCK, bias=True, device="meta" if assign else "cpu")
+    assert state.keys() == {*layer_fields(layer.layer_spec), "bias"}
+    empty = QuantLinear(layer.layer_spec, bias=True, device="meta" if assign else "cpu")
     empty.load_state_dict(copy.deepcopy(state), assign=assign)
     x = inputs(5, WIDTH)
     assert torch.equal(empty(x), layer(x))
@@ -263,7 +267,8 @@ def test_bits_per_weight(name: str, rotated: bool, expected: float):
 
 def test_the_bias_is_a_copy():
     bias = nn.Parameter(random_bias())
-    layer = QuantLinear.from_qtensor(random_qtensor("int4"), 8, 1, None, bias)
+    q = random_qtensor("int4")
+    layer = QuantLinear.from_tensors(LayerSpec(q.spec, ActivationSpec(8)), q.tensors(), bias)
     with torch.no_grad():
         bias.zero_()
     assert torch.equal(layer.bias, random_bias())

@@ -26,8 +26,10 @@ HOMES = {
 
 # A part imports itself and parts of earlier rows; parts of one row do not know each other. `""` is quantdit/__init__.py.
 ORDER = (
-    ("formats", "hadamard"),
-    ("qtensor", "recipe"),
+    ("formats", "hadamard", "timesteps"),
+    ("qtensor", "transform"),
+    ("layer_spec",),
+    ("recipe",),
     ("kernels", "models"),
     ("calibration", "linear"),
     ("",),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from quantdit import transform
 from quantdit.formats import FORMATS, QSpec
 from quantdit.hadamard import random_sign, rotate
 from quantdit.kernels import ops
@@ -32,7 +33,7 @@ def stored_weight(name: str, rows: int, width: int, group: int, codebook_rows: i
     codes = torch.randint(f.levels, (rows, width // f.dim), generator=generator).to(torch.uint8)
     if name == "fp8_e4m3":
         codes[codes % 128 == 127] = 0
-    tensors = dict.fromkeys(("multiplier", "offset", "codebook"))
+    tensors: dict[str, torch.Tensor | None] = dict.fromkeys(("multiplier", "offset", "codebook"))
     for key, field in spec_fields(spec).items():
         if key in tensors:
             low, high = {"multiplier": (0, 127 // f.levels + 1), "offset": (-128, 1), "codebook": (-128, 128)}[key]
@@ -48,13 +49,25 @@ def opcheck_samples() -> dict[str, list[tuple]]:
         "rotate": [
             (random(3, 24), random_sign(24, 0), 8),
             (random(4, 2, 24).transpose(0, 1).half(), random_sign(24, 0), 4),
+            (random(3, 24).bfloat16(), random_sign(24, 0) * (random(24).abs() + 0.1), 8),
         ],
-        "quantize_tokens": [(random(3, 24), 8), (random(3, 24).bfloat16(), 4), (random(24, 3).T, 8)],
+        "quantize_tokens": [
+            (random(3, 24), 8),
+            (random(3, 24).bfloat16(), 4),
+            (random(24, 3).T, 8),
+            (random(3, 24), 4, 8),
+            (random(3, 24).half(), 6, 12, True),
+            (random(24, 3).T, 4, 0, True),
+            (random(3, 24), 8, 0, False, torch.tensor([0.02])),
+            (random(3, 24), 4, 8, False, torch.tensor([0.02])),
+        ],
+        "quantize_tokens_fp8": [(random(3, 24),), (random(3, 24).bfloat16(),), (random(24, 3).half().T,)],
         "decode8": [stored_weight(name, 5, 48, 16) for name in FORMATS] + [stored_weight("table4", 5, 48, 48, codebook_rows=5)],
         "gemm_w8a8": [
             (codes, token_scale, weight, scale, random(7), torch.float32),
             (codes, token_scale, weight, scale, None, torch.bfloat16),
             (codes, token_scale, fp8, scale, random(7).half(), torch.float16),
+            (random(5, 24, seed=4).to(torch.float8_e4m3fn), token_scale, fp8, scale, random(7), torch.float32),
             (random_int8(24, 5).T, token_scale, random_int8(24, 7).T, scale, None, torch.float32),
         ],
         "gemm_w8a16": [
@@ -97,6 +110,12 @@ REFUSED = {
     "quantize_tokens, 1 bit": ("quantize_tokens", (random(3, 8), 1)),
     "quantize_tokens, 9 bits": ("quantize_tokens", (random(3, 8), 9)),
     "quantize_tokens, 3-D": ("quantize_tokens", (random(3, 8, 4), 8)),
+    "quantize_tokens, group that does not divide": ("quantize_tokens", (random(3, 44), 4, 32)),
+    "quantize_tokens, group above the width": ("quantize_tokens", (random(3, 8), 4, 32)),
+    "quantize_tokens, negative group": ("quantize_tokens", (random(3, 8), 4, -4)),
+    "quantize_tokens, static and affine": ("quantize_tokens", (random(3, 8), 4, 0, True, torch.ones(1))),
+    "quantize_tokens, a static scale per token": ("quantize_tokens", (random(3, 8), 8, 0, False, torch.ones(3))),
+    "quantize_tokens_fp8, 3-D": ("quantize_tokens_fp8", (random(3, 8, 4),)),
     "decode8, unknown format": ("decode8", (torch.zeros(3, 8, dtype=torch.uint8), None, None, None, "int5", 16, 16)),
     "gemm_w8a8, float codes": ("gemm_w8a8", (random(5, 8), torch.ones(5), random_int8(7, 8), torch.ones(7), None, torch.float32)),
     "gemm_w8a8, uint8 codes": (
@@ -141,6 +160,14 @@ def test_what_the_fake_refuses_the_op_refuses(case: str):
 def test_rotate_is_that_of_hadamard():
     x, sign = random(2, 3, 48), random_sign(48, 1)
     assert torch.equal(QUANTDIT.rotate(x, sign, 16), rotate(x, sign, 16))
+
+
+def test_rotate_takes_smoothing_in_the_same_tensor():
+    x, premultiplier = random(2, 3, 48), random_sign(48, 1) / (random(48).abs() + 0.1)
+    expected = rotate(x * premultiplier.abs(), premultiplier.sign(), 16)
+    # Two multiplications by numbers of which one is +-1, in any order, round the same.
+    assert torch.equal(QUANTDIT.rotate(x, premultiplier, 16), expected)
+    assert torch.equal(transform.apply(transform.Transform(premultiplier, 16), x), expected)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -208,6 +235,211 @@ def test_an_outlier_zeroes_only_its_own_token():
     codes, scale = QUANTDIT.quantize_tokens(x, 8)
     assert codes.tolist() == [[0, 0, 0, 127, 0, 0, 0, 0], [127] * 8]
     assert scale.tolist() == pytest.approx([1e6 / 127, 1 / 127], rel=2 * U32)
+
+
+KINDS = [(bits, group, affine) for bits in (4, 6) for group in (0, 32, 64, 128) for affine in (False, True)] + [(8, 0, True)]
+
+
+def levels_of(codes: torch.Tensor, group_size: int) -> torch.Tensor:
+    """How many different `I` each token's groups have, `[m, groups]`."""
+    grouped = codes.unflatten(1, (-1, group_size or codes.shape[1])).sort(dim=2).values
+    return (grouped.diff(dim=2) != 0).sum(dim=2) + 1
+
+
+def steps(x: torch.Tensor, bits: int, group_size: int, affine: bool) -> torch.Tensor:
+    """The step of each token's groups in x's unit `[m, groups]` float64, by the definition.
+
+    Groups divide the int8 grid of the token by an integer: their own range over its codes, rounded up to whole grid steps.
+    """
+    x = x.double()
+    grouped = x.unflatten(1, (-1, group_size or x.shape[1]))
+    high, low = grouped.amax(dim=2), grouped.amin(dim=2)
+    own = (high - low) / (2**bits - 1) if affine else torch.maximum(high, -low) / (2 ** (bits - 1) - 1)
+    grid = x.abs().amax(dim=1, keepdim=True) / 127
+    if group_size:
+        return grid * torch.clamp((own / grid * (1 - 1e-6)).ceil(), min=1)
+    return torch.maximum(own, grid) if affine else own
+
+
+def group_error(error: torch.Tensor, group: int) -> torch.Tensor:
+    """Return `|error|`, of groups its RMS: a group may clip its ends where that makes its squared error smaller."""
+    if not group:
+        return error.abs()
+    return error.unflatten(1, (-1, group)).square().mean(dim=2).sqrt().repeat_interleave(group, dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "group", "affine"), KINDS)
+def test_codes_are_within_half_a_step_of_their_group(bits: int, group: int, affine: bool, dtype: torch.dtype):
+    """Bounds from the step: half of it, half of one more grid step where an offset or an end is rounded to an integer."""
+    m = 48
+    x = random(m, 256) * torch.logspace(-3, 3, m)[:, None]
+    x[m // 3 :] += torch.logspace(-3, 3, m)[m // 3 :, None]  # off centre
+    x[2 * m // 3 :, ::64] *= 10
+    x = x.to(dtype)
+    codes, scale = QUANTDIT.quantize_tokens(x, bits, group, affine)
+    assert (codes.dtype, codes.shape, scale.dtype, scale.shape) == (torch.int8, x.shape, torch.float32, (m,))
+    assert int(levels_of(codes, group).max()) <= (2**bits if affine else 2**bits - 1)
+    step = steps(x, bits, group, affine).repeat_interleave(group or 256, dim=1)
+    grid = x.double().abs().amax(dim=1, keepdim=True) / 127
+    allowed = step / 2 + (grid / 2 if group or affine else 0) + 300 * U32 * grid
+    assert bool((group_error(x.double() - scale.double()[:, None] * codes.double(), group) <= allowed).all())
+    if group:
+        assert torch.equal(scale, x.float().abs().amax(dim=1) / 127)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("group", [0, 8])
+def test_no_code_leaves_int8(bits: int, group: int, affine: bool):
+    """Tokens over the whole range, one-sided and shifted ones: nothing wraps around, so signs and order stay."""
+    ramp = torch.linspace(-1, 1, 64)
+    x = torch.stack([ramp, ramp.abs(), -ramp.abs(), ramp + 1, ramp - 0.9, 1 + ramp / 1000, ramp.roll(1), ramp.sign(), ramp**9])
+    x = torch.cat([x, x[:, torch.randperm(64, generator=torch.Generator().manual_seed(0))]])
+    codes, scale = QUANTDIT.quantize_tokens(x, bits, group, affine)
+    largest = steps(x, bits, group, affine).amax(dim=1, keepdim=True)
+    grid = x.abs().amax(dim=1, keepdim=True) / 127
+    assert bool((group_error(scale[:, None] * codes - x, group) <= largest / 2 + grid / 2 + 1e-5).all())
+
+
+def gelu_like(m: int, k: int) -> torch.Tensor:
+    """Inputs as after a GELU: never below -.17, a tail above."""
+    return torch.nn.functional.gelu(2 * random(m, k, seed=7))
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("group", [0, 32, 64, 128])
+def test_an_offset_serves_one_sided_inputs(bits: int, group: int):
+    """No token is worse than with symmetric codes, which spend half of themselves on nothing; on the whole much better."""
+    x = gelu_like(64, 256)
+
+    def error(affine: bool) -> torch.Tensor:
+        codes, scale = QUANTDIT.quantize_tokens(x, bits, group, affine)
+        return (scale[:, None] * codes - x).norm(dim=1)
+
+    if bits == 8:  # no step is finer than the int8 grid's, with an offset or without
+        assert bool((error(True) <= 1.001 * error(False)).all())
+        return
+    assert bool((error(True) <= error(False)).all())
+    assert float(error(True).norm()) < 0.75 * float(error(False).norm())
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+@pytest.mark.parametrize("affine", [False, True])
+def test_smaller_groups_and_more_bits_are_better(bits: int, affine: bool):
+    x = random(64, 256)
+    x[:, 7] *= 30  # one outlier channel
+
+    def error(bits: int, group: int) -> float:
+        codes, scale = QUANTDIT.quantize_tokens(x, bits, group, affine)
+        return float((scale[:, None] * codes - x).norm())
+
+    # Not the whole token: the group that has the outlier pays for a step that is a whole number of grid steps.
+    by_group = [error(bits, group) for group in (128, 64, 32)]
+    assert by_group == sorted(by_group, reverse=True)
+    assert by_group[-1] < (0.5 if bits == 4 else 0.75) * error(bits, 0)
+    for group in (0, 128, 64, 32):
+        assert error(6, group) < error(4, group)
+
+
+@pytest.mark.parametrize(("bits", "group", "affine"), KINDS)
+def test_powers_of_two_scale_what_comes_out(bits: int, group: int, affine: bool):
+    x = gelu_like(16, 256)
+    codes, scale = QUANTDIT.quantize_tokens(x, bits, group, affine)
+    again, larger = QUANTDIT.quantize_tokens(x * 64, bits, group, affine)
+    assert torch.equal(again, codes) and torch.equal(larger, scale * 64)
+    if not affine:
+        negated, same = QUANTDIT.quantize_tokens(-x, bits, group, affine)
+        assert torch.equal(negated, -codes) and torch.equal(same, scale)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 0), (6, 0), (4, 32), (6, 32), (8, 32)])
+def test_an_offset_follows_the_group(bits: int, group: int):
+    """Whole numbers on the grid, moved by a whole number that leaves the grid's scale: codes move by exactly that."""
+    x = torch.randint(0, 2**bits if bits < 8 else 100, (16, 64), generator=torch.Generator().manual_seed(1)).float()
+    x[:, ::32], x[:, 1::32] = 0, min(2**bits - 1, 127)
+    x[:, 2] = 127 if group else x[:, 2]  # pins the scale of a grouped token to 1
+    codes, scale = QUANTDIT.quantize_tokens(x, bits, group, True)
+    part = slice(32, 64) if group else slice(None)  # the group without the 127
+    assert torch.equal(codes[:, part].float() * scale[:, None], x[:, part])
+    y = x.clone()
+    y[:, part] -= 20
+    moved, scale = QUANTDIT.quantize_tokens(y, bits, group, True)
+    assert torch.equal(moved[:, part].float() * scale[:, None], y[:, part])
+
+
+@pytest.mark.parametrize(("bits", "group", "affine"), [(8, 0, False), *KINDS])
+def test_tokens_of_zeros_of_any_kind(bits: int, group: int, affine: bool):
+    """Scale and codes 0, the neighbours untouched; a group of zeros in another token stays zero."""
+    x = random(4, 256)
+    x[1], x[3, :128] = 0, 0
+    codes, scale = QUANTDIT.quantize_tokens(x, bits, group, affine)
+    assert scale[1] == 0 and not bool(codes[1].any())
+    if group:
+        assert not bool(codes[3, :128].any())
+    alone, alone_scale = QUANTDIT.quantize_tokens(x[::2], bits, group, affine)
+    assert torch.equal(codes[::2], alone) and torch.equal(scale[::2], alone_scale)
+    none, none_scale = QUANTDIT.quantize_tokens(x[:0], bits, group, affine)
+    assert (none.shape, none_scale.shape) == ((0, 256), (0,))
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_an_outlier_costs_its_own_group_alone(affine: bool):
+    """The other groups keep steps of their own range, down to the token's int8 grid."""
+    x = random(8, 128)
+    x[:, 5] = 100
+    codes, scale = QUANTDIT.quantize_tokens(x, 4, 32, affine)
+    y = scale[:, None] * codes
+    assert torch.allclose(y[:, 5], torch.full((8,), 100.0))
+    elsewhere = (y - x)[:, 32:].abs()
+    whole = QUANTDIT.quantize_tokens(x, 4, 0, affine)
+    lost = (whole[1][:, None] * whole[0] - x)[:, 32:].abs()
+    assert float(elsewhere.max()) <= 100 / 127 + 1e-5  # half a step and half of a rounded offset
+    assert float(elsewhere.square().mean()) < 0.2 * float(lost.square().mean())
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_a_static_scale_is_used_and_clips(bits: int):
+    top = 2 ** (bits - 1) - 1
+    x = random(16, 40)
+    dynamic, own = QUANTDIT.quantize_tokens(x[:1], bits)
+    assert torch.equal(QUANTDIT.quantize_tokens(x[:1], bits, 0, False, own)[0], dynamic)
+    static = torch.tensor([0.5 / top])
+    codes, scale = QUANTDIT.quantize_tokens(x, bits, 0, False, static)
+    assert torch.equal(scale, static.expand(16))
+    assert torch.equal(codes.float(), (x / static).round().clamp(-top, top))
+    assert int(codes.max()) == top and int(codes.min()) == -top  # |x| reaches 3
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_a_static_scale_of_groups_is_that_of_the_int8_grid(bits: int):
+    top = 2 ** (bits - 1) - 1
+    x = random(16, 64)
+    static = torch.tensor([1.5 / 127])
+    codes, scale = QUANTDIT.quantize_tokens(x, bits, 32, False, static)
+    assert torch.equal(scale, static.expand(16))
+    assert int(levels_of(codes, 32).max()) <= 2 * top + 1
+    kept = x.abs() <= 1.5
+    step = 1.5 / top + 1.5 / 127
+    assert bool(((codes * static - x).abs() <= step / 2 + 1e-6)[kept].all())
+    assert bool((codes * static)[x > 1.5].ge(1.5 - step).all())  # clipped to the end, not wrapped
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_fp8_tokens_are_the_cast_of_the_scaled_token(dtype: torch.dtype):
+    """Relative half step 2^-4 of e4m3 from its smallest normal number 2^-6 on, half of 2^-9 below; 448 is reached."""
+    x = (random(32, 96) * torch.logspace(-3, 3, 32)[:, None]).to(dtype)
+    x[5] = 0
+    codes, scale = QUANTDIT.quantize_tokens_fp8(x)
+    assert (codes.dtype, codes.shape, scale.dtype, scale.shape) == (torch.float8_e4m3fn, x.shape, torch.float32, (32,))
+    assert scale[5] == 0 and not bool(codes[5].float().any())
+    values = codes.double()
+    live = torch.arange(32) != 5
+    assert torch.equal(values.abs().amax(dim=1)[live], torch.full((31,), 448.0, dtype=torch.float64))
+    error = (scale.double()[:, None] * values - x.double()).abs()
+    bound = torch.maximum(x.double().abs() * 2.0**-4, scale.double()[:, None] * 2.0**-10)
+    assert bool((error <= bound * (1 + 4 * U32)).all())
+    assert QUANTDIT.quantize_tokens_fp8(x[:0])[0].shape == (0, 96)
 
 
 def dense_product(a: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,138 @@
+"""`LayerSpec`: everything about one quantized layer that is not a tensor, and the tensors that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from quantdit import transform
+from quantdit.formats import FORMATS, Field, QSpec
+from quantdit.qtensor import spec_fields
+
+ACTIVATION_BITS = (4, 6, 8, 16)
+ACTIVATION_FORMATS = ("int", "affine", "fp8")
+MAX_BUCKETS = 1000
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """How a layer's inputs are quantized, after the transform (kernels/ops.py, quantize_tokens).
+
+    Attributes:
+        bits: 16 (not at all), 8, 6 or 4.
+        format: `int` symmetric codes; `affine` codes with an offset, which serves inputs that are not centred (after a GELU);
+            `fp8` e4m3.
+        group_size: consecutive inputs that share an integer multiplier (and offset) on the token's int8 grid; 0: none.
+        buckets: 0: each token's scale is its own largest magnitude. Else the number of static scales, one per timestep bucket,
+            fixed at calibration.
+    """
+
+    bits: int = 16
+    format: str = "int"
+    group_size: int = 0
+    buckets: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that the parts go together.
+
+        Raises:
+            ValueError: what does not, and why.
+        """
+        if self.bits not in ACTIVATION_BITS:
+            raise ValueError(f"activations of {self.bits} bits are not offered; known: {ACTIVATION_BITS}")
+        if self.format not in ACTIVATION_FORMATS:
+            raise ValueError(f"activation format {self.format!r} is unknown; known: {', '.join(ACTIVATION_FORMATS)}")
+        plain = self.format == "int" and not self.group_size and not self.buckets
+        if self.bits == 16 and not plain:
+            raise ValueError("activations of 16 bits are not quantized: they take no format, groups or static scales")
+        if self.format == "fp8" and (self.bits != 8 or self.group_size or self.buckets):
+            raise ValueError("fp8 activations are 8 bits with one scale per token: no groups, no static scales")
+        if self.bits == 8 and self.group_size:
+            raise ValueError("activation groups share a coarser step than int8's; at 8 bits there is none")
+        if self.buckets and self.format != "int":
+            raise ValueError("static scales are for symmetric integer activations")
+        if self.group_size < 0 or not 0 <= self.buckets <= MAX_BUCKETS:
+            raise ValueError(f"activation group size {self.group_size} or {self.buckets} buckets are not possible")
+
+    def __str__(self) -> str:
+        """Return it as `a8`, `a4 g64`, `a4 affine g64`, `a8 fp8`, `a8 static`."""
+        words = [f"a{self.bits}"]
+        words += [self.format] if self.format != "int" else []
+        words += [f"g{self.group_size}"] if self.group_size else []
+        words += ["static"] if self.buckets else []
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What must be known, besides the stored tensors, to run one quantized layer.
+
+    Attributes:
+        weight: how the (transformed) weight is stored.
+        activation: how its inputs are quantized.
+        rotation: a name of transform.KINDS.
+        block: size of the rotation's blocks, 1 without one.
+        smoothed: whether inputs are divided by a smoothing factor.
+        rank: of the low-rank branch beside the quantized weight, 0 for none.
+    """
+
+    weight: QSpec
+    activation: ActivationSpec = ActivationSpec()
+    rotation: str = "none"
+    block: int = 1
+    smoothed: bool = False
+    rank: int = 0
+
+    @classmethod
+    def from_dict(cls, content: dict) -> LayerSpec:
+        """Return what `asdict` made `content` of.
+
+        Raises:
+            ValueError: other keys, values of another type than the field's, or a combination that is not possible.
+        """
+        flat = _typed(cls, content) | {
+            "weight": QSpec(**_typed(QSpec, content.get("weight"))),
+            "activation": ActivationSpec(**_typed(ActivationSpec, content.get("activation"))),
+        }
+        return cls(**flat)
+
+
+def _typed(cls: type, content: object) -> dict:
+    """Return the content if it has exactly the fields of a dataclass of numbers, texts and truths, each of its type."""
+    types = {"str": str, "int": int, "bool": bool}
+    expected = {f.name: types.get(str(f.type), dict) for f in fields(cls)}
+    if not isinstance(content, dict) or content.keys() != expected.keys():
+        raise ValueError(f"must have exactly the keys {sorted(expected)}")
+    for name, kind in expected.items():
+        if type(content[name]) is not kind:  # bool is an int, and 8.0 == 8
+            raise ValueError(f"{name} must be {kind.__name__}, got {content[name]!r}")
+    return content
+
+
+def layer_fields(spec: LayerSpec) -> dict[str, Field]:
+    """Return name, dtype and shape of every tensor that a layer stores besides its bias.
+
+    Raises:
+        ValueError: sizes that do not divide, or a combination that is not possible.
+    """
+    weight, activation = spec.weight, spec.activation
+    out, width = weight.out_features, weight.in_features
+    expected = spec_fields(weight) | transform.fields(spec.rotation, width, spec.block, spec.smoothed)
+    if activation.group_size and width % activation.group_size:
+        raise ValueError(f"activation group size {activation.group_size} does not divide the width {width}")
+    if activation.format == "fp8" and not decodes_to_fp8(weight.format):
+        raise ValueError(f"fp8 activations need a weight that decodes to e4m3, {weight.format} decodes to int8")
+    if activation.buckets:
+        expected["static_scale"] = Field(torch.float32, (activation.buckets,))
+    if not 0 <= spec.rank <= min(out, width):
+        raise ValueError(f"a low-rank branch of a {out} x {width} weight cannot have rank {spec.rank}")
+    if spec.rank:
+        expected["up"] = Field(torch.bfloat16, (out, spec.rank))
+        expected["down"] = Field(torch.bfloat16, (spec.rank, width))
+    return expected
+
+
+def decodes_to_fp8(format: str) -> bool:
+    """Return whether a format's `I` is float8_e4m3fn rather than int8."""
+    return FORMATS[format].name.endswith("e4m3")
