@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from quantdit.calibration import stats as statistics
 from quantdit.calibration.stats import Stats
+from quantdit.timesteps import timestep_of
 
 
 @dataclass(frozen=True)
 class Call:
-    """One recorded call of a module, and the timestep bucket it belongs to."""
+    """One recorded call of a module, the timestep bucket it belongs to, and of a whole transformer what it returned."""
 
     args: tuple
     kwargs: dict
     bucket: int
+    output: Tensor | None = None
 
 
 class _Enough(Exception):
@@ -36,21 +38,49 @@ def transformer_calls(run: Callable[[], object], transformer: nn.Module, steps: 
         ValueError: `run` never called the transformer.
     """
     seen: list[tuple[tuple, dict, object]] = []
+    outputs: list[Tensor | None] = []
 
     def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        timestep = _timestep(args, kwargs)
+        timestep = timestep_of(args, kwargs)
         seen.append((_detached(args), _detached(kwargs), ("call", len(seen)) if timestep is None else timestep))
 
-    handle = transformer.register_forward_pre_hook(record, with_kwargs=True)
+    def record_output(module: nn.Module, args: tuple, output: object) -> None:
+        outputs.append(_detached(first_tensor(output)))
+
+    handles = [
+        transformer.register_forward_pre_hook(record, with_kwargs=True),
+        transformer.register_forward_hook(record_output),
+    ]
     try:
         with torch.no_grad():
             run()
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     if not seen:
         raise ValueError("the pipeline never called its transformer while sampling, so there is nothing to calibrate on")
     order = {t: i for i, t in enumerate(dict.fromkeys(t for *_, t in seen))}
-    return [Call(args, kwargs, min(order[t] * buckets // max(steps, len(order)), buckets - 1)) for args, kwargs, t in seen]
+    bucket = {t: min(i * buckets // max(steps, len(order)), buckets - 1) for t, i in order.items()}
+    return [Call(args, kwargs, bucket[t], output) for (args, kwargs, t), output in zip(seen, outputs, strict=True)]
+
+
+def first_tensor(output: object) -> Tensor | None:
+    """Return the first tensor of a transformer's output: itself, the first of a tuple, or of a diffusers output's fields."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
+    return next((v for v in values if isinstance(v, Tensor)), None)
+
+
+def model_error(transformer: nn.Module, calls: list[Call]) -> float | None:
+    """Return rel_rmse of the transformer's output against what `calls` recorded; None if they recorded nothing."""
+    error = power = 0.0
+    for call in calls:
+        if call.output is not None:
+            got = first_tensor(run_call(transformer, call))
+            error += float((got.float() - call.output.float()).square().sum())
+            power += float(call.output.float().square().sum())
+    return (error / power) ** 0.5 if power > 0 else None
 
 
 def first_block_calls(transformer: nn.Module, block: nn.Module, calls: list[Call]) -> list[Call]:
@@ -138,14 +168,6 @@ def collecting(linears: dict[str, nn.Linear], buckets: int, result: dict[str, St
             handle.remove()
     for name, first in owner.items():
         result[name] = result[first]
-
-
-def _timestep(args: tuple, kwargs: dict) -> object:
-    """Identify the sampling step by the timestep's largest value; None if there is no timestep."""
-    t = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-    if isinstance(t, Tensor) and t.numel():
-        return float(t.max())
-    return float(t) if isinstance(t, int | float) else None
 
 
 def _detached(value):

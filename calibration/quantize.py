@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantdit.calibration.gptq import gptq, rtn
+from quantdit.calibration.gptq import descend, gptq, rtn
 from quantdit.calibration.grids import GRIDS, PAIR_LIMIT
 from quantdit.calibration.kmeans import assign, kmeans
 from quantdit.formats import FORMATS, QSpec
@@ -20,6 +20,9 @@ def quantize_weight(
     method: str = "gptq",
     table: str = "lloyd-max",
     seed: int = 0,
+    act_order: bool = False,
+    descent: int = 0,
+    table_rows: str = "layer",
 ) -> QTensor:
     """Return weight `[out, in]` as a QTensor.
 
@@ -28,9 +31,13 @@ def quantize_weight(
         gram: `[in, in]`, `sum x x^T` of those inputs, up to a positive factor; the identity if nothing is known.
         format: a name of FORMATS.
         group_size: for grouped formats; divides `in`.
-        method: `gptq` (error feedback) or `rtn` (round to nearest); vector formats know only the nearest codeword.
-        table: how level tables are chosen, a name of TABLES.
+        method: `gptq` (error feedback), `rtn` (round to nearest) or `hqq` (the same with HQQ's zero points); vector formats know
+            only the nearest codeword.
+        table: how level tables are chosen, a name of grids.TABLES.
         seed: of the k-means start.
+        act_order: of gptq, see there.
+        descent: passes of coordinate descent after gptq.
+        table_rows: `layer` (one table) or `channel` (one per output channel).
 
     Raises:
         ValueError: the weight has NaN or infinite entries.
@@ -43,10 +50,12 @@ def quantize_weight(
     importance = (importance / importance.mean().clamp_min(1e-30)).clamp_min(1e-6)
     if f.dim > 1:
         return _quantize_vectors(weight, importance, gram, format, seed)
-    grid = GRIDS[format](weight, importance, group_size, format, table)
+    extra = {"fit": "hqq"} if method == "hqq" else {"rows": table_rows} if format.startswith("table") else {}
+    grid = GRIDS[format](weight, importance, group_size, format, table, **extra)
     W = weight / grid.scale[:, None]
     if method == "gptq":
-        codes, groups = gptq(W, gram, grid, group_size)
+        codes, groups = gptq(W, gram, grid, group_size, act_order=act_order)
+        codes = descend(codes, W, gram, grid, groups, group_size, descent) if descent else codes
     else:
         codes, groups = rtn(W, importance, grid, group_size)
     spec = QSpec(format, *weight.shape, group_size, grid.codebook_rows)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-SAMPLED_ROWS = 16  # rows kept of each update
+SAMPLED_ROWS = 64  # rows kept of each update
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,32 @@ class Stats:
 
     Attributes:
         count: rows (tokens).
+        total: `sum x`, float32 `[k]`.
         gram: `sum x x^T`, float32 `[k, k]`.
         absmax: largest magnitude per timestep bucket and channel, float32 `[buckets, k]`.
         rows: an even sample of the rows themselves, float32 `[r, k]`, to measure output errors with quantized activations.
+        row_buckets: the timestep bucket of each of `rows`, int64 `[r]`.
     """
 
     count: int
+    total: Tensor
     gram: Tensor
     absmax: Tensor
     rows: Tensor
+    row_buckets: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Return the mean row `[k]`."""
+        return self.total / max(1, self.count)
+
+    @property
+    def centred_gram(self) -> Tensor:
+        """Return `sum (x - mean) (x - mean)^T` `[k, k]`: what is left of output errors once the bias takes up their mean."""
+        mean = self.mean.double()
+        centred = (self.gram.double() - torch.outer(mean, mean) * self.count).float()
+        # What float32 lost of the sums, or inputs that hardly vary would leave a matrix that is not positive.
+        return centred + torch.eye(len(mean)) * (2.0**-23 * float(self.gram.diagonal().sum()))
 
     @property
     def rms(self) -> float:
@@ -37,7 +54,8 @@ class Stats:
 
 def init(width: int, buckets: int) -> Stats:
     """Return the Stats of no rows."""
-    return Stats(0, torch.zeros(width, width), torch.zeros(buckets, width), torch.zeros(0, width))
+    empty = torch.zeros(0, width), torch.zeros(0, dtype=torch.int64)
+    return Stats(0, torch.zeros(width), torch.zeros(width, width), torch.zeros(buckets, width), *empty)
 
 
 def update(stats: Stats, x: Tensor, bucket: int) -> Stats:
@@ -54,15 +72,25 @@ def update(stats: Stats, x: Tensor, bucket: int) -> Stats:
     absmax[bucket] = torch.maximum(absmax[bucket], peak)
     # Odd stride: an even one would meet the same token positions of every image.
     stride = max(1, len(x) // SAMPLED_ROWS) | 1
+    sample = x[::stride][:SAMPLED_ROWS]
     return replace(
         stats,
         count=stats.count + len(x),
+        total=stats.total + x.sum(dim=0),
         gram=stats.gram.addmm(x.T, x),
         absmax=absmax,
-        rows=torch.cat([stats.rows, x[::stride][:SAMPLED_ROWS]]),
+        rows=torch.cat([stats.rows, sample]),
+        row_buckets=torch.cat([stats.row_buckets, torch.full((len(sample),), bucket)]),
     )
 
 
 def merge(a: Stats, b: Stats) -> Stats:
     """Return the Stats of the rows of both."""
-    return Stats(a.count + b.count, a.gram + b.gram, torch.maximum(a.absmax, b.absmax), torch.cat([a.rows, b.rows]))
+    return Stats(
+        a.count + b.count,
+        a.total + b.total,
+        a.gram + b.gram,
+        torch.maximum(a.absmax, b.absmax),
+        torch.cat([a.rows, b.rows]),
+        torch.cat([a.row_buckets, b.row_buckets]),
+    )

@@ -110,3 +110,27 @@ def test_rms():
 
 def test_rms_of_nothing_is_zero():
     assert stats.init(WIDTH, BUCKETS).rms == 0
+
+
+def test_mean_and_centred_gram_are_those_of_all_rows():
+    """Against float64; the rounding of float32 sums is relative to the whole Gram matrix, of which a large mean is most."""
+    x = torch.randn(300, 24, generator=torch.Generator().manual_seed(1)) + torch.arange(24) / 4
+    s = stats.init(24, 2)
+    for i, part in enumerate(x.split(70)):
+        s = stats.update(s, part, i % 2)
+    wide = x.double()
+    centred = wide - wide.mean(dim=0)
+    torch.testing.assert_close(s.mean.double(), wide.mean(dim=0), rtol=1e-5, atol=1e-6)
+    assert float((s.centred_gram.double() - centred.T @ centred).abs().max()) <= 300 * 2.0**-24 * float(s.gram.diagonal().max())
+    assert stats.init(24, 2).centred_gram.count_nonzero() == 0
+
+
+def test_sampled_rows_know_their_bucket():
+    s = stats.init(3, 4)
+    for bucket in (2, 0, 3):
+        s = stats.update(s, torch.full((5, 3), float(bucket)), bucket)
+    assert s.row_buckets.tolist() == s.rows[:, 0].long().tolist() == [2] * 5 + [0] * 5 + [3] * 5
+    other = stats.update(stats.init(3, 4), torch.ones(2, 3), 1)
+    merged = stats.merge(s, other)
+    assert merged.row_buckets.tolist() == merged.rows[:, 0].long().tolist()
+    assert torch.equal(merged.total, s.total + other.total)
