@@ -61,8 +61,21 @@ def _parser() -> argparse.ArgumentParser:
         "--model", required=True, metavar="NAME|HUB_ID|DIR", help="what to quantize; `quantdit models` lists the names"
     )
     how = sub.add_mutually_exclusive_group(required=True)
-    how.add_argument("--bits", metavar="wXaY", help="weight bits X in 2 3 4 6 8 and activation bits Y in 4 6 8 16")
+    how.add_argument("--bits", metavar="wXaY", help="weight bits X in 2 3 4 6 8 and activation bits Y in 4 6 8 16; auto, autoaY")
     how.add_argument("--recipe", type=Path, metavar="FILE.toml", help="ordered per-layer rules")
+    goal = sub.add_mutually_exclusive_group()
+    goal.add_argument(
+        "--size-budget",
+        type=float,
+        metavar="PART",
+        help="choose each layer's weight bits so that all take this part of their size in 16 bits (0.25: 4 bits a weight)",
+    )
+    goal.add_argument(
+        "--max-drift",
+        type=float,
+        metavar="ERROR",
+        help="choose each layer's weight bits for the smallest size whose model_rel_rmse is at most this (0.05: 5 %%)",
+    )
     sub.add_argument("--output", type=Path, required=True, help="folder to write")
     sub.add_argument("--samples", type=_positive, default=32, help="images to calibrate on (%(default)s)")
     _sampling(sub)
@@ -133,20 +146,26 @@ def _models(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    from quantdit import recipe
-    from quantdit.compiler import REPORT, Settings, calibrate, clear_disk_errors
+    from quantdit import inspection, recipe
+    from quantdit.compiler import REPORT, Settings, Target, calibrate, clear_disk_errors
 
     plan = recipe.from_bits(args.bits) if args.bits is not None else recipe.from_toml(args.recipe)
+    target = None
+    if args.size_budget is not None or args.max_drift is not None:
+        target = Target(args.size_budget, args.max_drift)
+        plan = recipe.with_auto(plan) if args.bits is not None else plan
     pipeline, source = _load(args.model, args.device)
     settings = Settings(args.samples, args.steps, args.seed, args.guidance)
     with clear_disk_errors(args.output):
-        report = calibrate(pipeline, source, plan, args.output, settings, args.resume, args.overwrite)
+        report = calibrate(pipeline, source, plan, args.output, settings, args.resume, args.overwrite, target)
     size, seconds = report["size"], report["seconds"]
     errors = [layer["rel_rmse"] for layer in report["layers"].values()]
     print(
         f"{args.output}: {len(errors)} layers at {size['bits_per_weight']:.2f} bits a weight, {size['file_bytes'] / 1e6:.2f} MB,"
         f" mean rel_rmse {sum(errors) / max(1, len(errors)):.4f}, {sum(seconds.values()):.0f} s; report in {args.output / REPORT}"
     )
+    if target is not None:
+        print(inspection.allocation_summary(report["allocation"]))
     return 0
 
 

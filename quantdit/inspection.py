@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 from quantdit import checkpoint
 from quantdit.checkpoint import CheckpointError
 from quantdit.compiler import REPORT, size_of
+from quantdit.formats import FORMATS
 from quantdit.linear import QuantLinear, weight_bits
 
 
 def describe(folder: Path) -> str:
-    """Return a table with one line per layer: shape, format, bits per weight, rotation, output error, J.
+    """Return a table with one line per layer: shape, format, bits per weight, transform, activations, output error, J.
+
+    Where the calibration compared rotations or strengths of smoothing, a second table has the error of every candidate; where it
+    chose the weight formats, a last one has the error of each and what came of the choice.
 
     Raises:
         CheckpointError: the folder is no quantdit checkpoint or is damaged.
@@ -19,20 +26,79 @@ def describe(folder: Path) -> str:
     transformer, report = _read(folder)
     layers = checkpoint.quant_layers(transformer)
     width = max((len(name) for name in layers), default=5)
-    row = "{:<{width}}  {:>13}  {:<14}{:>7}  {:<13}{:>4}  {:>9}  {:>8}"
-    lines = [row.format("layer", "shape", "format", "bits/w", "rotation", "act", "rel_rmse", "J (rms)", width=width)]
+    row = "{:<{width}}  {:>13}  {:<14}{:>7}  {:<22}  {:<14}{:>9}  {:>8}"
+    lines = [row.format("layer", "shape", "format", "bits/w", "transform", "act", "rel_rmse", "J (rms)", width=width)]
     for name, layer in layers.items():
         entry, s = report.get(name, {}), layer.spec
         form = s.format if s.group_size == s.in_features else f"{s.format} g{s.group_size}"
-        cells = (name, f"{s.out_features}x{s.in_features}", form, f"{weight_bits(layer):.3f}", _rotation(layer))
+        cells = (name, f"{s.out_features}x{s.in_features}", form, f"{weight_bits(layer):.3f}", _transform(layer))
         measured = (_number(entry.get("rel_rmse"), ".5f"), _number(entry.get("rms"), ".3f"))
-        lines.append(row.format(*cells, f"a{layer.activation_bits}", *measured, width=width))
+        lines.append(row.format(*cells, str(layer.layer_spec.activation), *measured, width=width))
     size = size_of(transformer, folder / "transformer" / checkpoint.WEIGHTS)
     lines.append(
         f"{len(layers)} layers, {size['quantized_weights']:,} weights at {size['bits_per_weight']:.3f} bits with scales,"
         f" {size['dense_values']:,} dense values, file {size['file_bytes'] / 1e6:.2f} MB"
     )
-    return "\n".join(lines)
+    allocation = _allocation(folder, layers.keys())
+    return "\n".join([*lines, *_candidates(report, width), *(_widths(allocation, width) if allocation else ())])
+
+
+def allocation_summary(allocation: dict) -> str:
+    """Return in a few lines what a calibration report's `allocation` chose, for which target, and what it gave."""
+    counts = Counter(layer["chosen"] for layer in allocation["layers"].values())
+    used, whole = allocation["bytes"], allocation["bytes_in_16_bits"]
+    asked = (
+        f"at most {allocation['size_budget']:g}"
+        if allocation["size_budget"] is not None
+        else f"the least for a drift of at most {allocation['max_drift']:g}"
+    )
+    tried = ", ".join(f"{a['bytes'] / whole:.3f} gave {a['measured']:.4f}" for a in allocation["attempts"])
+    return "\n".join(
+        [
+            "weights: " + ", ".join(f"{counts[w]} layers in {w}" for w in _formats(allocation) if counts[w]),
+            f"size: {used:,} bytes, {used / whole:.4f} of 16 bits ({asked})",
+            f"model_rel_rmse: {allocation['model_rel_rmse']:.4f}, predicted {allocation['predicted_model_rel_rmse']:.4f}"
+            + (f" (tried: {tried})" if len(allocation["attempts"]) > 1 else ""),
+        ]
+    )
+
+
+def _widths(allocation: dict, width: int) -> list[str]:
+    """Return the table of layers and weight formats: the error of the model's output that each layer alone would cause."""
+    names = _formats(allocation)
+    lines = ["", "error of the model's output from each layer alone, per weight format; * chosen, ~ interpolated"]
+    lines.append(f"{'layer':<{width}}" + "".join(f"{name:>12}" for name in names))
+    for layer, entry in allocation["layers"].items():
+        cells = []
+        for name in names:
+            known = entry["weights"].get(name)
+            guess, star = ("~" if known and not known["measured"] else ""), ("*" if name == entry["chosen"] else " ")
+            cells.append(f"{guess}{known['error']:.5f}{star}" if known else "")
+        lines.append(f"{layer:<{width}}" + "".join(f"{cell:>12}" for cell in cells))
+    return [*lines, allocation_summary(allocation)]
+
+
+def _formats(allocation: dict) -> list[str]:
+    """Return the weight formats any layer had to choose from, by bits."""
+    names = {w for layer in allocation["layers"].values() for w in layer["weights"]}
+    return sorted(names, key=lambda w: (_bits(w), w))
+
+
+def _candidates(report: dict, width: int) -> list[str]:
+    """Return the output errors of all candidates that were compared, the chosen one starred; nothing if none were."""
+    lines = []
+    for key, title in (("rotation", "rotation"), ("smoothing", "alpha of smoothing")):
+        compared = {name: entry[key] for name, entry in report.items() if entry.get(key, {}).get("errors")}
+        if not compared:
+            continue
+        names = list(dict.fromkeys(kind for choice in compared.values() for kind in choice["errors"]))
+        lines += ["", f"output error per {title}, * chosen"]
+        lines.append(f"{'layer':<{width}}" + "".join(f"{name:>12}" for name in names))
+        for layer, choice in compared.items():
+            chosen = str(choice.get("chosen", choice.get("alpha")))
+            cells = [f"{choice['errors'][n]:.5f}{'*' if n == chosen else ' '}" if n in choice["errors"] else "" for n in names]
+            lines.append(f"{layer:<{width}}" + "".join(f"{cell:>12}" for cell in cells))
+    return lines
 
 
 def plot(folder: Path, path: Path) -> None:
@@ -55,12 +121,16 @@ def plot(folder: Path, path: Path) -> None:
     layers = checkpoint.quant_layers(transformer)
     by_error = sorted(layers, key=lambda name: report[name]["rel_rmse"])
     shown = [by_error[0], by_error[len(by_error) // 2], by_error[-1]]
-    figure = plt.figure(figsize=(15, 12), layout="constrained")
-    grid = figure.add_gridspec(3, 3, height_ratios=(1, 1.2, 1.1))
+    allocation = _allocation(folder, layers.keys())
+    heights = (1, 1.2, 1.1, 1.2) if allocation else (1, 1.2, 1.1)
+    figure = plt.figure(figsize=(15, 16 if allocation else 12), layout="constrained")
+    grid = figure.add_gridspec(len(heights), 3, height_ratios=heights)
     for column, (name, title) in enumerate(zip(shown, ("smallest", "median", "largest"), strict=True)):
         _plot_weights(figure.add_subplot(grid[0, column]), layers[name], report[name], f"{title} error: {_short(name)}")
     _plot_errors(figure.add_subplot(grid[1, :]), report)
     _plot_activations(figure.add_subplot(grid[2, :]), report)
+    if allocation:
+        _plot_allocation(figure.add_subplot(grid[3, :]), allocation)
     figure.suptitle(f"{folder.name}: what each layer was given and what it cost")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part.png")
@@ -82,7 +152,7 @@ def _plot_weights(axis, layer: QuantLinear, entry: dict, title: str) -> None:
     axis.vlines(
         values, 0, used / used.max() * axis.get_ylim()[1] * 0.5, color="#c0392b", linewidth=0.8, label="levels I, height = use"
     )
-    axis.set(title=title, xlabel=f"I  ({entry['spec']['format']})", yticks=[])
+    axis.set(title=title, xlabel=f"I  ({layer.spec.format})", yticks=[])
     axis.title.set_fontsize(9)
     axis.legend(fontsize=8)
 
@@ -110,6 +180,40 @@ def _plot_activations(axis, report: dict) -> None:
     axis.figure.colorbar(shown, ax=axis, pad=0.01)
 
 
+def _bits(format: str) -> int:
+    return round(math.log2(FORMATS[format].levels) / FORMATS[format].dim) if format in FORMATS else 0
+
+
+def _plot_allocation(axis, allocation: dict) -> None:
+    import matplotlib.pyplot as plt
+
+    layers, formats = allocation["layers"], _formats(allocation)
+    colors = dict(
+        zip(formats, plt.get_cmap("viridis_r")([i / max(1, len(formats) - 1) for i in range(len(formats))]), strict=True)
+    )
+    for name in formats:
+        places = [i for i, layer in enumerate(layers.values()) if layer["chosen"] == name]
+        if places:
+            axis.bar(places, _bits(name), color=colors[name], label=f"{name}: {len(places)} layers")
+    axis.set(ylabel="weight bits", xlim=(-0.7, len(layers) - 0.3))
+    axis.set_title("weight format chosen for each layer, and what it costs", pad=26)
+    axis.set_yticks(sorted({_bits(name) for name in formats}))
+    axis.set_xticks(range(len(layers)), [_short(n) for n in layers], rotation=90, fontsize=6)
+    errors = axis.twinx()
+    chosen = [layer["weights"][layer["chosen"]]["error"] for layer in layers.values()]
+    errors.plot(range(len(layers)), chosen, "o", color="#c0392b", markeredgecolor="white", label="error it causes alone (right)")
+    errors.set(yscale="log", ylabel="error of the model's output")
+    legends = [a.get_legend_handles_labels() for a in (axis, errors)]
+    axis.legend(
+        legends[0][0] + legends[1][0],
+        legends[0][1] + legends[1][1],
+        fontsize=8,
+        ncols=6,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1),
+    )
+
+
 def _short(name: str) -> str:
     return name.replace("transformer_blocks.", "").replace("timestep_embedder.", "t_")
 
@@ -129,8 +233,33 @@ def _read(folder: Path):
     return transformer, report
 
 
-def _rotation(layer: QuantLinear) -> str:
-    return f"hadamard-{layer.hadamard_block}" if layer.hadamard_block > 1 else "none"
+def _allocation(folder: Path, names: Collection[str]) -> dict | None:
+    """Return the report's allocation, None if the weights were not chosen by one.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    content = checkpoint.read_json(folder / REPORT).get("allocation") if (folder / REPORT).exists() else None
+    if content is None:
+        return None
+    known = {"size_budget", "max_drift", "bytes", "bytes_in_16_bits", "predicted_model_rel_rmse", "model_rel_rmse", "attempts"}
+    whole = isinstance(content, dict) and content.keys() >= known and isinstance(content.get("layers"), dict)
+    whole = whole and content["layers"].keys() == set(names)
+    if not whole or not all(
+        isinstance(e, dict) and isinstance(e.get("weights"), dict) and e.get("chosen") in e["weights"]
+        for e in content["layers"].values()
+    ):
+        raise CheckpointError(
+            f"{folder / REPORT}: its allocation does not fit the checkpoint; remove the file (inspect works without) or calibrate"
+            " again"
+        )
+    return content
+
+
+def _transform(layer: QuantLinear) -> str:
+    s = layer.layer_spec
+    words = [f"{s.rotation}-{s.block}" if s.block > 1 else "", "smooth" if s.smoothed else "", f"rank {s.rank}" if s.rank else ""]
+    return " ".join(w for w in words if w) or "none"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from quantdit import hadamard
 from quantdit.formats import FORMATS
+from quantdit.layer_spec import ACTIVATION_BITS, ACTIVATION_FORMATS, ActivationSpec, decodes_to_fp8
 
 DENSE = "dense"
+AUTO = "auto"
 GROUP_SIZES = (32, 64, 128)
-ACTIVATION_BITS = (4, 6, 8, 16)
-METHODS = ("gptq", "rtn")
-ROTATIONS = ("hadamard", "none")
-TABLES = ("lloyd-max", "twin-log")
+METHODS = ("gptq", "rtn", "hqq")
+ROTATIONS = ("none", "hadamard", "outlier", "ars", "auto")
+SMOOTHINGS = ("none", "rms", "absmax", "salience")
+TABLES = ("lloyd-max", "twin-log", "twin-log-paper", "gaussian")
+LARGEST_RANK = 512
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,27 @@ class Rule:
     Attributes:
         match: a shell pattern over the layer's path in the transformer, such as `transformer_blocks.*.attn*`, or `role:NAME`
             for a role the model's adapter gives its linears (`role:attention`, `role:feed_forward`, `role:modulation`, ...).
-        weight: a format name, or `dense` to leave the layer alone.
+        weight: a format name; `dense` to leave the layer alone; `auto`: one of WEIGHTS, each layer its own, so that together
+            they keep within a size or an error (calibration/allocate.py).
         group_size: 32, 64, 128, `channel`, or `auto`: what AUTO_GROUP prefers if it divides the width, else the next smaller
             one that does, else one group per channel.
-        activation_bits: 4, 6, 8 (per-token integers) or 16 (activations stay as they are).
-        rotation: `hadamard` (blocks of the largest power of two up to 128 that divides the width) or `none`.
-        method: `gptq` or `rtn`.
-        table: for `table2..4`, how the levels are chosen.
+        activation_bits: 4, 6, 8 or 16 (activations stay as they are).
+        activation_format: `int`, `affine` or `fp8` (layer_spec.ActivationSpec).
+        activation_group_size: 32, 64, 128, or `token`: one step for the whole token. Where it does not divide the width, the next
+            smaller one that does, else `token`.
+        activation_scale: `dynamic` (of each token) or `static` (one per timestep bucket, fixed at calibration).
+        rotation: `hadamard` (blocks of the largest power of two up to 128 that divides the width), `outlier` (DuQuant's), `ars`
+            (Hadamard if J < ars_threshold, else outlier; LRQ-DiT section 4.2), `auto` (least measured output error) or `none`.
+        ars_threshold: of J, the RMS of the layer's inputs.
+        smooth: `none`, or what a smoothing factor is made of, its strength chosen by output error: `rms` or `absmax` of each
+            input channel, or `salience` over timesteps (PTQ4DiT).
+        low_rank: rank of a 16-bit branch beside the weight (SVDQuant), 0 for none; left out where it does not help.
+        method: `gptq` (error feedback), `rtn` (round to nearest) or `hqq` (zero points searched without data).
+        act_order: gptq takes inputs in order of falling power.
+        descent: passes of coordinate descent over the codes after gptq.
+        bias_correction: the bias takes up what quantization does to the mean of the output.
+        table: for `table2..6`, how the levels are chosen.
+        table_rows: one table per `layer` or per output `channel`.
         optional: a preset's rule may match nothing; a user's may not.
     """
 
@@ -42,32 +59,80 @@ class Rule:
     weight: str = "int4"
     group_size: int | str = "auto"
     activation_bits: int = 16
+    activation_format: str = "int"
+    activation_group_size: int | str = "token"
+    activation_scale: str = "dynamic"
     rotation: str = "hadamard"
+    ars_threshold: float = 1.0
+    smooth: str = "none"
+    low_rank: int = 0
     method: str = "gptq"
+    act_order: bool = True
+    descent: int = 2
+    bias_correction: bool = True
     table: str = "lloyd-max"
+    table_rows: str = "layer"
     optional: bool = False
 
     def __post_init__(self) -> None:
         """Check every value.
 
         Raises:
-            ValueError: a value is not one of the known ones.
+            ValueError: a value is not one of the known ones, or two do not go together.
         """
         known = {
-            "weight": (*FORMATS, DENSE),
+            "weight": (*FORMATS, DENSE, AUTO),
             "group_size": (*GROUP_SIZES, "channel", "auto"),
             "activation_bits": ACTIVATION_BITS,
+            "activation_format": ACTIVATION_FORMATS,
+            "activation_group_size": (*GROUP_SIZES, "token"),
+            "activation_scale": ("dynamic", "static"),
             "rotation": ROTATIONS,
+            "smooth": SMOOTHINGS,
             "method": METHODS,
             "table": TABLES,
+            "table_rows": ("layer", "channel"),
         }
-        if not isinstance(self.optional, bool):
-            raise ValueError(f"rule {self.match!r}: optional = {self.optional!r} must be true or false")
+        for key in ("act_order", "bias_correction", "optional"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"rule {self.match!r}: {key} = {getattr(self, key)!r} must be true or false")
         for key, allowed in known.items():
             value = getattr(self, key)
             # 8.0 == 8 and True == 1 in Python, but a checkpoint's config distinguishes them.
             if not isinstance(value, int | str) or isinstance(value, bool) or value not in allowed:
                 raise ValueError(f"rule {self.match!r}: {key} = {value!r} is unknown{_near(value, allowed)}")
+        for key, low, high in (("low_rank", 0, LARGEST_RANK), ("descent", 0, 100)):
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise ValueError(f"rule {self.match!r}: {key} = {value!r} must be a whole number, {low} to {high}")
+        threshold = self.ars_threshold
+        if type(threshold) not in (int, float) or not 0 < threshold < math.inf:
+            raise ValueError(f"rule {self.match!r}: ars_threshold = {self.ars_threshold!r} must be a positive number")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.weight == DENSE:
+            return
+        if self.weight == AUTO:
+            for weight in WEIGHTS.values():
+                replace(self, weight=weight)
+            return
+        if self.activation_format == "fp8" and not decodes_to_fp8(self.weight):
+            raise ValueError(
+                f"rule {self.match!r}: fp8 activations need a weight that decodes to e4m3 (fp8_e4m3, table4_e4m3, ...),"
+                f" {self.weight} does not"
+            )
+        if self.method == "hqq" and not re.fullmatch(r"int[2346]", self.weight):
+            raise ValueError(f"rule {self.match!r}: hqq searches zero points, which {self.weight} has none of; use int2 to int6")
+        try:
+            self.activation(32 if self.activation_group_size != "token" else 0)
+        except ValueError as error:
+            raise ValueError(f"rule {self.match!r}: {error}") from error
+
+    def activation(self, group_size: int, buckets: int = 1) -> ActivationSpec:
+        """Return how inputs are quantized; static scales come in `buckets`."""
+        static = buckets if self.activation_scale == "static" else 0
+        return ActivationSpec(self.activation_bits, self.activation_format, group_size, static)
 
     def matches(self, name: str, role: str) -> bool:
         """Return whether the rule speaks of the layer of this path and role."""
@@ -100,22 +165,25 @@ class Layer:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """A rule made concrete for one layer: sizes are numbers now. `hadamard_block` 1 means no rotation."""
+    """A rule made concrete for one layer: sizes are numbers now. `activation_group_size` 0 means the whole token."""
 
     rule: Rule
     group_size: int
-    hadamard_block: int
+    activation_group_size: int
 
 
-# The weight format per X of wXaY.
-WEIGHTS = {2: "int2", 3: "int3", 4: "int4", 6: "int6", 8: "int8"}
+# The weight format per X of wXaY. Level tables beat integers with a group size of equal stored bits: reports/study.
+WEIGHTS = {2: "table2", 3: "table3", 4: "table4", 6: "table6", 8: "int8"}
 
 # What group_size = "auto" prefers. Narrow codes need small groups; a format not listed needs none.
 AUTO_GROUP = {"int2": 32, "int3": 64, "int4": 64}
 
+# Four bits spread over a whole token lose 3 dB to groups with an offset (reports/study); wider ones lose nothing.
+ACTIVATIONS = {4: {"activation_format": "affine", "activation_group_size": 32}}
+
 
 def from_bits(bits: str) -> Recipe:
-    """Return the preset for `wXaY`, X in 2, 3, 4, 6, 8 and Y in 4, 6, 8, 16.
+    """Return the preset for `wXaY`, X in 2, 3, 4, 6, 8 and Y in 4, 6, 8, 16; or `autoaY`: X is left open; `auto` is `autoa8`.
 
     The block linears get X and Y. Modulation (AdaLN) and embedder linears inside blocks see one row per image, so their
     activations cost nothing and stay 16 bit; what lies outside the blocks stays dense.
@@ -123,20 +191,27 @@ def from_bits(bits: str) -> Recipe:
     Raises:
         ValueError: not of this form, or a width that is not offered; names the nearest that are.
     """
-    known = [f"w{x}a{y}" for x in WEIGHTS for y in ACTIVATION_BITS]
+    if bits == AUTO or re.fullmatch(f"{AUTO}a({'|'.join(map(str, ACTIVATION_BITS))})", bits):
+        return with_auto(replace(from_bits(f"w4{bits.removeprefix(AUTO) or 'a8'}"), name=bits))
+    known = [f"w{x}a{y}" for x in WEIGHTS for y in ACTIVATION_BITS] + [AUTO, *(f"{AUTO}a{y}" for y in ACTIVATION_BITS)]
     if bits not in known:
         raise ValueError(f"unknown bits {bits!r}{_near(bits, known, 0)}; known: {', '.join(known)}")
     x, y = (int(n) for n in re.findall(r"\d+", bits))
-    side = WEIGHTS[max(x, 4)]
+    side = WEIGHTS[x]
     return Recipe(
         bits,
         (
             Rule("role:outside", weight=DENSE, optional=True),
             Rule("role:modulation", weight=side, activation_bits=16, optional=True),
             Rule("role:embedder", weight=side, activation_bits=16, optional=True),
-            Rule("*", weight=WEIGHTS[x], activation_bits=y),
+            Rule("*", weight=WEIGHTS[x], activation_bits=y, **ACTIVATIONS.get(y, {})),
         ),
     )
+
+
+def with_auto(recipe: Recipe) -> Recipe:
+    """Return the recipe with the weight of every rule that quantizes left open: `auto`."""
+    return replace(recipe, rules=tuple(r if r.weight == DENSE else replace(r, weight=AUTO) for r in recipe.rules))
 
 
 def from_toml(path: Path) -> Recipe:
@@ -180,16 +255,32 @@ def resolve(recipe: Recipe, layers: list[Layer]) -> dict[str, LayerPlan]:
     """Return the plan of every layer that some rule quantizes, by layer name, in the order of `layers`.
 
     Raises:
+        ValueError: as `options`; or a layer whose weight is `auto`.
+    """
+    found = options(recipe, layers)
+    for name, plans in found.items():
+        if len(plans) > 1:
+            raise ValueError(
+                f'recipe {recipe.name}: layer {name} has weight = "auto", which a size budget or a drift must settle'
+            )
+    return {name: next(iter(plans.values())) for name, plans in found.items()}
+
+
+def options(recipe: Recipe, layers: list[Layer]) -> dict[str, dict[str, LayerPlan]]:
+    """Return the plans of every layer that some rule quantizes by weight format: all of WEIGHTS for `auto`, otherwise one.
+
+    Raises:
         ValueError: a rule that no layer is left for, or a group size or vector length that does not divide a layer's width.
     """
-    plans: dict[str, LayerPlan] = {}
+    plans: dict[str, dict[str, LayerPlan]] = {}
     used: set[int] = set()
     for layer in layers:
         for number, rule in enumerate(recipe.rules):
             if rule.matches(layer.name, layer.role):
                 used.add(number)
                 if rule.weight != DENSE:
-                    plans[layer.name] = _plan(rule, number, layer, recipe)
+                    weights = WEIGHTS.values() if rule.weight == AUTO else (rule.weight,)
+                    plans[layer.name] = {w: _plan(replace(rule, weight=w), number, layer, recipe) for w in weights}
                 break
     for number, rule in enumerate(recipe.rules):
         if number not in used and not rule.optional:
@@ -205,15 +296,19 @@ def _plan(rule: Rule, number: int, layer: Layer, recipe: Recipe) -> LayerPlan:
         raise ValueError(f"{where} {f.name} cannot take {f.dim} at a time; give this layer a scalar format in an earlier rule")
     if isinstance(rule.group_size, int) and width % rule.group_size:
         raise ValueError(f'{where} group_size = {rule.group_size} does not divide; use group_size = "auto" or "channel"')
-    block = hadamard.block_size(width) if rule.rotation == "hadamard" else 1
-    return LayerPlan(rule, _group_size(rule, width), block)
+    wanted = 0 if rule.activation_group_size == "token" else rule.activation_group_size
+    return LayerPlan(rule, _group_size(rule, width), _largest_group(wanted, width, 0))
 
 
 def _group_size(rule: Rule, width: int) -> int:
     if isinstance(rule.group_size, int):
         return rule.group_size
     preferred = AUTO_GROUP.get(rule.weight, 0) if rule.group_size == "auto" else 0
-    return next((g for g in reversed(GROUP_SIZES) if g <= preferred and width % g == 0), width)
+    return _largest_group(preferred, width, width)
+
+
+def _largest_group(wanted: int, width: int, otherwise: int) -> int:
+    return next((g for g in reversed(GROUP_SIZES) if g <= wanted and width % g == 0), otherwise)
 
 
 def _unused(recipe: Recipe, number: int, layers: list[Layer]) -> str:

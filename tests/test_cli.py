@@ -443,21 +443,40 @@ def test_embedded_model_generates(cli, tmp_path: Path):
 # ---- inspect
 
 
+def assert_candidates(text: str, report: dict) -> None:
+    """Every rotation and strength of smoothing that was compared has its error, the chosen one a star."""
+    compared = 0
+    for name, entry in report.items():
+        for choice in (entry["rotation"], entry.get("smoothing", {})):
+            if choice.get("errors"):
+                lines = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+                chosen = choice["errors"][str(choice.get("chosen", choice.get("alpha")))]
+                assert any(f" {chosen:.5f}*" in line for line in lines)
+                assert any(all(f" {error:.5f}" in line for error in choice["errors"].values()) for line in lines)
+                assert choice["errors"] and chosen == min(choice["errors"].values())
+                compared += 1
+    assert compared == 4  # one rotation, three smoothings
+
+
 def test_inspect_prints_each_layer(cli, everything):
     ran = cli("inspect", everything.folder)
     assert ran.code == 0
-    lines = {line.split()[0]: line for line in ran.out.splitlines()}
+    first, *more = ran.out.split("\n\n")
+    lines = {line.split()[0]: line for line in first.splitlines()}
+    assert_candidates("\n".join(more), everything.report["layers"])
     layers = quant_layers(everything.transformer)
     for name, layer in layers.items():
         line, entry = lines[name], everything.report["layers"][name]
         assert re.search(rf"\b{layer.out_features}x{layer.in_features}\b", line)
-        assert layer.spec.format in line and f" a{layer.activation_bits} " in line
-        assert (f"hadamard-{layer.hadamard_block}" if layer.hadamard_block > 1 else " none ") in line
-        assert f"{entry['bits_per_weight']:.3f}" in line
+        spec = layer.layer_spec
+        assert layer.spec.format in line and f" {spec.activation} " in line
+        assert (f" {spec.rotation}-{spec.block} " if spec.block > 1 else " smooth " if spec.smoothed else " none ") in line
+        assert (" smooth " in line, f" rank {spec.rank} " in line) == (spec.smoothed, spec.rank > 0)
+        assert abs(entry["bits_per_weight"] - float(re.search(r" (\d+\.\d{3}) ", line)[1])) < 6e-4
         assert f"{entry['rel_rmse']:.5f}" in line and line.endswith(f"{entry['rms']:.3f}")
         if layer.spec.group_size < layer.in_features:
             assert f" g{layer.spec.group_size} " in line
-    last = ran.out.splitlines()[-1]
+    last = next(line for line in ran.out.splitlines() if re.match(r"\d+ layers, ", line))
     assert f"{len(layers)} layers" in last and f"{everything.report['size']['quantized_weights']:,}" in last
 
 

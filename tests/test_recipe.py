@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from quantdit import recipe
-from quantdit.formats import FORMATS
+from quantdit.formats import FORMATS, QSpec
+from quantdit.layer_spec import ActivationSpec, LayerSpec, layer_fields
 from quantdit.recipe import Layer, Rule
 
 LAYERS = [
@@ -50,13 +51,16 @@ def refusal(act: Callable[[], object]) -> str:
 def test_grammar_offers_every_combination(x: int, y: int):
     plans = recipe.resolve(recipe.from_bits(f"w{x}a{y}"), LAYERS)
     block = plans["blocks.0.attn.to_q"].rule
-    assert (FORMATS[block.weight].code_bits, block.weight, block.activation_bits) == (x, f"int{x}", y)
+    weight = "int8" if x == 8 else f"table{x}"
+    assert (FORMATS[block.weight].code_bits, block.weight, block.activation_bits) == (x, weight, y)
     assert plans["blocks.0.ff.out"].rule == block
-    # One row per image: no gain in fewer activation bits, and codes of less than 4 bits would hurt every token at once.
+    # Bits per weight are those asked for in every layer of a block; one row per image: no gain in fewer activation bits.
     for side in ("blocks.0.norm.linear", "blocks.0.emb.linear"):
-        assert plans[side].rule.activation_bits == 16
-        assert plans[side].rule.weight == f"int{max(x, 4)}"
+        assert (plans[side].rule.activation_bits, plans[side].rule.activation_format) == (16, "int")
+        assert plans[side].rule.weight == weight
     assert "proj_out" not in plans
+    plan = plans["blocks.0.attn.to_q"]
+    assert (plan.rule.activation_format, plan.activation_group_size) == (("affine", 32) if y == 4 else ("int", 0))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +118,7 @@ def test_first_match_wins(toml):
     )
     assert plans["blocks.0.attn.to_q"].rule.weight == "int8"
     wanted = Rule("role:attention", "table4", activation_bits=6, rotation="none", method="rtn", table="twin-log")
-    assert plans["blocks.0.attn.to_k"] == recipe.LayerPlan(wanted, group_size=64, hadamard_block=1)
+    assert plans["blocks.0.attn.to_k"] == recipe.LayerPlan(wanted, group_size=64, activation_group_size=0)
     assert "proj_out" not in plans
     assert {plans[name].rule.weight for name in plans if "attn" not in name} == {"int3"}
     assert {plan.group_size for plan in plans.values() if plan.rule.weight == "int3"} == {32}
@@ -179,6 +183,47 @@ def test_optional_rule_may_match_nothing(toml):
         ('method = "gtpq"', ["method", "did you mean gptq"]),
         ('table = "twinlog"', ["table", "did you mean twin-log"]),
         ('optional = "no"', ["optional", "'no'"]),
+        ('table = "twin-log-papers"', ["table", "did you mean twin-log-paper"]),
+        ('table = ""', ["table", "''", "lloyd-max"]),
+        ('activation_format = "affin"', ["activation_format", "did you mean affine"]),
+        ('activation_format = "fp4"', ["activation_format", "'fp4'", "fp8"]),
+        ("activation_format = 8", ["activation_format", "8"]),
+        ("activation_group_size = 16", ["activation_group_size", "16", "64"]),
+        ("activation_group_size = 0", ["activation_group_size", "0", "token"]),
+        ("activation_group_size = -32", ["activation_group_size", "-32"]),
+        ("activation_group_size = 32.0", ["activation_group_size", "32.0"]),
+        ("activation_group_size = true", ["activation_group_size", "True", "token"]),
+        ('activation_group_size = "32"', ["activation_group_size", "'32'"]),
+        ('activation_scale = "statik"', ["activation_scale", "did you mean static"]),
+        ("activation_scale = false", ["activation_scale", "False", "dynamic"]),
+        ('rotation = "arse"', ["rotation", "did you mean ars"]),
+        ('rotation = "AUTO"', ["rotation", "'AUTO'", "auto"]),
+        ("ars_threshold = 0", ["ars_threshold", "0", "positive"]),
+        ("ars_threshold = -1.5", ["ars_threshold", "-1.5", "positive"]),
+        ("ars_threshold = nan", ["ars_threshold", "nan", "positive"]),
+        ("ars_threshold = true", ["ars_threshold", "True", "positive"]),
+        ('ars_threshold = "1"', ["ars_threshold", "'1'", "positive"]),
+        ("ars_threshold = [1.0]", ["ars_threshold", "[1.0]", "positive"]),
+        ('smooth = "absmx"', ["smooth", "did you mean absmax"]),
+        ("smooth = 0.5", ["smooth", "0.5", "none"]),
+        ("smooth = true", ["smooth", "True", "none"]),
+        ("low_rank = -1", ["low_rank", "-1", "whole number"]),
+        ("low_rank = 513", ["low_rank", "513", "512"]),
+        ("low_rank = 32.0", ["low_rank", "32.0", "whole number"]),
+        ("low_rank = true", ["low_rank", "True", "whole number"]),
+        ('low_rank = "32"', ["low_rank", "'32'", "whole number"]),
+        ("low_rank = 99999999999999999999", ["low_rank", "512"]),
+        ("descent = -1", ["descent", "-1", "whole number"]),
+        ("descent = 101", ["descent", "101", "100"]),
+        ("descent = 0.5", ["descent", "0.5", "whole number"]),
+        ("descent = false", ["descent", "False", "whole number"]),
+        ("act_order = 1", ["act_order", "1", "true or false"]),
+        ('act_order = "yes"', ["act_order", "'yes'", "true or false"]),
+        ("bias_correction = 0", ["bias_correction", "0", "true or false"]),
+        ("bias_correction = []", ["bias_correction", "[]", "true or false"]),
+        ('table_rows = "chanel"', ["table_rows", "did you mean channel"]),
+        ("table_rows = 1", ["table_rows", "1", "layer"]),
+        ("table_rows = { a = 1 }", ["table_rows", "layer"]),
     ],
 )
 def test_wrong_key_or_value_names_rule_and_remedy(toml, line: str, words: list[str]):
@@ -186,6 +231,104 @@ def test_wrong_key_or_value_names_rule_and_remedy(toml, line: str, words: list[s
     assert "mine.toml, rule 2" in message and "*.to_k" in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["activation_bits = 8", 'activation_format = "fp8"'], ["fp8", "e4m3", "int4"]),
+        (['weight = "int8"', "activation_bits = 8", 'activation_format = "fp8"'], ["fp8", "e4m3", "int8"]),
+        (['weight = "table4"', "activation_bits = 8", 'activation_format = "fp8"'], ["fp8", "table4_e4m3", "table4 "]),
+        (['weight = "vq256x4"', "activation_bits = 8", 'activation_format = "fp8"'], ["fp8", "vq256x4"]),
+        (['weight = "fp8_e4m3"', "activation_bits = 6", 'activation_format = "fp8"'], ["fp8", "8 bits"]),
+        (['weight = "fp8_e4m3"', "activation_bits = 16", 'activation_format = "fp8"'], ["16 bits"]),
+        (['weight = "fp8_e4m3"', 'activation_format = "fp8"', "activation_bits = 8", "activation_group_size = 32"], ["groups"]),
+        (
+            ['weight = "fp8_e4m3"', 'activation_format = "fp8"', "activation_bits = 8", 'activation_scale = "static"'],
+            ["fp8", "static"],
+        ),
+        (["activation_bits = 8", "activation_group_size = 64"], ["groups", "8 bits"]),
+        (["activation_bits = 8", 'activation_format = "affine"', "activation_group_size = 64"], ["groups", "8 bits"]),
+        (["activation_bits = 4", 'activation_format = "affine"', 'activation_scale = "static"'], ["static", "symmetric"]),
+        (["activation_group_size = 64"], ["16 bits", "groups"]),
+        (['activation_format = "affine"'], ["16 bits", "format"]),
+        (['activation_scale = "static"'], ["16 bits", "static"]),
+        (['method = "hqq"', 'weight = "table4"'], ["hqq", "table4", "int2 to int6"]),
+        (['method = "hqq"', 'weight = "int8"'], ["hqq", "int8", "int2 to int6"]),
+        (['method = "hqq"', 'weight = "fp8_e4m3"'], ["hqq", "fp8_e4m3"]),
+        (['method = "hqq"', 'weight = "vq64x2"'], ["hqq", "vq64x2"]),
+        (['method = "hqq"', 'weight = "table4_e4m3"'], ["hqq", "table4_e4m3"]),
+    ],
+)
+def test_what_cannot_go_together_names_rule_and_reason(toml, lines: list[str], words: list[str]):
+    text = "\n".join(['[[rule]]\nmatch = "*.to_q"\n\n[[rule]]\nmatch = "*.to_k"', *lines])
+    message = refusal(lambda: toml(text))
+    assert "mine.toml, rule 2" in message and "*.to_k" in message
+    for word in words:
+        assert word in message
+
+
+def test_a_file_may_say_everything(toml):
+    read = toml("""
+        [[rule]]
+        match = "role:attention"
+        weight = "table4_e4m3"
+        group_size = "channel"
+        activation_bits = 8
+        activation_format = "fp8"
+        rotation = "auto"
+        ars_threshold = 2.5
+        smooth = "salience"
+        low_rank = 16
+        method = "rtn"
+        act_order = false
+        descent = 0
+        bias_correction = false
+        table = "gaussian"
+        table_rows = "channel"
+
+        [[rule]]
+        match = "role:feed_forward"
+        weight = "int4"
+        activation_bits = 4
+        activation_group_size = 64
+        activation_scale = "static"
+        rotation = "ars"
+        ars_threshold = 2
+        smooth = "rms"
+        method = "hqq"
+
+        [[rule]]
+        match = "*"
+        weight = "dense"
+        """)
+    assert read.rules[0] == Rule(
+        "role:attention",
+        "table4_e4m3",
+        "channel",
+        activation_bits=8,
+        activation_format="fp8",
+        rotation="auto",
+        ars_threshold=2.5,
+        smooth="salience",
+        low_rank=16,
+        method="rtn",
+        act_order=False,
+        descent=0,
+        bias_correction=False,
+        table="gaussian",
+        table_rows="channel",
+    )
+    assert recipe.from_dict(json.loads(json.dumps(read.to_dict()))) == read
+    plans = recipe.resolve(read, LAYERS)
+    out = plans["blocks.0.ff.out"]
+    assert out.rule.activation(out.activation_group_size, 7) == ActivationSpec(4, "int", 64, 7)
+    q = plans["blocks.0.attn.to_q"]
+    assert q.rule.activation(q.activation_group_size, 7) == ActivationSpec(8, "fp8", 0, 0)
+
+
+def test_an_infinite_threshold_is_refused(toml):
+    refusal(lambda: toml('[[rule]]\nmatch = "*"\nars_threshold = inf\n'))
 
 
 def test_unknown_key_of_the_file(toml):
@@ -227,12 +370,34 @@ def test_vector_that_does_not_divide_names_rule_layer_and_fix(toml):
 
 
 @pytest.mark.parametrize(
-    ("width", "group", "block"),
-    [(256, 64, 128), (96, 32, 32), (64, 64, 64), (1152, 64, 128), (44, 44, 4), (33, 33, 1), (1, 1, 1)],
+    ("weight", "width", "group"),
+    [
+        *[("int4", width, group) for width, group in ((256, 64), (96, 32), (64, 64), (1152, 64), (44, 44), (33, 33), (1, 1))],
+        *[("int3", 96, 32), ("int2", 256, 32), ("int2", 44, 44), ("int6", 256, 256), ("int8", 256, 256), ("table4", 256, 256)],
+    ],
 )
-def test_auto_group_and_rotation_take_any_width(width: int, group: int, block: int):
-    plan = recipe.resolve(recipe.from_bits("w4a8"), [Layer("blocks.0.x", "other", 8, width)])["blocks.0.x"]
-    assert (plan.group_size, plan.hadamard_block) == (group, block)
+def test_auto_group_takes_any_width(weight: str, width: int, group: int):
+    only = recipe.Recipe("r", (Rule("*", weight),))
+    assert recipe.resolve(only, [Layer("blocks.0.x", "other", 8, width)])["blocks.0.x"].group_size == group
+
+
+@pytest.mark.parametrize("wanted", [32, 64, 128, "token"])
+@pytest.mark.parametrize(
+    ("width", "largest"), [(1152, 128), (256, 128), (64, 64), (192, 64), (96, 32), (32, 32), (44, 0), (33, 0), (1, 0)]
+)
+def test_activation_groups_fall_back_to_smaller_ones(wanted: int | str, width: int, largest: int):
+    """A recipe speaks of many widths: what does not divide one becomes the next smaller group that does, else the token."""
+    only = recipe.Recipe("r", (Rule("*", activation_bits=4, activation_group_size=wanted),))
+    plan = recipe.resolve(only, [Layer("x", "other", 8, width)])["x"]
+    assert plan.activation_group_size == (0 if wanted == "token" else min(wanted, largest))
+
+
+@pytest.mark.parametrize("bits", [f"w{x}a{y}" for x in (2, 3, 4, 6, 8) for y in (4, 6, 8, 16)])
+@pytest.mark.parametrize("width", [64, 44, 33])
+def test_every_preset_makes_a_layer_that_can_be_stored(bits: str, width: int):
+    plan = recipe.resolve(recipe.from_bits(bits), [Layer("x", "attention", 8, width)])["x"]
+    spec = QSpec(plan.rule.weight, 8, width, plan.group_size)
+    layer_fields(LayerSpec(spec, plan.rule.activation(plan.activation_group_size, 10)))
 
 
 def test_channel_group_is_the_whole_width(toml):
