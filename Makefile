@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # A folder `kernels/` in the current directory must not shadow the package of that name (diffusers imports it).
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test lint bench study clean
+.PHONY: demo test lint bench study study-peers clean
 
 demo: $(VENV)/eval.done
 	$(BIN)/quantdit calibrate --model fashion-dit --bits w4a8 --output $(OUT)/fashion-dit-w4a8 --overwrite
@@ -24,8 +24,24 @@ lint: $(VENV)/test.done
 bench: $(VENV)/test.done
 	$(BIN)/python -m quantdit.bench --output reports/bench/cpu-linear.jsonl
 
+# Hours on two cores; rows that are there are kept, so an interrupted run goes on where it was.
 study: $(VENV)/eval.done
-	$(BIN)/python reports/fashion_dit.py
+	$(BIN)/python reports/study/measure.py --floor --output reports/study/floor.jsonl
+	$(BIN)/python reports/study/methods.py --output reports/study/quantdit.jsonl
+	$(BIN)/python reports/study/render.py
+
+# Other packages on the embedded model, each in an environment of its own. One that fails leaves rows that say so; rows that
+# are in $(OUT)/study already are kept, so an interrupted run goes on where it was.
+PEERS ?= orbitquant sdnq auto-round hqq quanto bitsandbytes torchao
+study-peers: $(VENV)/eval.done
+	-$(MAKE) --keep-going $(PEERS:%=peer-%)
+	$(BIN)/python reports/study/measure.py $(PEERS:%=$(OUT)/study/%) --output reports/study/peers.jsonl
+	$(BIN)/python reports/study/render.py
+
+peer-%: $(VENV)/eval.done
+	test -e .venv-peers/$*/peer.done || $(MAKE) .venv-peers/$*/peer.done \
+		|| $(BIN)/python reports/study/peers.py $* --not-installed --output $(OUT)/study/$*
+	test ! -e .venv-peers/$*/peer.done || .venv-peers/$*/bin/python reports/study/peers.py $* --output $(OUT)/study/$*
 
 clean:
 	rm -rf $(VENV) $(OUT)
@@ -42,4 +58,10 @@ $(VENV)/eval.done: setup.cfg constraints.txt | $(VENV)/bin/python
 
 $(VENV)/test.done: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[eval,plot,test]'
+	touch $@
+
+.venv-peers/%/peer.done: setup.cfg constraints.txt | $(VENV)/eval.done
+	$(PYTHON) -m venv .venv-peers/$*
+	.venv-peers/$*/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) . \
+		$$($(BIN)/python reports/study/peers.py $* --pins)
 	touch $@

@@ -1,0 +1,162 @@
+"""quantdit's own rows of the study: every method alone and combined, on the embedded model.
+
+    python reports/study/methods.py --output reports/study/quantdit.jsonl [--only w4a8]
+
+A row that the output file already has is not made again; delete its line to repeat it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import measure
+import torch
+
+import quantdit
+from quantdit import recipe
+from quantdit.compiler import Settings, calibrate
+from quantdit.evaluation.picture import side_by_side
+from quantdit.pipeline import load_pipeline
+from quantdit.recipe import Recipe
+
+SEED = 0
+PICTURED = 40
+
+# Round to nearest without data; what OrbitQuant's idea is in our nouns; GPTQ as published.
+NEAREST = {"method": "rtn", "bias_correction": False}
+FIXED = NEAREST | {"table": "gaussian"}
+PLAIN = {"act_order": False, "descent": 0, "bias_correction": False}
+FP8 = {"activation_format": "fp8"}
+
+# bits, method, changes to every quantizing rule of the preset. No change: the preset itself.
+METHODS: tuple[tuple[str, str, dict], ...] = (
+    ("w4a8", "preset", {}),
+    ("w3a8", "preset", {}),
+    ("w2a16", "preset", {}),
+    ("w4a16", "preset", {}),
+    ("w4a4", "preset", {}),
+    ("w4a8", "round to nearest", NEAREST),
+    ("w4a8", "fixed Gaussian table, no data", FIXED),
+    ("w4a8", "int4 g64", {"weight": "int4", "group_size": 64}),
+    ("w4a8", "int4 per channel", {"weight": "int4", "group_size": "channel"}),
+    ("w4a8", "twin-log", {"table": "twin-log"}),
+    ("w4a8", "no rotation", {"rotation": "none"}),
+    ("w4a8", "rotation auto", {"rotation": "auto"}),
+    ("w4a8", "smoothing rms", {"smooth": "rms"}),
+    ("w2a16", "round to nearest", NEAREST),
+    ("w2a16", "fixed Gaussian table, no data", FIXED),
+    ("w2a16", "int2 g32", {"weight": "int2", "group_size": 32}),
+    ("w2a16", "twin-log", {"table": "twin-log"}),
+    ("w2a16", "rotation auto", {"rotation": "auto"}),
+    ("w2a16", "rank 16", {"low_rank": 16}),
+    ("w3a8", "round to nearest", NEAREST),
+    ("w3a8", "fixed Gaussian table, no data", FIXED),
+    ("w3a8", "int3 g64", {"weight": "int3", "group_size": 64}),
+    ("w3a8", "twin-log", {"table": "twin-log"}),
+    ("w3a8", "rotation auto", {"rotation": "auto"}),
+    ("w4a4", "int, whole token", {"activation_format": "int", "activation_group_size": "token"}),
+    ("w4a4", "int g32", {"activation_format": "int"}),
+    ("w4a4", "affine g64", {"activation_group_size": 64}),
+    ("w4a4", "no rotation", {"rotation": "none"}),
+    ("w4a4", "outlier rotation", {"rotation": "outlier"}),
+    ("w4a4", "rotation auto", {"rotation": "auto"}),
+    ("w4a4", "smoothing rms", {"smooth": "rms"}),
+    ("w4a4", "rotation auto, rank 32", {"rotation": "auto", "low_rank": 32}),
+    ("w4a8", "GPTQ as published", PLAIN),
+    ("w4a8", "without act-order", {"act_order": False}),
+    ("w4a8", "without descent", {"descent": 0}),
+    ("w4a8", "without bias correction", {"bias_correction": False}),
+    ("w4a8", "twin-log, paper", {"table": "twin-log-paper"}),
+    ("w4a8", "twin-log per channel", {"table": "twin-log", "table_rows": "channel"}),
+    ("w4a8", "Lloyd-Max per channel", {"table_rows": "channel"}),
+    ("w4a8", "e4m3 table, fp8 activations", {"weight": "table4_e4m3", **FP8}),
+    ("w4a8", "outlier rotation", {"rotation": "outlier"}),
+    ("w4a8", "HQQ int4 g64", {"weight": "int4", "group_size": 64, "method": "hqq", "bias_correction": False}),
+    ("w4a8", "rank 32", {"low_rank": 32}),
+    ("w4a8", "static scales", {"activation_scale": "static"}),
+    ("w4a8", "smoothing salience", {"smooth": "salience"}),
+    ("w4a16", "round to nearest", NEAREST),
+    ("w4a16", "fixed Gaussian table, no data", FIXED),
+    ("w3a16", "preset", {}),
+    ("w6a8", "preset", {}),
+    ("w8a8", "preset", {}),
+    ("w8a8", "fp8", {"weight": "fp8_e4m3", **FP8}),
+)
+
+
+def changed(bits: str, changes: dict) -> Recipe:
+    """Return the preset with `changes` in every rule that quantizes; activations only where the preset quantizes them."""
+    preset = recipe.from_bits(bits)
+    rules = []
+    for rule in preset.rules:
+        fitting = {k: v for k, v in changes.items() if not k.startswith("activation_") or rule.activation_bits < 16}
+        if rule.weight != recipe.DENSE:
+            # Changes may need one another, and a weight its own group size.
+            rule = replace(rule, **fitting)
+        rules.append(rule)
+    return Recipe(bits, tuple(rules))
+
+
+def make_row(bits: str, method: str, changes: dict, work: Path, output: Path) -> dict:
+    """Calibrate, sample with every seed, measure."""
+    folder = work / "candidate"
+    shutil.rmtree(folder, ignore_errors=True)
+    pipeline, source = load_pipeline(measure.MODEL)
+    settings = Settings(guidance=measure.GUIDANCE, seed=SEED)
+    report = calibrate(pipeline, source, changed(bits, changes), folder, settings, overwrite=True)
+    pipeline, _ = load_pipeline(str(folder))
+    reference, features = measure.load_reference(work)
+    images = measure.sample(pipeline)
+    metrics = measure.measure(reference, images, features)
+    if method == "preset":
+        _draw(reference, images, bits, report, metrics)
+    errors = [layer["rel_rmse"] for layer in report["layers"].values()]
+    return measure.row(
+        "quantdit",
+        quantdit.__version__,
+        method,
+        bits,
+        bits_per_weight=report["size"]["bits_per_weight"],
+        group_size=changes.get("group_size", "channel"),
+        seconds=report["seconds"]["quantize"],
+        mean_rel_rmse=sum(errors) / len(errors),
+        command=f"python reports/study/methods.py --output reports/study/{output.name}",
+        note=", ".join(f"{k} = {v}" for k, v in changes.items()),
+        metrics=metrics,
+    )
+
+
+def _draw(reference: torch.Tensor, images: torch.Tensor, bits: str, report: dict, metrics: dict) -> None:
+    """Draw the first images of full precision and of a preset side by side: reports/pictures/fashion-dit-BITS.png."""
+    size = f"{report['size']['file_bytes'] / 1e6:.2f} MB, {report['size']['bits_per_weight']:.2f} bits per weight"
+    quality = f"paired PSNR {metrics['psnr']['mean']:.1f} dB over {len(images)} images, SSIM {metrics['ssim']['mean']:.4f}"
+    panels = [("full precision", reference[:PICTURED]), (bits, images[:PICTURED])]
+    path = Path(__file__).parent.parent / "pictures" / f"{measure.MODEL}-{bits}.png"
+    side_by_side(panels, 8, path, [f"{bits}: {size}", f"{quality}; seeds {measure.SEEDS}, {measure.STEPS} steps"])
+
+
+def main() -> None:
+    """Make the rows that are missing, one after the other, each written when it is done."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=measure.WORK)
+    parser.add_argument("--only", help="rows of these bits alone, such as w4a8")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    done = {(r["bits"], r["method"]) for r in rows}
+    for bits, method, changes in METHODS:
+        if (bits, method) in done or (args.only and bits != args.only):
+            continue
+        with torch.no_grad():
+            rows.append(make_row(bits, method, changes, args.work, args.output))
+        measure.write_rows(rows, args.output)
+        print(f"{bits} {method}: {rows[-1]['psnr']['mean']:.2f} dB at {rows[-1]['bits_per_weight']:.3f} bits", flush=True)
+
+
+if __name__ == "__main__":
+    main()
