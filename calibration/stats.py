@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+GOLDEN = (5**0.5 - 1) / 2
 SAMPLED_ROWS = 64  # rows kept of each update
 
 
@@ -70,9 +71,7 @@ def update(stats: Stats, x: Tensor, bucket: int) -> Stats:
         raise ValueError(f"{int((~torch.isfinite(peak)).sum())} of {x.shape[1]} input channels are NaN or infinite")
     absmax = stats.absmax.clone()
     absmax[bucket] = torch.maximum(absmax[bucket], peak)
-    # Odd stride: an even one would meet the same token positions of every image.
-    stride = max(1, len(x) // SAMPLED_ROWS) | 1
-    sample = x[::stride][:SAMPLED_ROWS]
+    sample = x[_spread(len(x), len(stats.rows))]
     return replace(
         stats,
         count=stats.count + len(x),
@@ -82,6 +81,18 @@ def update(stats: Stats, x: Tensor, bucket: int) -> Stats:
         rows=torch.cat([stats.rows, sample]),
         row_buckets=torch.cat([stats.row_buckets, torch.full((len(sample),), bucket)]),
     )
+
+
+def _spread(count: int, start: int) -> Tensor:
+    """Return up to SAMPLED_ROWS of `count` row numbers, ascending, evenly spread whatever the period of the rows.
+
+    One from each of SAMPLED_ROWS equal parts, its place there the next multiple of the golden ratio: any fixed stride can meet
+    the same token of every image.
+    """
+    if count <= SAMPLED_ROWS:
+        return torch.arange(count)
+    part = torch.arange(SAMPLED_ROWS, dtype=torch.float64)
+    return ((part + (part + start) * GOLDEN % 1) * count / SAMPLED_ROWS).long().unique()
 
 
 def merge(a: Stats, b: Stats) -> Stats:
