@@ -85,15 +85,20 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "generate",
         _generate,
-        "Sample a grid of images.",
-        "quantdit generate fashion-dit --count 40 --seed 1 --output clothes.png",
+        "Sample a grid of images or clips.",
+        "quantdit generate fashion-dit --count 40 --seed 1 --output clothes.png\n"
+        '  quantdit generate emoji-wan --prompt "a bat moving left" "a rocket moving right" --output clips.webp',
     )
     sub.add_argument("model", metavar="NAME|HUB_ID|DIR")
-    sub.add_argument("--output", type=Path, required=True, help="PNG file")
-    sub.add_argument("--count", type=_positive, default=40, help="images (%(default)s)")
-    sub.add_argument("--columns", type=_positive, default=10, help="images in a row (%(default)s)")
+    sub.add_argument(
+        "--output", type=Path, required=True, help="PNG file; of clips .webp, .gif or .mp4, or .png for rows of their frames"
+    )
+    sub.add_argument("--count", type=_positive, help="images or clips (one of each prompt given, else 40 images or 8 clips)")
+    sub.add_argument("--columns", type=_positive, help="in a row (10 images, 4 clips)")
     sub.add_argument("--classes", type=int, nargs="+", help="class numbers to draw, in turn (class-conditional models)")
-    sub.add_argument("--prompts", type=Path, help="text file, one prompt a line (text-to-image models)")
+    what = sub.add_mutually_exclusive_group()
+    what.add_argument("--prompt", nargs="+", metavar="TEXT", help="what to draw, in turn (models that take text)")
+    what.add_argument("--prompts", type=Path, help="text file, one prompt a line")
     _sampling(sub)
 
     sub = command(
@@ -170,16 +175,34 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    from quantdit.evaluation.clips import write_clips
     from quantdit.evaluation.picture import side_by_side
-    from quantdit.pipeline import generate
+    from quantdit.pipeline import generate, makes_clips, sampling_arguments
 
-    prompts = [line for line in args.prompts.read_text().splitlines() if line.strip()] if args.prompts else None
+    prompts = [line for line in args.prompts.read_text().splitlines() if line.strip()] if args.prompts else args.prompt
     pipeline, source = _load(args.model, args.device)
-    images = generate(pipeline, args.count, args.seed, args.steps, args.guidance, prompts=prompts, classes=args.classes)
+    clips = makes_clips(pipeline)
+    _check_suffix(args.output, clips)
+    count = args.count or (len(prompts) if prompts else 8 if clips else 40)
+    samples = generate(pipeline, count, args.seed, args.steps, args.guidance, prompts=prompts, classes=args.classes)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    side_by_side([(f"{source.name}, seed {args.seed}, {args.steps} steps", images)], args.columns, args.output)
+    if clips:
+        labels = sampling_arguments(pipeline, count, prompts, args.classes)["prompt"]
+        write_clips(samples, labels, args.output, args.columns or 4)
+    else:
+        side_by_side([(f"{source.name}, seed {args.seed}, {args.steps} steps", samples)], args.columns or 10, args.output)
     print(args.output)
     return 0
+
+
+def _check_suffix(output: Path, clips: bool) -> None:
+    """Refuse a suffix before minutes go into sampling."""
+    from quantdit.evaluation.clips import SUFFIXES, require_suffix
+
+    if clips:
+        require_suffix(output)
+    elif output.suffix.lower() in SUFFIXES and output.suffix.lower() != ".png":
+        raise ValueError(f"{output}: this model makes images, which are written as PNG; choose a name that ends in .png")
 
 
 def _inspect(args: argparse.Namespace) -> int:

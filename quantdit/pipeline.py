@@ -15,7 +15,7 @@ from quantdit import checkpoint
 from quantdit.models.aliases import locate
 
 # Pipelines of ours; every other class is diffusers' own.
-PIPELINES = {"PixelDiTPipeline": "quantdit.models.pixel_dit"}
+PIPELINES = {"PixelDiTPipeline": "quantdit.models.pixel_dit", "PixelWanPipeline": "quantdit.models.pixel_wan"}
 
 PROMPTS = (
     "a red bicycle leaning against a stone wall in the rain",
@@ -77,7 +77,7 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str = 
 def sampling_arguments(
     pipeline: object, count: int, prompts: Sequence[str] | None = None, classes: Sequence[int] | None = None
 ) -> dict:
-    """Return the `prompt` or `class_labels` argument for `count` images: the given ones in turn, or a spread of our own.
+    """Return the `prompt` or `class_labels` argument for `count` images or clips: the given ones in turn, or a spread of our own.
 
     Raises:
         ValueError: the pipeline takes neither.
@@ -96,9 +96,15 @@ def sampling_arguments(
     if "prompt" in accepted:
         if classes:
             raise ValueError(f"{type(pipeline).__name__} draws prompts and knows no classes; use --prompts")
-        chosen = list(prompts or PROMPTS)
+        # Prompts that the pipeline has embeddings of need no text encoder.
+        chosen = list(prompts or getattr(pipeline, "prompts", ()) or PROMPTS)
         return {"prompt": [chosen[i % len(chosen)] for i in range(count)]}
     raise ValueError(f"{type(pipeline).__name__} takes neither class_labels nor prompt; quantdit cannot sample from it")
+
+
+def makes_clips(pipeline: object) -> bool:
+    """Tell whether a pipeline makes clips rather than images: such a one takes a number of frames."""
+    return not {"num_frames", "video_length"}.isdisjoint(inspect.signature(type(pipeline).__call__).parameters)
 
 
 def generate(
@@ -112,9 +118,9 @@ def generate(
     classes: Sequence[int] | None = None,
     description: str = "generate",
 ) -> Tensor:
-    """Sample `count` images `[n, c, h, w]` float32 in [-1, 1].
+    """Sample `count` images `[n, c, h, w]` or, from a video pipeline, clips `[n, f, c, h, w]`; float32 in [-1, 1].
 
-    Image i has its own seed, `seed * 2^20 + i`, so it does not depend on the batch it is sampled in.
+    Image or clip i has its own seed, `seed * 2^20 + i`, so it does not depend on the batch it is sampled in.
     """
     from tqdm import tqdm
 
@@ -122,13 +128,14 @@ def generate(
     accepted = inspect.signature(type(pipeline).__call__).parameters
     extra = {"guidance_scale": guidance} if guidance is not None and "guidance_scale" in accepted else {}
     images = []
-    with tqdm(total=count, desc=description, unit="image") as bar:
+    with tqdm(total=count, desc=description, unit="clip" if makes_clips(pipeline) else "image") as bar:
         for start in range(0, count, batch):
             part = {k: v[start : start + batch] for k, v in arguments.items()}
             n = len(next(iter(part.values())))
             generators = [torch.Generator().manual_seed(seed * 2**20 + i) for i in range(start, start + n)]
             output = pipeline(**part, **extra, generator=generators, num_inference_steps=steps, output_type="np")
-            images.append(torch.from_numpy(output.images).permute(0, 3, 1, 2).float() * 2 - 1)
+            pixels = torch.from_numpy(output.frames if hasattr(output, "frames") else output.images)
+            images.append(pixels.movedim(-1, -3).float() * 2 - 1)
             bar.update(n)
     return torch.cat(images)
 

