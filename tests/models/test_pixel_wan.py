@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch_size=(2, 4, 4),
         num_attention_heads=2,
         attention_head_dim=32,
-        in_channels=3,
+        in_channels=6,
         out_channels=3,
         text_dim=384,
         freq_dim=64,
@@ -70,14 +70,25 @@ def test_a_clip_does_not_depend_on_its_batch(pipeline) -> None:
 def test_euler_steps_towards_a_known_clip_end_in_it(pipeline, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """The transformer predicts the clip itself: if it always says the same one, any noise and any number of steps end there."""
     clip = torch.linspace(-0.9, 0.9, 3 * FRAMES * SIZE * SIZE).reshape(1, 3, FRAMES, SIZE, SIZE)
-    monkeypatch.setattr(pipeline.transformer, "forward", lambda x, **_: (clip.expand_as(x),))
+    monkeypatch.setattr(pipeline.transformer, "forward", lambda x, **_: (clip.expand(len(x), -1, -1, -1, -1),))
     end = pipeline(BAT, generator=noise(3), num_inference_steps=steps, output_type="pt").frames
     torch.testing.assert_close(end * 2 - 1, clip.transpose(1, 2), atol=1e-5, rtol=0)
 
 
+def test_the_transformer_is_told_where_and_when_a_pixel_is() -> None:
+    from quantdit.models.pixel_wan import with_positions
+
+    x = torch.randn(2, 3, 4, 5, 6)
+    told = with_positions(x)
+    assert torch.equal(told[:, :3], x) and told.shape == (2, 6, 4, 5, 6)
+    for channel, (last, axis) in enumerate(((4, 2), (5, 3), (6, 4))):
+        ramp = told[:, 3 + channel].movedim(axis - 1, 0).flatten(1)
+        assert torch.equal(ramp, torch.linspace(-1, 1, last)[:, None].expand_as(ramp))
+
+
 def test_guidance_leads_away_from_the_negative_prompt(pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(x, timestep, encoder_hidden_states, return_dict):
-        return (encoder_hidden_states.mean((1, 2))[:, None, None, None, None].expand_as(x),)
+        return (encoder_hidden_states.mean((1, 2))[:, None, None, None, None].expand_as(x[:, :3]),)
 
     monkeypatch.setattr(pipeline.transformer, "forward", forward)
     wanted, against = torch.full((1, 16, 384), 0.2), torch.full((1, 16, 384), 0.1)

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantdit.models.pixel_wan import encode_text, with_positions
 from quantdit.models.train.emoji_clips import FRAMES, MOTIONS, SIZE, caption, held_out, read_archives, render
 
 WIDTH, HEADS, BLOCKS, PATCH = 256, 4, 4, (2, 8, 8)
@@ -45,7 +46,7 @@ def build_transformer() -> torch.nn.Module:
         patch_size=PATCH,
         num_attention_heads=HEADS,
         attention_head_dim=WIDTH // HEADS,
-        in_channels=3,
+        in_channels=3 + 3,  # colours and places, see `with_positions`
         out_channels=3,
         text_dim=TEXT_WIDTH,
         freq_dim=256,
@@ -61,7 +62,8 @@ def flow_loss(model: torch.nn.Module, x: torch.Tensor, text: torch.Tensor, gener
     s = torch.sigmoid(torch.randn(len(x), generator=generator))
     sigma = SHIFT * s / (1 + (SHIFT - 1) * s)
     w = sigma[:, None, None, None, None]
-    clip = model((1 - w) * x + w * noise, timestep=sigma * 1000, encoder_hidden_states=text, return_dict=False)[0]
+    noisy = with_positions((1 - w) * x + w * noise)
+    clip = model(noisy, timestep=sigma * 1000, encoder_hidden_states=text, return_dict=False)[0]
     return ((clip - x) / w.clamp_min(LEAST_SIGMA)).square().mean()
 
 
@@ -92,8 +94,6 @@ def encode_all(labels: list[str], path: Path) -> dict[str, torch.Tensor]:
     prompts = ["", *captions(labels)]
     if path.exists() and set(stored := load_file(path)) == set(prompts):
         return stored
-    from quantdit.models.pixel_wan import encode_text
-
     states = {}
     for i in range(0, len(prompts), 64):
         part = prompts[i : i + 64]
