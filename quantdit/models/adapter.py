@@ -56,7 +56,7 @@ class Input:
             `mask`: 1 to the end of each prompt, then 0. Columns beyond the text tokens (joint masks) are 1.
             `classes`: random class numbers.
             `grid_ids`: row and column of each 2 x 2 patch in the columns 1 and 2 of a table that is otherwise zero.
-            `token_ids`: the number of each text token in the last of four columns.
+            `token_ids`: the number of each text token in the last column of a table that is otherwise zero.
             `zeros`: zeros.
             `constant`: `value`; filled into a tensor if there is a shape.
             `size`: the first of `shape`, as a number.
@@ -179,9 +179,9 @@ ADAPTERS: dict[str, Adapter] = {
             Input("hidden_states", "latent", PACKED),
             _text("joint_attention_dim", LLM),
             FLOW_UNIT,
-            GUIDANCE,
-            Input("img_ids", "grid_ids", ("patches", 4), "int64"),
-            Input("txt_ids", "token_ids", ("tokens", 4), "int64"),
+            Input("guidance", "constant", ("batch",), "float32", 4.0, when="guidance_embeds"),
+            Input("img_ids", "grid_ids", ("batch", "patches", 4), "int64"),
+            Input("txt_ids", "token_ids", ("batch", "tokens", 4), "int64"),
         ),
     ),
     "FluxTransformer2DModel": Adapter(
@@ -228,6 +228,7 @@ ADAPTERS: dict[str, Adapter] = {
             Input("hidden_states", "latent", ("batch", "in_channels", "video_length", "height", "width")),
             STEP,
             _text("caption_channels", T5),
+            Input("enable_temporal_attentions", "constant", value=True),
         ),
         scheduler="epsilon",
     ),
@@ -245,7 +246,7 @@ ADAPTERS: dict[str, Adapter] = {
         inputs=(
             Input("hidden_states", "latent", VIDEO),
             _text("text_embed_dim", T5),
-            Input("timestep", "reversed_timestep", ("batch",), "float32"),
+            Input("timestep", "reversed_timestep", ("batch",)),
             Input("encoder_attention_mask", "mask", ("batch", "tokens"), "bool"),
         ),
     ),
@@ -392,18 +393,21 @@ def likely_inputs(model: nn.Module) -> tuple[tuple[Input, ...], tuple[str, ...]]
 
 
 def _likely_latent(model: nn.Module) -> tuple[Input, ...]:
-    """A sample enters through a convolution of its own rank, or a linear over the channels of one cell or of one patch."""
+    """A sample enters through a convolution over its channels, a linear over those of a token, or one over those of a patch."""
     config = getattr(model, "config", None)
     channels, patch = getattr(config, "in_channels", 0), getattr(config, "patch_size", 1)
     patch_area = math.prod(patch[-2:]) if isinstance(patch, list | tuple) else (patch or 1) ** 2
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Conv3d) and module.in_channels == channels:
-            return (Input("hidden_states", "latent", VIDEO if isinstance(module, nn.Conv3d) else IMAGE),)
-        if isinstance(module, nn.Linear) and module.in_features == channels:
-            return (Input("hidden_states", "latent", PACKED),)
-        if isinstance(module, nn.Linear) and module.in_features == channels * patch_area:
-            return (Input("hidden_states", "latent", IMAGE),)
-    return ()
+    # Diffusers calls transformers of videos ...3DModel; some convolve frame by frame.
+    is_video = "3D" in type(model).__name__
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d) and m.in_channels == channels]
+    widths = {m.in_features for m in model.modules() if isinstance(m, nn.Linear)}
+    if convolutions:
+        is_video |= isinstance(convolutions[0], nn.Conv3d)
+    elif channels in widths:
+        return (Input("hidden_states", "latent", PACKED),)
+    elif channels * patch_area not in widths:
+        return ()
+    return (Input("hidden_states", "latent", VIDEO if is_video else IMAGE),)
 
 
 def _likely_text(model: nn.Module) -> tuple[Input, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 from quantdit.models.adapter import Size
 
 EMBEDDED = Path(__file__).parent / "embedded"
+# <alias>.json: what the published transformer/config.json says of the shapes.
+CONFIGS = Path(__file__).parent / "configs"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Alias:
         hub: hub id, or "" for a folder shipped in the package.
         pipeline: class of the pipeline.
         transformer: class of the transformer.
-        parameters: how many the transformer has.
+        parameters: how many the transformers have in diffusers' classes. DiT's counts more than the paper's 675 M: each block
+            has its own copy of the embedders.
         about: one line for `quantdit models`.
         gpu: what is sampled where there is a GPU: the sizes and steps that the model was published with.
         cpu: what is sampled otherwise: few steps of a small sample, which the model still takes.
@@ -138,7 +142,7 @@ ALIASES: dict[str, Alias] = {
         "PixArt-alpha/PixArt-XL-2-1024-MS",
         "PixArtAlphaPipeline",
         "PixArtTransformer2DModel",
-        "610 M",
+        "611 M",
         "text to image",
         gpu=Capture(20, 4.5, 32, 1024, 1024, 1, Size(1, 1, 128, 128, 120)),
         cpu=Capture(4, 4.5, 2, 512, 512, 1, Size(1, 1, 64, 64, 120)),
@@ -147,7 +151,7 @@ ALIASES: dict[str, Alias] = {
         "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
         "PixArtSigmaPipeline",
         "PixArtTransformer2DModel",
-        "610 M",
+        "611 M",
         "text to image",
         gpu=Capture(20, 4.5, 32, 1024, 1024, 1, Size(1, 1, 128, 128, 300)),
         cpu=Capture(4, 4.5, 2, 512, 512, 1, Size(1, 1, 64, 64, 300)),
@@ -156,7 +160,7 @@ ALIASES: dict[str, Alias] = {
         "facebook/DiT-XL-2-256",
         "DiTPipeline",
         "DiTTransformer2DModel",
-        "675 M",
+        "750 M",
         "ImageNet 256x256",
         gpu=Capture(50, 4.0, 64, 256, 256, 1, Size(1, 1, 32, 32)),
         cpu=Capture(10, 4.0, 4, 256, 256, 1, Size(1, 1, 32, 32)),
@@ -165,7 +169,7 @@ ALIASES: dict[str, Alias] = {
         "facebook/DiT-XL-2-512",
         "DiTPipeline",
         "DiTTransformer2DModel",
-        "675 M",
+        "750 M",
         "ImageNet 512x512",
         gpu=Capture(50, 4.0, 32, 512, 512, 1, Size(1, 1, 64, 64)),
         cpu=Capture(8, 4.0, 2, 512, 512, 1, Size(1, 1, 64, 64)),
@@ -211,7 +215,7 @@ ALIASES: dict[str, Alias] = {
         "maxin-cn/Latte-1",
         "LattePipeline",
         "LatteTransformer3DModel",
-        "1.1 B",
+        "1.06 B",
         "text to video",
         gpu=Capture(50, 7.5, 8, 512, 512, 16, Size(1, 16, 64, 64, 120)),
         # The number of frames is fixed.
@@ -255,6 +259,20 @@ ALIASES: dict[str, Alias] = {
         cpu=Capture(4, 0.0, 2, 256, 256, 1, Size(1, 1, 32, 32, 64)),
     ),
 }
+
+
+def transformer_config(alias: str) -> dict:
+    """Return the config of a known model's transformer (of each, if it has two), with `_class_name`: shapes without weights.
+
+    Raises:
+        ValueError: not an alias, or one whose config is not in the package.
+    """
+    if alias not in ALIASES:
+        raise ValueError(f"unknown model {alias!r}; known names: {', '.join(ALIASES)}")
+    path = CONFIGS / f"{alias}.json" if ALIASES[alias].hub else EMBEDDED / alias / "transformer" / "config.json"
+    if not path.exists():
+        raise ValueError(f"the shapes of {alias} are not in the package")
+    return json.loads(path.read_text())
 
 
 def locate(model: str) -> Path | str:

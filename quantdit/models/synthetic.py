@@ -153,7 +153,7 @@ def _make(spec: Input, context: _Context) -> object:
         made = _grid_ids(shape, size).to(device)
     elif spec.kind == "token_ids":
         made = torch.zeros(shape, device=device)
-        made[:, -1] = torch.arange(shape[0], device=device)
+        made[..., -1] = torch.arange(shape[-2], device=device)
     elif spec.kind == "pixels":
         made = torch.tensor([[size.height, size.width]], device=device).expand(shape) * PIXELS_PER_CELL
     elif spec.kind == "zeros":
@@ -188,7 +188,7 @@ def _number(value: object, model: nn.Module):
 
 def _field(model: nn.Module, name: str) -> object:
     # A class may decide on a field that its config leaves open, and keep the decision as an attribute (PixArt).
-    found = getattr(model, name, None) if not isinstance(getattr(model, name, None), nn.Module | Tensor) else None
+    found = vars(model).get(name)
     return getattr(getattr(model, "config", None), name, None) if found is None else found
 
 
@@ -231,12 +231,12 @@ def _mask(shape: tuple[int, int], context: _Context) -> Tensor:
     return ((columns < context.lengths.unsqueeze(1)) | (columns >= max(1, context.size.tokens))).float()
 
 
-def _grid_ids(shape: tuple[int, int], size: Size) -> Tensor:
-    """Return [patches, columns] with the row of each 2 x 2 patch in column 1 and its column in column 2."""
-    ids = torch.zeros(size.frames, size.height // 2, size.width // 2, shape[1])
+def _grid_ids(shape: tuple[int, ...], size: Size) -> Tensor:
+    """Return [..., patches, columns] with the row of each 2 x 2 patch in column 1 and its column in column 2."""
+    ids = torch.zeros(size.frames, size.height // 2, size.width // 2, shape[-1])
     ids[..., 1] = torch.arange(size.height // 2).unsqueeze(1)
     ids[..., 2] = torch.arange(size.width // 2)
-    return ids.reshape(shape)
+    return ids.reshape(shape[-2:]).expand(shape)
 
 
 def _rotary(context: _Context) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,33 @@ def test_the_list_with_most_linears_of_an_unknown_class_is_taken_for_its_blocks(
     assert adapter.blocks == ("stack",)
     assert [path for path, _ in blocks(model, adapter)] == ["stack.0", "stack.1", "stack.2"]
     assert {layer.name: layer.role for layer in layers(model, adapter)}["before.0"] == "outside"
+
+
+class Blocks(nn.Module):
+    """Two stacks of blocks, an adapter's light list, an embedder's own list, and lists inside blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def block(width: int) -> nn.Module:
+            return nn.ModuleDict({"attn": nn.Linear(width, width), "ff": nn.ModuleList([nn.Sequential(nn.Linear(width, width))])})
+
+        self.joint = nn.ModuleList([block(16)])
+        self.single = nn.ModuleList([block(32) for _ in range(4)])
+        self.projections = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(100)])
+        self.embedder = nn.ModuleDict({"layers": nn.ModuleList([block(32) for _ in range(2)])})
+        self.norms = nn.ModuleList([nn.LayerNorm(32) for _ in range(4)])
+
+
+def test_all_outer_lists_of_heavy_blocks_are_taken_and_no_others() -> None:
+    assert adapter_for(Blocks()).blocks == ("joint", "single")
+
+
+def test_skipped_linears_are_no_layers() -> None:
+    model = Blocks()
+    adapter = replace(adapter_for(model), skip=("single.0.*", "embedder.layers.?.attn"))
+    left_out = {layer.name for layer in layers(model, adapter_for(model))} - {layer.name for layer in layers(model, adapter)}
+    assert left_out == {"single.0.attn", "single.0.ff.0.0", "embedder.layers.0.attn", "embedder.layers.1.attn"}
 
 
 def test_a_model_without_blocks_is_refused() -> None:

@@ -194,9 +194,9 @@ TINY: dict[str, tuple[dict, Size]] = {
             "attention_head_dim": 32,
             "num_layers": 2,
             "cross_attention_dim": 96,
-            "sample_size": 8,
+            # Of this one size, and only of it, the class takes resolution and aspect ratio.
+            "sample_size": 128,
             "caption_channels": 48,
-            "use_additional_conditions": True,
         },
         Size(2, 1, 8, 8, 6),
     ),
