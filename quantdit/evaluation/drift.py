@@ -23,8 +23,11 @@ class DriftReport:
     other seeds with the reference: what the distribution measures give for two samples of one model at this many images.
     A distribution measure of shared seeds can fall below the floor, as each image then has a near copy in the other set.
 
+    Of clips, PSNR is of a whole clip and SSIM the mean of its frames; the distribution measures, which take images to be drawn
+    independently of each other, see the middle frame of each clip.
+
     Attributes:
-        count: image pairs.
+        count: pairs of images or clips.
         psnr_mean: mean PSNR in dB, each image capped at `paired.PSNR_CEILING`.
         psnr_interval: 95 % bootstrap interval of psnr_mean.
         psnr_min: PSNR of the worst pair in dB, capped.
@@ -38,6 +41,7 @@ class DriftReport:
         kid_subset_size: images in a subset of the kernel distances.
         fd_reference_real: Frechet distance of the reference images to the real set; None without one.
         fd_candidate_real: Frechet distance of the candidate images to the real set; None without one.
+        clips: the pairs are clips.
     """
 
     count: int
@@ -54,6 +58,7 @@ class DriftReport:
     kid_subset_size: int
     fd_reference_real: float | None
     fd_candidate_real: float | None
+    clips: bool = False
 
     def to_json(self) -> dict[str, object]:
         """Return plain, finite values in a fixed order, metric names with their backbone, six significant digits."""
@@ -63,6 +68,7 @@ class DriftReport:
             frechet |= {"reference_to_real": _six(self.fd_reference_real), "candidate_to_real": _six(self.fd_candidate_real)}
         return {
             "count": self.count,
+            "of": "clips" if self.clips else "images",
             "interval_level": LEVEL,
             "PSNR": {
                 "unit": "dB",
@@ -84,10 +90,10 @@ def compare(
     real_features: torch.Tensor | FeatureStatistics | None = None,
     seed: int = 0,
 ) -> DriftReport:
-    """Measure the drift of candidate images from reference images.
+    """Measure the drift of candidate images or clips from those of the reference.
 
     Args:
-        reference: `[n, c, h, w]` float in [-1, 1], n >= 4, c = 1 or 3: images of the original model.
+        reference: `[n, c, h, w]`, or clips `[n, f, c, h, w]`, float in [-1, 1], n >= 4, c = 1 or 3: of the original model.
         candidate: the same shape: images of the quantized model from the same seeds, labels and sampler.
         other_seeds: the same shape: images of the original model from other seeds, for the noise floor.
         real_features: EfficientNet-Lite0 features `[m, 1280]` of real images, or their statistics (`real.load_real`).
@@ -104,8 +110,15 @@ def compare(
         )
     if len(reference) < 4:
         raise ValueError(f"{len(reference)} images, expected at least 4, better 64: two disjoint subsets of two are the least")
-    decibels, similarity = psnr(reference, candidate), ssim(reference, candidate)
-    sets = [efficientnet_lite0_features(images) for images in (reference, candidate, other_seeds)]
+    clips = reference.ndim == candidate.ndim == 5
+    if clips:
+        # Mean squared error over all frames: the frames of a clip one above the other are one tall image.
+        decibels = psnr(*(x.transpose(1, 2).flatten(2, 3) for x in (reference, candidate)))
+        similarity = ssim(reference.flatten(0, 1), candidate.flatten(0, 1)).reshape(len(reference), -1).mean(1)
+    else:
+        decibels, similarity = psnr(reference, candidate), ssim(reference, candidate)
+    pictures = [x[:, x.shape[1] // 2] if clips else x for x in (reference, candidate, other_seeds)]
+    sets = [efficientnet_lite0_features(images) for images in pictures]
     ref, cand, other = [summarise(features) for features in sets]
     subset_size = max(2, len(reference) // _SUBSETS_PER_ROUND)
     subsets = _ROUNDS * _SUBSETS_PER_ROUND
@@ -125,6 +138,7 @@ def compare(
         kid_subset_size=subset_size,
         fd_reference_real=to_real[0],
         fd_candidate_real=to_real[1],
+        clips=clips,
     )
 
 
@@ -134,7 +148,7 @@ def table(report: DriftReport) -> str:
     low, high = report.psnr_interval
     ssim_low, ssim_high = report.ssim_interval
     rows = [
-        (f"{report.count} images", "drift", "noise floor"),
+        (f"{report.count} {'clips' if report.clips else 'images'}", "drift", "noise floor"),
         ("PSNR, dB", f"{report.psnr_mean:.2f} [{low:.2f}, {high:.2f}], min {report.psnr_min:.2f}{same}", ""),
         ("SSIM", f"{report.ssim_mean:.4f} [{ssim_low:.4f}, {ssim_high:.4f}]", ""),
         (FD, f"{report.fd_drift:.2f}", f"{report.fd_floor:.2f}"),
@@ -146,6 +160,8 @@ def table(report: DriftReport) -> str:
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     note = f"[a, b]: {LEVEL:.0%} bootstrap interval. ±: standard error. Noise floor: reference images of other seeds."
+    if report.clips:
+        note += f" PSNR is of whole clips, SSIM the mean over frames; {FD} and {KID} are of each clip's middle frame."
     return "\n".join([*lines, "", note])
 
 

@@ -32,7 +32,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Model:
-    """One side of a comparison: its images `[n, c, h, w]` and what its file holds."""
+    """One side of a comparison: its images `[n, c, h, w]` or clips `[n, f, c, h, w]`, and what its file holds."""
 
     name: str
     images: torch.Tensor
@@ -125,9 +125,18 @@ def _sample(pipeline, source: Source, sampling: Sampling) -> Model:
 def _draw(first: Model, second: Model, report: DriftReport, sampling: Sampling, picture: Path) -> None:
     sizes = [f"{m.name}: {m.file_bytes / 1e6:.2f} MB, {m.bits_per_weight:.2f} bits per weight" for m in (first, second)]
     how = f"seed {sampling.seed}, {sampling.steps} steps"
-    quality = f"paired PSNR {report.psnr_mean:.1f} dB over {sampling.samples} images, SSIM {report.ssim_mean:.4f}; {how}"
-    panels = [(m.name, m.images[:PICTURE_IMAGES]) for m in (first, second)]
+    things = "clips" if report.clips else "images"
+    quality = f"paired PSNR {report.psnr_mean:.1f} dB over {sampling.samples} {things}, SSIM {report.ssim_mean:.4f}; {how}"
+    panels = [(m.name, _pictures(m.images)) for m in (first, second)]
     side_by_side(panels, PICTURE_COLUMNS, picture, ["   ".join(sizes), quality])
+
+
+def _pictures(samples: torch.Tensor) -> torch.Tensor:
+    """Return the images to draw: the first ones, or of clips a row of frames each."""
+    if samples.ndim == 4:
+        return samples[:PICTURE_IMAGES]
+    frames = torch.linspace(0, samples.shape[1] - 1, PICTURE_COLUMNS).round().long()
+    return samples[: PICTURE_IMAGES // PICTURE_COLUMNS, frames].flatten(0, 1)
 
 
 def _size_table(first: Model, second: Model) -> str:

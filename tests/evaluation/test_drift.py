@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_noise_floor_does_not_depend_on_the_candidate(reports: dict[float, Drift
 def test_json(reports: dict[float, DriftReport], scale: float):
     document = reports[scale].to_json()
     assert json.loads(json.dumps(document, allow_nan=False)) == document
-    assert list(document) == ["count", "interval_level", "PSNR", "SSIM", "FD-EffNetLite0", "KID-EffNetLite0"]
+    assert list(document) == ["count", "of", "interval_level", "PSNR", "SSIM", "FD-EffNetLite0", "KID-EffNetLite0"]
     assert set(document["FD-EffNetLite0"]) == {"drift", "noise_floor", "reference_to_real", "candidate_to_real"}
     assert set(document["KID-EffNetLite0"]["drift"]) == {"mean", "standard_error"}
 
@@ -94,3 +95,30 @@ def test_refuses_unequal_sets(real: RealSet):
         compare(images[:3], images[:3], images[:3])
     with pytest.raises(ValueError, match="candidate images contain NaN"):
         compare(images, images * float("nan"), images)
+
+
+def test_clips_are_measured_as_clips_and_their_middle_frames_as_images(real: RealSet):
+    """Clips whose frames are all one image have that image's drift; damage to the first frame alone leaves the features."""
+    reference, other = real.images[:8], real.images[8:16]
+    noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(0))
+    damaged = (reference + 0.2 * noise).clamp(-1, 1)
+    still = [x[:, None].expand(-1, 3, -1, -1, -1) for x in (reference, damaged, other)]
+    images, clips = compare(reference, damaged, other, seed=1), compare(*still, seed=1)
+    assert dataclasses.replace(clips, clips=False) == dataclasses.replace(
+        images,
+        psnr_mean=clips.psnr_mean,
+        psnr_interval=clips.psnr_interval,
+        psnr_min=clips.psnr_min,
+        ssim_mean=clips.ssim_mean,
+        ssim_interval=clips.ssim_interval,
+    )
+    assert (clips.psnr_mean, clips.ssim_mean) == (pytest.approx(images.psnr_mean), pytest.approx(images.ssim_mean))
+    assert clips.to_json()["of"] == "clips" and "8 clips" in table(clips) and "middle frame" in table(clips)
+
+    flicker = still[0].clone()
+    flicker[:, 0] = damaged
+    one = compare(still[0], flicker, still[2], seed=1)
+    # A third of the squared error, and of the loss of similarity; nothing of it in the middle frame.
+    assert one.psnr_mean == pytest.approx(images.psnr_mean + 10 * math.log10(3))
+    assert 1 - one.ssim_mean == pytest.approx((1 - images.ssim_mean) / 3)
+    assert one.kid_drift == (0.0, 0.0)

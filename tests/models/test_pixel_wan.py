@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,12 +12,12 @@ import torch
 from quantdit.pipeline import generate, load_pipeline, makes_clips
 
 BAT, FOX = "a bat moving left", "a fox spinning"
-FRAMES, SIZE = 4, 8
+FRAMES, SIZE = 4, 16
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A PixelWanPipeline: 2 blocks, width 64, 4 frames of 8 x 8 pixels, two prompts. Read only."""
+    """A PixelWanPipeline: 2 blocks, width 64, 4 frames of 16 x 16 pixels, two prompts. Read only."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
     from quantdit.models.pixel_wan import PixelWanPipeline
@@ -171,6 +172,12 @@ def test_a_quantized_folder_generates_near_the_same_clips(cli, pipeline, folder:
     reference, clips = (generate(p, 2, 7, 2) for p in (pipeline, quantized))
     error = (reference - clips).square().mean().sqrt()
     assert 0 < error < 0.25 * reference.std()
+
+    pytest.importorskip("efficientnet_lite_pytorch")
+    ran = cli("evaluate", folder, out, "--samples", 4, "--steps", 1, "--output", tmp_path / "drift")
+    assert ran.code == 0 and "4 clips" in ran.out, ran.err
+    drift = json.loads((tmp_path / "drift" / "drift.json").read_text())["drift"]
+    assert drift["of"] == "clips" and drift["PSNR"]["identical"] == 0
 
 
 def test_the_command_line_writes_moving_and_still_pictures(cli, folder: Path, tmp_path: Path) -> None:
