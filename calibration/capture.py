@@ -1,134 +1,137 @@
-"""Capture: run a pipeline, record what reaches its transformer, and feed it to the transformer's blocks one by one."""
+"""Capture: run a pipeline, keep what reaches its transformers on disk, and collect what reaches the linears of a block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from quantdit.calibration import calls as call_files
 from quantdit.calibration import stats as statistics
+from quantdit.calibration.calls import Call, StoredCalls
+from quantdit.calibration.chain import run_call
 from quantdit.calibration.stats import Stats
 from quantdit.timesteps import timestep_of
 
 
-@dataclass(frozen=True)
-class Call:
-    """One recorded call of a module, the timestep bucket it belongs to, and of a whole transformer what it returned."""
-
-    args: tuple
-    kwargs: dict
-    bucket: int
-    output: Tensor | None = None
-
-
-class _Enough(Exception):
-    """Ends a forward pass once the first block's inputs are known."""
-
-
-def transformer_calls(run: Callable[[], object], transformer: nn.Module, steps: int, buckets: int) -> list[Call]:
-    """Record the transformer's calls while `run()` samples from its pipeline.
+def transformer_calls(
+    run: Callable[[], object], transformers: Mapping[str, nn.Module], steps: int, buckets: int, folder: Path, keep: int = 0
+) -> dict[str, StoredCalls]:
+    """Record the transformers' calls while `run()` samples from their pipeline; what `folder` holds already is not run again.
 
     The calls of one sampling step (one or two, as the pipeline does its guidance) share a timestep; `steps` sampling steps are
     cut into `buckets` of equal length, the noisiest first.
 
+    Args:
+        run: samples from the pipeline.
+        transformers: by the names that their calls are kept under.
+        steps: sampling steps.
+        buckets: parts of a trajectory.
+        folder: where the calls are kept.
+        keep: timesteps of each transformer that are kept, evenly spread; 0 for all.
+
     Raises:
-        ValueError: `run` never called the transformer.
+        ValueError: `run` never called one of the transformers.
     """
-    seen: list[tuple[tuple, dict, object]] = []
-    outputs: list[Tensor | None] = []
-
-    def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        timestep = timestep_of(args, kwargs)
-        seen.append((_detached(args), _detached(kwargs), ("call", len(seen)) if timestep is None else timestep))
-
-    def record_output(module: nn.Module, args: tuple, output: object) -> None:
-        outputs.append(_detached(first_tensor(output)))
-
-    handles = [
-        transformer.register_forward_pre_hook(record, with_kwargs=True),
-        transformer.register_forward_hook(record_output),
-    ]
+    places = {name: folder / name for name in transformers}
+    found = {name: call_files.recorded(place) for name, place in places.items()}
+    if all(calls is not None for calls in found.values()):
+        return found
+    seen: dict[str, list[object]] = {name: [] for name in transformers}
+    handles = []
+    for name, transformer in transformers.items():
+        places[name].mkdir(parents=True, exist_ok=True)
+        handles += _recording(transformer, places[name], seen[name])
     try:
         with torch.no_grad():
             run()
     finally:
         for handle in handles:
             handle.remove()
-    if not seen:
-        raise ValueError("the pipeline never called its transformer while sampling, so there is nothing to calibrate on")
-    order = {t: i for i, t in enumerate(dict.fromkeys(t for *_, t in seen))}
-    bucket = {t: min(i * buckets // max(steps, len(order)), buckets - 1) for t, i in order.items()}
-    return [Call(args, kwargs, bucket[t], output) for (args, kwargs, t), output in zip(seen, outputs, strict=True)]
-
-
-def first_tensor(output: object) -> Tensor | None:
-    """Return the first tensor of a transformer's output: itself, the first of a tuple, or of a diffusers output's fields."""
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
-    return next((v for v in values if isinstance(v, Tensor)), None)
-
-
-def model_error(transformer: nn.Module, calls: list[Call]) -> float | None:
-    """Return rel_rmse of the transformer's output against what `calls` recorded; None if they recorded nothing."""
-    error = power = 0.0
-    for call in calls:
-        if call.output is not None:
-            got = first_tensor(run_call(transformer, call))
-            error += float((got.float() - call.output.float()).square().sum())
-            power += float(call.output.float().square().sum())
-    return (error / power) ** 0.5 if power > 0 else None
-
-
-def first_block_calls(transformer: nn.Module, block: nn.Module, calls: list[Call]) -> list[Call]:
-    """Return the calls that reach the first block when `calls` are made of the transformer."""
-    found: list[Call] = []
-
-    def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        found.append(Call(_detached(args), _detached(kwargs), bucket))
-        raise _Enough
-
-    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        for call in calls:
-            bucket = call.bucket
-            try:
-                run_call(transformer, call)
-            except _Enough:
-                continue
-    finally:
-        handle.remove()
+    for name, timesteps in seen.items():
+        if not timesteps:
+            raise ValueError(f"the pipeline never called its {name} while sampling, so there is nothing to calibrate on")
+        order = {t: i for i, t in enumerate(dict.fromkeys(timesteps))}
+        bucket = {t: min(i * buckets // max(steps, len(order)), buckets - 1) for t, i in order.items()}
+        kept = set(_spread(list(order), keep))
+        for number, t in enumerate(timesteps):
+            if t not in kept:
+                call_files.forget_recorded(places[name], number)
+        numbers = {number: bucket[t] for number, t in enumerate(timesteps) if t in kept}
+        found[name] = call_files.finish_recorded(places[name], numbers)
     return found
 
 
-def next_block_call(call: Call, output: object, carry: tuple[str, ...]) -> Call:
-    """Return the call of the next block: what this one returned, in place of the arguments named `carry`."""
-    outputs = output if isinstance(output, tuple) else (output,)
-    if len(outputs) != len(carry):
-        raise ValueError(f"a block returned {len(outputs)} values, its adapter carries {carry}; this class needs an adapter")
-    args, kwargs = list(call.args), dict(call.kwargs)
-    for position, (name, value) in enumerate(zip(carry, outputs, strict=True)):
-        if name in kwargs:
-            kwargs[name] = value
-        else:
-            args[position] = value
-    return replace(call, args=tuple(args), kwargs=kwargs)
+def _recording(transformer: nn.Module, folder: Path, timesteps: list[object]) -> list:
+    """Write each call of the transformer into the folder, and its timestep into the list; returns the hooks' handles."""
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        timestep = timestep_of(args, kwargs)
+        call_files.save_recorded(folder, len(timesteps), args, kwargs)
+        timesteps.append(("call", len(timesteps)) if timestep is None else timestep)
+
+    def after(module: nn.Module, args: tuple, output: object) -> None:
+        if (tensor := first_tensor(output)) is not None:
+            call_files.save_returned(folder, len(timesteps) - 1, tensor)
+
+    return [transformer.register_forward_pre_hook(before, with_kwargs=True), transformer.register_forward_hook(after)]
 
 
-def run_call(module: nn.Module, call: Call) -> object:
-    """Make a recorded call, without gradients."""
-    with torch.no_grad():
-        return module(*call.args, **call.kwargs)
+def _spread(items: list, count: int) -> list:
+    """Return `count` of the items, evenly spread with both ends; all of them for 0."""
+    if not 0 < count < len(items):
+        return items
+    return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def first_tensor(output: object) -> Tensor | None:
+    """Return a transformer's prediction: its output, the first of a tuple, or the first field of a diffusers output.
+
+    A list of one tensor per sample (Z-Image) is stacked.
+    """
+    if isinstance(output, dict):
+        return next((found for v in output.values() if (found := first_tensor(v)) is not None), None)
+    if isinstance(output, list) and output and all(isinstance(v, Tensor) and v.shape == output[0].shape for v in output):
+        return torch.stack(output)
+    if isinstance(output, tuple | list):
+        return next((found for v in output if (found := first_tensor(v)) is not None), None)
+    return output if isinstance(output, Tensor) else None
+
+
+def relative_error(pairs: Iterable[tuple[object, Tensor | None]]) -> float | None:
+    """Return rel_rmse over pairs of (what a transformer returned, what was recorded); None if nothing was recorded."""
+    error = power = 0.0
+    for got, expected in pairs:
+        if expected is not None:
+            error += float((first_tensor(got).float() - expected.float()).square().sum())
+            power += float(expected.float().square().sum())
+    return (error / power) ** 0.5 if power > 0 else None
+
+
+def model_error(transformer: nn.Module, calls: Iterable[Call]) -> float | None:
+    """Return rel_rmse of the transformer's output against what `calls` recorded; None if they recorded nothing."""
+    return relative_error((run_call(transformer, call), call.output) for call in calls)
+
+
+def run_block(module: nn.Module, call: Call) -> object:
+    """Make a recorded call of a part of a model, static activation scales at the call's bucket."""
+    for part in module.modules():
+        if hasattr(part, "bucket"):
+            part.bucket = call.bucket
+    return run_call(module, call)
 
 
 @contextmanager
-def collecting(linears: dict[str, nn.Linear], buckets: int, result: dict[str, Stats]) -> Iterator[Callable[[int], None]]:
+def collecting(
+    linears: Mapping[str, nn.Linear], buckets: int, result: dict[str, Stats], tokens: int = 0
+) -> Iterator[Callable[[int], None]]:
     """Collect the Stats of every linear into `result` while the body runs; yields a setter for the current bucket.
 
-    Linears called with the very same tensor (q, k and v) share one Stats object, so its Gram matrix is summed once.
+    Of each call at most `tokens` rows are taken, evenly spread (0: all of them). Linears called with the very same tensor (q, k
+    and v) share one Stats object, so its Gram matrix is summed once.
 
     Raises:
         ValueError: an input has NaN or infinite entries; the layer is named.
@@ -148,7 +151,7 @@ def collecting(linears: dict[str, nn.Linear], buckets: int, result: dict[str, St
             latest = (x, owner[name])
             if owner[name] == name:
                 try:
-                    result[name] = statistics.update(result[name], x, bucket)
+                    result[name] = statistics.update(result[name], _thinned(x, tokens, result[name].count), bucket)
                 except ValueError as error:
                     raise ValueError(
                         f"calibration: layer {name}: {error}; the model itself is broken, or its dtype too narrow"
@@ -170,11 +173,7 @@ def collecting(linears: dict[str, nn.Linear], buckets: int, result: dict[str, St
         result[name] = result[first]
 
 
-def _detached(value):
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {k: _detached(v) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_detached(v) for v in value)
-    return value
+def _thinned(x: Tensor, tokens: int, start: int) -> Tensor:
+    """Return at most `tokens` of the rows of x `[..., k]`, as one tensor `[r, k]`."""
+    x = x.reshape(-1, x.shape[-1])
+    return x[statistics.spread(len(x), start, tokens)] if 0 < tokens < len(x) else x

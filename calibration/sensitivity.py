@@ -20,7 +20,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from quantdit.calibration.capture import Call, first_tensor, run_call
+from quantdit.calibration.calls import Call
+from quantdit.calibration.capture import first_tensor, run_block
+from quantdit.calibration.chain import run_call
 from quantdit.calibration.layer import Quantized, quantize_layer
 from quantdit.calibration.stats import Stats
 from quantdit.formats import FORMATS, QSpec
@@ -89,7 +91,7 @@ def sensitivity(
     reference = [_tensors(run_call(part.module, call)) for call in part.calls]
 
     def block_errors() -> list[float]:
-        outputs = (_tensors(_run(part.module, call)) for call in part.calls)
+        outputs = (_tensors(run_block(part.module, call)) for call in part.calls)
         return [sum(_squared(a, b) for a, b in zip(x, y, strict=True)) for x, y in zip(outputs, reference, strict=True)]
 
     errors: dict[str, dict[str, list[float]]] = {}
@@ -110,7 +112,7 @@ def sensitivity(
     else:
         with replaced(transformer, middle):
             at_block = block_errors()
-            at_end = [_squared(first_tensor(_run(transformer, call)), call.output) for call in model_calls]
+            at_end = [_squared(first_tensor(run_block(transformer, call)), call.output) for call in model_calls]
         gains = [end / block if block > 0 else 0.0 for end, block in zip(at_end, at_block, strict=True)]
     squared = {
         name: {w: sum(g * e for g, e in zip(gains, by_call, strict=True)) / max(power, 1e-30) for w, by_call in widths.items()}
@@ -166,13 +168,6 @@ def _all_widths(plans: Mapping[str, LayerPlan], squared: Mapping[str, float], sp
         size = sum(math.prod(f.shape) * f.dtype.itemsize for f in layer_fields(spec).values())
         result[weight] = {"bytes": size, "error": float(f"{error**0.5:.6g}"), "measured": weight in squared}
     return result
-
-
-def _run(module: nn.Module, call: Call) -> object:
-    for part in module.modules():
-        if hasattr(part, "bucket"):  # of static activation scales
-            part.bucket = call.bucket
-    return run_call(module, call)
 
 
 def _squared(a: Tensor, b: Tensor) -> float:

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from quantdit import checkpoint
-from quantdit.compiler import copy_rest
+from quantdit import checkpoint, files
+from quantdit.compiler import REPORT
+from quantdit.work_folder import copy_rest
 
 
 def to_dense(folder: Path, output: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -25,7 +26,7 @@ def to_dense(folder: Path, output: Path, dtype: torch.dtype = torch.bfloat16) ->
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {output} exists and is not an empty folder; choose another")
     if not (folder / "transformer").is_dir():
-        raise checkpoint.CheckpointError(f"{folder} has no transformer folder; give the folder that quantdit calibrate wrote")
+        raise files.CheckpointError(f"{folder} has no transformer folder; give the folder that quantdit calibrate wrote")
     transformer = checkpoint.read_transformer(folder / "transformer")
     for name, layer in checkpoint.quant_layers(transformer).items():
         linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
@@ -37,7 +38,7 @@ def to_dense(folder: Path, output: Path, dtype: torch.dtype = torch.bfloat16) ->
     # A name of its own: OUTPUT.partial may hold an interrupted calibration.
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     partial.chmod(0o755)
-    copy_rest(folder, partial)
+    copy_rest(folder, partial, ("transformer", REPORT))
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(dtype)
     transformer.save_pretrained(partial / "transformer")

@@ -1,25 +1,24 @@
 """The compiled artefact: a diffusers folder whose transformer is stored quantized. Writing, and reading as if it were hostile.
 
 `transformer/config.json` holds `quantization_config`: `quant_method`, `spec`, the recipe, each layer's `LayerSpec`, the timestep
-edges of static scales, and the sha256 of the weights. `transformer/diffusion_pytorch_model.safetensors` holds `<layer>.<field>`
-for every tensor of its `LayerSpec`, and what stayed dense. The same tensors give the same bytes.
+edges of static scales, and the sha256 of the weights. `transformer/diffusion_pytorch_model.safetensors`, or the shards of its
+index, hold `<layer>.<field>` for every tensor of its `LayerSpec`, and what stayed dense. The same tensors give the same bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quantdit import transform
+from quantdit.files import CheckpointError, digest, open_weights, read_json, tensor_files, write_json, write_tensors
 from quantdit.layer_spec import LayerSpec, layer_fields
 from quantdit.linear import QuantLinear, follow_timesteps
 from quantdit.qtensor import FIELDS, check_values
@@ -27,7 +26,6 @@ from quantdit.qtensor import FIELDS, check_values
 SPEC = 2
 MAX_TIMESTEP = 1e9
 METHOD = "quantdit"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 _DTYPES = {
     torch.uint8: "U8",
@@ -40,10 +38,6 @@ _DTYPES = {
 _DENSE = ("F32", "F16", "BF16")
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, with the file, the tensor, what was expected and what to do."""
-
-
 def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """Return the quantized layers of a model by path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
@@ -54,10 +48,19 @@ def _own_keys(layers: dict[str, QuantLinear]) -> set[str]:
     return {f"{name}.{field}" for name, layer in layers.items() for field in layer_fields(layer.layer_spec)}
 
 
-def write_transformer(model: nn.Module, folder: Path, recipe: dict, provenance: dict) -> str:
-    """Write a transformer with QuantLinear layers; returns the sha256 of its weights file.
+def write_transformer(
+    model: nn.Module, folder: Path, recipe: dict, provenance: dict, read: Callable[[str], Tensor] | None = None
+) -> str:
+    """Write a transformer with QuantLinear layers; returns the sha256 of its weights (`files.digest`).
 
     Dense floats are stored as float16 or bfloat16 where that loses nothing, else float32.
+
+    Args:
+        model: the transformer.
+        folder: of its weights and config.json.
+        recipe: that made it, as JSON.
+        provenance: what it was made from, as JSON.
+        read: returns a tensor of its state dict, for a model whose blocks are not in memory.
 
     Raises:
         OSError: the folder cannot be written.
@@ -66,27 +69,27 @@ def write_transformer(model: nn.Module, folder: Path, recipe: dict, provenance: 
     layers = quant_layers(model)
     own = _own_keys(layers)
     state = model.state_dict()
-    tensors = {k: (state[k] if k in own else _narrow(state[k])).detach().cpu().contiguous() for k in sorted(state)}
+
+    def tensor(name: str) -> Tensor:
+        value = state[name] if read is None or state[name].device.type != "meta" else read(name)
+        return value if name in own else _narrow(value)
+
     header = {"spec": SPEC, "recipe": recipe, "provenance": provenance}
-    weights = folder / WEIGHTS
-    # One metadata key: safetensors writes several in no fixed order.
-    save_file(tensors, weights, metadata={METHOD: json.dumps(header, sort_keys=True)})
-    weights.chmod(0o644)  # safetensors makes files that only their owner can read
-    digest = sha256(weights)
+    write_tensors(folder, state, tensor, {METHOD: json.dumps(header, sort_keys=True)})
+    found = digest(folder)
     config = {k: v for k, v in dict(model.config).items() if not k.startswith("_") and k != "quantization_config" and _is_json(v)}
     config = {"_class_name": type(model).__name__, "_diffusers_version": version("diffusers"), **config}
     config["quantization_config"] = {
         "quant_method": METHOD,
         "spec": SPEC,
-        "sha256": digest,
+        "sha256": found,
         "recipe": recipe,
         "provenance": provenance,
         "timestep_edges": list(getattr(model, "timestep_edges", ())),
         "layers": {name: asdict(m.layer_spec) for name, m in layers.items()},
     }
     write_json(folder / "config.json", config)
-    _fsync(weights)
-    return digest
+    return found
 
 
 def is_quantized(folder: Path) -> bool:
@@ -116,18 +119,22 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Mod
         raise CheckpointError(
             f"{folder / 'config.json'}: checkpoint spec {spec!r}, but this quantdit reads spec {SPEC}; {remedy}"
         )
-    weights = folder / WEIGHTS
-    with _open(weights) as file:
-        _check_plausible(config, len(file.keys()), folder / "config.json")
-        model = _skeleton(config, quantization, folder)
-        edges = _timestep_edges(quantization, quant_layers(model), folder / "config.json")
-        _check_header(file, model, weights)
-        if (got := sha256(weights)) != quantization.get("sha256"):
+    places = tensor_files(folder)
+    weights = next(iter(places.values()), folder)
+    weights = weights if len(set(places.values())) <= 1 else folder
+    _check_plausible(config, len(places), folder / "config.json")
+    model = _skeleton(config, quantization, folder)
+    edges = _timestep_edges(quantization, quant_layers(model), folder / "config.json")
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(open_weights(path)) for path in sorted(set(places.values()))}
+        opened = {key: files[path] for key, path in places.items()}
+        _check_header(opened, model, weights)
+        if (got := digest(folder)) != quantization.get("sha256"):
             raise CheckpointError(
                 f"{weights}: sha256 is {got[:12]}..., the config says {str(quantization.get('sha256'))[:12]}...;"
                 " the file was damaged or changed, copy it again"
             )
-        state = {key: file.get_tensor(key) for key in sorted(file.keys())}
+        state = {key: opened[key].get_tensor(key) for key in sorted(opened)}
     layers = quant_layers(model)
     for name, layer in layers.items():
         fields = {f: state[f"{name}.{f}"] for f in FIELDS if f in layer._buffers}
@@ -161,8 +168,12 @@ def _check_plausible(config: dict, tensors: int, where: Path) -> None:
             )
 
 
-def _skeleton(config: dict, quantization: dict, folder: Path) -> nn.Module:
-    """Build the transformer with its quantized layers, parameters on the meta device."""
+def build_on_meta(config: dict, folder: Path) -> nn.Module:
+    """Build the full-precision transformer that a config.json describes; parameters on the meta device, buffers computed.
+
+    Raises:
+        CheckpointError: not a model class of diffusers, or one that cannot be built from this config.
+    """
     import diffusers
     from accelerate import init_empty_weights
 
@@ -173,9 +184,15 @@ def _skeleton(config: dict, quantization: dict, folder: Path) -> nn.Module:
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
     try:
         with init_empty_weights(include_buffers=False):
-            model = cls.from_config(plain)
+            return cls.from_config(plain)
     except Exception as error:  # a model class may fail on a hostile config in any way
         raise CheckpointError(f"{where}: {cls.__name__} cannot be built from it: {error}") from error
+
+
+def _skeleton(config: dict, quantization: dict, folder: Path) -> nn.Module:
+    """Build the transformer with its quantized layers, parameters on the meta device."""
+    where = folder / "config.json"
+    model = build_on_meta(config, folder)
     layers = quantization.get("layers")
     if not isinstance(layers, dict):
         raise CheckpointError(f"{where}: quantization_config.layers must be a table of layers")
@@ -184,7 +201,7 @@ def _skeleton(config: dict, quantization: dict, folder: Path) -> nn.Module:
             parent = model.get_submodule(name.rpartition(".")[0])
             linear = model.get_submodule(name)
         except AttributeError as error:
-            raise CheckpointError(f"{where}: layer {name!r} does not exist in {cls.__name__}") from error
+            raise CheckpointError(f"{where}: layer {name!r} does not exist in {type(model).__name__}") from error
         if not isinstance(linear, nn.Linear):
             raise CheckpointError(f"{where}: layer {name!r} is a {type(linear).__name__}, expected a Linear")
         setattr(parent, name.rpartition(".")[2], _layer(name, entry, linear, where))
@@ -227,26 +244,17 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
     return f"{bad[0]} has NaN or infinite entries" if bad else None
 
 
-def _open(weights: Path):
-    try:
-        return safe_open(weights, framework="pt")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{weights} is missing; copy the whole folder, or calibrate again") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{weights}: not a whole safetensors file ({error}); copy it again") from error
-
-
-def _check_header(file, model: nn.Module, weights: Path) -> None:
+def _check_header(opened: dict, model: nn.Module, weights: Path) -> None:
     layers = quant_layers(model)
     own = _own_keys(layers)
     expected = model.state_dict()
-    names = set(file.keys())
+    names = opened.keys()
     if missing := sorted(expected.keys() - names):
         raise CheckpointError(f"{weights}: tensor {missing[0]} is missing (and {len(missing) - 1} more); copy it again")
     if extra := sorted(names - expected.keys()):
         raise CheckpointError(f"{weights}: unexpected tensor {extra[0]} (and {len(extra) - 1} more): file and config disagree")
     for key, tensor in expected.items():
-        stored = file.get_slice(key)
+        stored = opened[key].get_slice(key)
         shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
         dtypes = (_DTYPES[tensor.dtype],) if key in own else _DENSE
         if shape != tuple(tensor.shape) or dtype not in dtypes:
@@ -254,37 +262,6 @@ def _check_header(file, model: nn.Module, weights: Path) -> None:
                 f"{weights}: tensor {key} is {dtype} {shape}, expected {' or '.join(dtypes)} {tuple(tensor.shape)}:"
                 " file and config disagree"
             )
-
-
-def sha256(path: Path) -> str:
-    """Return the hexadecimal sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write JSON atomically, indented, newline at the end."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    _fsync(part)
-    os.replace(part, path)
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: missing, unreadable, or not an object.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: this is no diffusers model folder") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return content
 
 
 def _narrow(t: Tensor) -> Tensor:
@@ -303,8 +280,3 @@ def _is_json(value: object) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _fsync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

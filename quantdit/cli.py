@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -77,8 +79,26 @@ def _parser() -> argparse.ArgumentParser:
         help="choose each layer's weight bits for the smallest size whose model_rel_rmse is at most this (0.05: 5 %%)",
     )
     sub.add_argument("--output", type=Path, required=True, help="folder to write")
-    sub.add_argument("--samples", type=_positive, default=32, help="images to calibrate on (%(default)s)")
-    _sampling(sub)
+    weights = sub.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--weights", type=Path, metavar="DIR", help="where the model lies: its whole pipeline, or its transformer alone"
+    )
+    weights.add_argument(
+        "--random-weights", action="store_true", help="made-up weights of the true shapes, to measure time, memory and size"
+    )
+    sub.add_argument("--memory-budget", type=_bytes, metavar="8GiB", help="stay within; blocks are then read one at a time")
+    data = sub.add_argument_group("calibration data (defaults: what suits the model; see quantdit models)")
+    data.add_argument("--samples", type=_count, help="images or clips to calibrate on; 0: none, round to nearest (32)")
+    data.add_argument("--steps", type=_positive, help="sampling steps (20)")
+    data.add_argument("--guidance", type=_finite, help="guidance scale (the pipeline's own default)")
+    data.add_argument("--seed", type=_seed, default=0, help="(%(default)s)")
+    data.add_argument("--timesteps", type=_count, default=0, help="of the steps, how many to keep, evenly spread; 0: all")
+    data.add_argument("--tokens", type=_count, default=0, help="tokens of each call to make statistics of; 0: all")
+    data.add_argument("--prompts", type=Path, metavar="FILE", help="text file, one prompt a line (the built-in list)")
+    data.add_argument("--height", type=_positive, help="of a sample, in pixels")
+    data.add_argument("--width", type=_positive, help="of a sample, in pixels")
+    data.add_argument("--frames", type=_positive, help="of a clip")
+    sub.add_argument("--device", default="cpu", help="(%(default)s)")
     sub.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
     sub.add_argument("--overwrite", action="store_true", help="replace what is in the output folder")
 
@@ -152,26 +172,72 @@ def _models(args: argparse.Namespace) -> int:
 
 def _calibrate(args: argparse.Namespace) -> int:
     from quantdit import inspection, recipe
-    from quantdit.compiler import REPORT, Settings, Target, calibrate, clear_disk_errors
+    from quantdit.compiler import REPORT, Target, calibrate
+    from quantdit.pipeline import BareTransformer
+    from quantdit.work_folder import clear_disk_errors
 
     plan = recipe.from_bits(args.bits) if args.bits is not None else recipe.from_toml(args.recipe)
     target = None
     if args.size_budget is not None or args.max_drift is not None:
         target = Target(args.size_budget, args.max_drift)
         plan = recipe.with_auto(plan) if args.bits is not None else plan
-    pipeline, source = _load(args.model, args.device)
-    settings = Settings(args.samples, args.steps, args.seed, args.guidance)
+    scratch = args.output.with_name(f"{args.output.name}.random") if args.random_weights else None
     with clear_disk_errors(args.output):
+        pipeline, source = _open(args, scratch)
+        settings = _settings(args, bare=isinstance(pipeline, BareTransformer))
         report = calibrate(pipeline, source, plan, args.output, settings, args.resume, args.overwrite, target)
+        if scratch is not None:
+            shutil.rmtree(scratch)
     size, seconds = report["size"], report["seconds"]
-    errors = [layer["rel_rmse"] for layer in report["layers"].values()]
+    errors = [layer.get("rel_rmse", layer.get("weight_rel_rmse")) for layer in report["layers"].values()]
+    if "warning" in report:
+        print(f"quantdit: warning: {report['warning']}", file=sys.stderr)
+    memory = report["memory"]
     print(
         f"{args.output}: {len(errors)} layers at {size['bits_per_weight']:.2f} bits a weight, {size['file_bytes'] / 1e6:.2f} MB,"
-        f" mean rel_rmse {sum(errors) / max(1, len(errors)):.4f}, {sum(seconds.values()):.0f} s; report in {args.output / REPORT}"
+        f" mean rel_rmse {sum(errors) / max(1, len(errors)):.4f}, {sum(seconds.values()):.0f} s, at most"
+        f" {memory['peak_bytes'] / 2**30:.1f} GiB of memory; report in {args.output / REPORT}"
     )
     if target is not None:
         print(inspection.allocation_summary(report["allocation"]))
     return 0
+
+
+def _open(args: argparse.Namespace, scratch: Path | None):
+    """Return the pipeline to calibrate, or its bare transformer, and its source."""
+    from dataclasses import replace
+
+    from quantdit.models.aliases import ALIASES, transformer_config
+    from quantdit.pipeline import load_pipeline
+    from quantdit.random_weights import write_random_transformer
+
+    _quiet()
+    if scratch is None:
+        return load_pipeline(args.model, device=args.device, weights=args.weights, memory_budget=args.memory_budget)
+    alias = ALIASES.get(args.model)
+    if alias is None or not alias.hub:
+        raise ValueError(f"--random-weights needs a known model that is not embedded, got {args.model!r}; see quantdit models")
+    for number, part in enumerate(alias.transformers):
+        write_random_transformer(transformer_config(args.model), scratch / part, args.seed + number)
+    pipeline, source = load_pipeline(args.model, device=args.device, weights=scratch, memory_budget=args.memory_budget)
+    return pipeline, replace(source, random_weights=True)
+
+
+def _settings(args: argparse.Namespace, bare: bool):
+    """Return what is sampled: what the user said, else what suits the model, else the defaults."""
+    from quantdit.models.aliases import ALIASES
+    from quantdit.sampling import Settings
+
+    given = {key: getattr(args, key) for key in ("samples", "steps", "guidance", "seed", "timesteps", "tokens")}
+    given |= {key: getattr(args, key) for key in ("height", "width", "frames")}
+    if args.prompts:
+        given["prompts"] = tuple(line for line in args.prompts.read_text().splitlines() if line.strip())
+    wanted = {}
+    if args.model in ALIASES:
+        known = ALIASES[args.model].cpu if args.device == "cpu" else ALIASES[args.model].gpu
+        wanted = {"samples": known.prompts, "steps": known.steps, "guidance": known.guidance}
+        wanted |= {"latent": known.latent} if bare else {key: getattr(known, key) for key in ("height", "width", "frames")}
+    return Settings(**{**wanted, **{key: value for key, value in given.items() if value is not None}})
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -252,6 +318,20 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"([0-9.]+) *([KMGT]?)(i?)B?", text)
+    if found is None or not (value := float(found[1])) > 0:
+        raise argparse.ArgumentTypeError(f"a size is a number with a unit, such as 8GiB or 500MB, got {text!r}")
+    return int(value * (1024 if found[3] else 1000) ** (" KMGT".index(found[2] or " ")))
 
 
 def _seed(text: str) -> int:

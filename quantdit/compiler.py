@@ -2,56 +2,40 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import math
-import os
 import platform
-import re
-import shutil
-import tempfile
+import resource
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 import quantdit
-from quantdit import checkpoint, hadamard, recipe
+from quantdit import block_by_block, checkpoint, files, hadamard, recipe, streaming, work_folder
+from quantdit.block_by_block import Job, Made
 from quantdit.calibration import allocate, capture, sensitivity
+from quantdit.calibration import calls as call_files
 from quantdit.calibration.allocate import Option
-from quantdit.calibration.layer import quantize_layer
-from quantdit.calibration.stats import Stats
+from quantdit.calibration.calls import StoredCalls
 from quantdit.formats import QSpec
 from quantdit.layer_spec import LayerSpec, layer_fields
-from quantdit.linear import QuantLinear, follow_timesteps, weight_bits
+from quantdit.linear import QuantLinear, weight_bits
 from quantdit.models import adapter as adapters
-from quantdit.pipeline import Source, generate
+from quantdit.pipeline import Source
 from quantdit.recipe import LayerPlan, Recipe
-from quantdit.timesteps import edges_of, timestep_of
+from quantdit.sampling import Settings, sample
+from quantdit.streaming import Stream
 
 REPORT = "calibration_report.json"
-MEASURED_CALLS = 8
+DEFAULTS = Settings()
 HALF = 2  # bytes of a weight in 16 bits
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What calibration data is made of: `samples` images of `steps` sampling steps; statistics in `buckets` of timesteps."""
-
-    samples: int = 32
-    steps: int = 20
-    seed: int = 0
-    guidance: float | None = None
-    buckets: int = 10
+RANDOM_WARNING = "RANDOM WEIGHTS: this checkpoint measures time, memory and size; its pictures mean nothing"
 
 
 @dataclass(frozen=True)
@@ -88,7 +72,7 @@ def calibrate(
     source: Source,
     plan_recipe: Recipe,
     output: Path,
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULTS,
     resume: bool = False,
     overwrite: bool = False,
     target: Target | None = None,
@@ -105,127 +89,172 @@ def calibrate(
         OSError: the output cannot be written.
     """
     began = time.perf_counter()
-    transformer = pipeline.transformer.eval()
-    if checkpoint.quant_layers(transformer):
+    transformers = {part: getattr(pipeline, part).eval() for part in source.parts}
+    if any(checkpoint.quant_layers(t) for t in transformers.values()):
         raise ValueError(f"{source.folder} is quantized already; calibrate from the full-precision model")
     if output.resolve().is_relative_to(source.folder.resolve()):
         raise ValueError(f"output {output} lies inside the source {source.folder}; choose a folder outside")
-    adapter = adapters.adapter_for(transformer)
-    options = recipe.options(plan_recipe, adapters.layers(transformer, adapter))
-    if not options:
+    if not settings.samples:
+        plan_recipe = recipe.without_data(plan_recipe)
+    found = {part: adapters.adapter_for(t) for part, t in transformers.items()}
+    options = {part: recipe.options(plan_recipe, adapters.layers(t, found[part])) for part, t in transformers.items()}
+    if not any(options.values()):
         raise ValueError(f"recipe {plan_recipe.name} leaves every layer dense, so there is nothing to quantize")
-    _check_target(plan_recipe, options, target, transformer)
-    _check_weights(transformer)
+    for part, transformer in transformers.items():
+        _check_target(plan_recipe, options[part], target, transformer)
+        _check_weights(transformer)
+    if target is not None and (len(transformers) > 1 or any(streaming.is_streamed(t) for t in transformers.values())):
+        raise ValueError(
+            "choosing the layers' weights needs one transformer, in memory as a whole: give a larger --memory-budget,"
+            " or fix the weights with --bits"
+        )
     provenance = {
         "quantdit": quantdit.__version__,
         "source": source.label,
-        "source_sha256": _source_digest(source.folder),
+        "source_sha256": _source_digest(source),
         "calibration": asdict(settings),
     }
+    if source.random_weights:
+        provenance["random_weights"] = True
     if target is not None:
         provenance["target"] = asdict(target)
     identity = {"recipe": plan_recipe.to_dict(), "provenance": provenance}
-    partial = _open_partial(output, identity, resume, overwrite)
+    if resume and work_folder.is_finished(output, identity):
+        work_folder.publish(output.with_name(f"{output.name}.partial"), output, identity)
+        return files.read_json(output / REPORT)
+    partial = work_folder.open_partial(output, identity, resume, overwrite)
+    if resume and work_folder.is_finished(partial, identity):
+        work_folder.publish(partial, output, identity)
+        return files.read_json(output / REPORT)
 
-    def sample() -> None:
-        generate(pipeline, settings.samples, settings.seed, settings.steps, settings.guidance, description="sample the model")
-
-    calls = capture.transformer_calls(sample, transformer, settings.steps, settings.buckets)
+    work = partial / work_folder.WORK
+    jobs = _jobs(pipeline, source, transformers, found, settings, work)
     captured = time.perf_counter()
-    job = _Job(transformer, adapter, calls, settings, partial)
-    if target is None:
-        made = _quantize(job, {name: next(iter(plans.values())) for name, plans in options.items()}, partial / "blocks")
-        extra = {}
-    else:
-        made, allocation = _quantize_to_target(job, options, target)
-        extra = {"allocation": allocation}
+    made, extra = {}, {}
+    for part, job in jobs.items():
+        if target is None:
+            plans = {name: next(iter(plans.values())) for name, plans in options[part].items()}
+            made[part] = block_by_block.quantize(job, plans, job.folder / "blocks")
+        else:
+            made[part], extra["allocation"] = _quantize_to_target(job, options[part], target)
     quantized = time.perf_counter()
 
-    copy_rest(source.folder, partial)
-    digest = checkpoint.write_transformer(transformer, partial / "transformer", plan_recipe.to_dict(), provenance)
+    work_folder.copy_rest(source.folder, partial, {*source.parts, REPORT} | ({"config.json"} if source.bare else set()))
+    for part, job in jobs.items():
+        read = job.stream.read if job.stream is not None else None
+        checkpoint.write_transformer(transformers[part], partial / part, plan_recipe.to_dict(), provenance, read)
+    first = source.parts[0]
+    seconds = sum((job.seconds for job in jobs.values()), Counter())
     report = {
         "recipe": plan_recipe.to_dict(),
         "provenance": provenance,
-        "sha256": digest,
+        "sha256": files.digest(partial / first),
         "machine": {"platform": platform.platform(), "torch": torch.__version__, "diffusers": version("diffusers")},
         "seconds": {
             "sample": round(captured - began, 1),
             "quantize": round(quantized - captured, 1),
             "write": round(time.perf_counter() - quantized, 1),
         },
-        "model_rel_rmse": made.drift,
-        "size": size_of(transformer, partial / "transformer" / checkpoint.WEIGHTS),
+        "seconds_of_quantize": {stage: round(spent, 1) for stage, spent in seconds.items()},
+        "memory": {
+            "budget_bytes": source.memory_budget,
+            "peak_bytes": peak_memory(),
+            "streamed": any(job.stream is not None for job in jobs.values()),
+        },
+        "blocks": {part: block_by_block.describe_chain(job) for part, job in jobs.items()},
+        "model_rel_rmse": made[first].drift,
+        "size": _added([size_of(t, partial / part) for part, t in transformers.items()]),
         **extra,
-        "layers": made.reports,
+        "layers": {
+            name if part == first else f"{part}.{name}": layer
+            for part, of_part in made.items()
+            for name, layer in of_part.reports.items()
+        },
     }
-    checkpoint.write_json(partial / REPORT, report)
-    _publish(partial, output)
+    if len(source.parts) > 1:
+        report["model_rel_rmse_of_parts"] = {part: m.drift for part, m in made.items()}
+    if source.random_weights:
+        report["warning"] = RANDOM_WARNING
+    files.write_json(partial / REPORT, report)
+    work_folder.publish(partial, output, identity)
     return report
 
 
-def size_of(transformer: nn.Module, weights: Path) -> dict:
-    """Count what the written file holds: bytes in all, and stored bits per weight of the quantized layers."""
+def size_of(transformer: nn.Module, folder: Path) -> dict:
+    """Count what a written transformer folder holds: bytes in all, and stored bits per weight of the quantized layers."""
     layers = checkpoint.quant_layers(transformer).values()
     weights_count = sum(m.in_features * m.out_features for m in layers)
     stored = sum(weight_bits(m) * m.in_features * m.out_features for m in layers)
     return {
-        "file_bytes": weights.stat().st_size,
+        "file_bytes": sum(path.stat().st_size for path in files.weight_files(folder)),
         "quantized_weights": weights_count,
         "bits_per_weight": round(stored / max(1, weights_count), 4),
         "dense_values": sum(t.numel() for t in transformer.state_dict().values()) - _own_values(transformer),
     }
 
 
+def peak_memory() -> int:
+    """Return the largest resident size of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _added(sizes: list[dict]) -> dict:
+    """Return the sizes of several transformers as one."""
+    total = {key: sum(size[key] for size in sizes) for key in sizes[0]}
+    bits = sum(size["bits_per_weight"] * size["quantized_weights"] for size in sizes)
+    return total | {"bits_per_weight": round(bits / max(1, total["quantized_weights"]), 4)}
+
+
 def _own_values(transformer: nn.Module) -> int:
     return sum(b.numel() for m in checkpoint.quant_layers(transformer).values() for b in m.buffers(recurse=False))
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """A part of the model that is calibrated at once: a block, or everything outside the blocks."""
+def _jobs(
+    pipeline: object,
+    source: Source,
+    transformers: dict[str, nn.Module],
+    found: dict[str, adapters.Adapter],
+    settings: Settings,
+    work: Path,
+) -> dict[str, Job]:
+    """Sample from the pipeline, and return for each transformer its calls and what is needed to work on it."""
+    streams = {
+        part: Stream(transformer, files.tensor_files(source.part(part)), shared=found[part].shared)
+        for part, transformer in transformers.items()
+        if streaming.is_streamed(transformer)
+    }
+    blocks = {part: block_by_block.blocks_of(t, found[part]) for part, t in transformers.items()}
+    calls = dict.fromkeys(transformers, StoredCalls(()))
+    if settings.samples:
+        with ExitStack() as stack:
+            for part, stream in streams.items():
+                stack.enter_context(stream.following(blocks[part]))
+            calls = capture.transformer_calls(
+                lambda: sample(pipeline, settings, found),
+                transformers,
+                settings.steps,
+                settings.buckets,
+                work / "calls",
+                settings.timesteps,
+            )
+    jobs = {}
+    for part, transformer in transformers.items():
+        folder = work / part
+        folder.mkdir(parents=True, exist_ok=True)
+        jobs[part] = Job(
+            transformer,
+            blocks[part],
+            calls[part],
+            settings.buckets,
+            settings.seed,
+            folder,
+            streams.get(part),
+            settings.tokens,
+        )
+    return jobs
 
-    path: str
-    linears: dict[str, nn.Linear]
-    calls: list[capture.Call]
-    run: nn.Module
-    buckets: int
 
-
-@dataclass(frozen=True)
-class _Job:
-    """What a run works on and with."""
-
-    transformer: nn.Module
-    adapter: adapters.Adapter
-    calls: list[capture.Call]
-    settings: Settings
-    partial: Path
-
-
-@dataclass(frozen=True)
-class _Made:
-    """The layers' reports of a quantized transformer, and its model_rel_rmse."""
-
-    reports: dict[str, dict]
-    drift: float | None
-
-
-def _quantize(job: _Job, plans: dict[str, LayerPlan], folder: Path) -> _Made:
-    """Quantize the transformer as planned; finished blocks are kept in `folder`, and taken from there if they are."""
-    transformer, calls, settings = job.transformer, job.calls, job.settings
-    reports: dict[str, dict] = {}
-    for unit, number in _units(transformer, job.adapter, plans, calls, settings.buckets):
-        reports.update(_quantize_unit(transformer, unit, plans, folder, _unit_seed(settings, number)))
-    if any(m.layer_spec.activation.buckets for m in checkpoint.quant_layers(transformer).values()):
-        follow_timesteps(transformer, _timestep_edges(calls, settings.buckets))
-    return _Made(reports, capture.model_error(transformer, calls[:: max(1, len(calls) // MEASURED_CALLS)]))
-
-
-def _unit_seed(settings: Settings, number: int) -> int:
-    return settings.seed * 1009 + number
-
-
-def _quantize_to_target(job: _Job, options: dict[str, dict[str, LayerPlan]], target: Target) -> tuple[_Made, dict]:
+def _quantize_to_target(job: Job, options: dict[str, dict[str, LayerPlan]], target: Target) -> tuple[Made, dict]:
     """Choose each layer's weight format for the target and quantize the transformer so; returns the report's allocation too."""
     widths = _sensitivities(job, options)
     choices = {name: tuple(Option(w, e["bytes"], e["error"]) for w, e in of.items()) for name, of in widths.items()}
@@ -233,13 +262,13 @@ def _quantize_to_target(job: _Job, options: dict[str, dict[str, LayerPlan]], tar
     whole = HALF * sum(m.in_features * m.out_features for m in full.values())
     tried: list[dict[str, Option]] = []
 
-    def quantize(chosen: dict[str, Option]) -> _Made:
+    def quantize(chosen: dict[str, Option]) -> Made:
         # Each attempt keeps its blocks: a later one may turn out worse, and an interrupted run goes through them again.
         if chosen not in tried:
             tried.append(chosen)
         sensitivity.put(job.transformer, full)
         plans = {name: plans[chosen[name].weight] for name, plans in options.items()}
-        return _quantize(job, plans, job.partial / f"blocks-{tried.index(chosen)}")
+        return block_by_block.quantize(job, plans, job.folder / f"blocks-{tried.index(chosen)}")
 
     if target.size_budget is not None:
         budget = math.floor(target.size_budget * whole)
@@ -287,31 +316,31 @@ def _stored_bytes(transformer: nn.Module) -> int:
     return sum(b.nbytes for m in checkpoint.quant_layers(transformer).values() for b in m.buffers(recurse=False))
 
 
-def _sensitivities(job: _Job, options: dict[str, dict[str, LayerPlan]]) -> dict[str, dict[str, dict]]:
+def _sensitivities(job: Job, options: dict[str, dict[str, LayerPlan]]) -> dict[str, dict[str, dict]]:
     """Return what `sensitivity` finds for each layer and weight format, block by block; finished blocks are kept."""
-    if all(call.output is None for call in job.calls):
+    if all(entry.output is None for entry in job.calls.entries):
         raise ValueError(
             "the transformer returns no tensor, so what a layer does to its output cannot be measured; fix all weights"
         )
-    calls = sensitivity.few(job.calls)
-    folder = job.partial / "sensitivity"
-    folder.mkdir(exist_ok=True)
+    folder = job.folder / "sensitivity"
+    calls = call_files.recorded(folder / "calls") or call_files.store(sensitivity.few(job.calls), folder / "calls")
     found: dict[str, dict[str, dict]] = {}
-    for unit, number in _units(job.transformer, job.adapter, options, calls, job.settings.buckets, "sensitivity"):
+    for unit in block_by_block.walk(job, options, calls, folder, "sensitivity"):
         path = folder / f"{unit.path}.json"
-        if unit.linears and not path.exists():
-            part = sensitivity.Part(unit.run, unit.linears, sensitivity.measured(unit.calls), _statistics(unit))
+        if unit.names and not path.exists():
+            stats = block_by_block.statistics_of(job, unit)
+            part = sensitivity.Part(unit.run, unit.linears, list(sensitivity.measured(unit.calls)), stats)
             result = sensitivity.sensitivity(
                 part,
                 options,
                 job.transformer,
-                sensitivity.measured(calls),
+                list(sensitivity.measured(calls)),
                 lambda made: QuantLinear.from_tensors(made.spec, made.tensors, made.bias),
-                _unit_seed(job.settings, number),
+                job.unit_seed(unit.number),
             )
-            checkpoint.write_json(path, result)
-        if unit.linears:
-            found |= checkpoint.read_json(path)
+            files.write_json(path, result)
+        if unit.names:
+            found |= files.read_json(path)
     return {name: found[name] for name in options}
 
 
@@ -354,205 +383,18 @@ def _bytes(linear: nn.Linear, plan: LayerPlan) -> int:
     return sum(math.prod(field.shape) * field.dtype.itemsize for field in layer_fields(spec).values())
 
 
-def _units(
-    transformer: nn.Module,
-    adapter: adapters.Adapter,
-    plans: Mapping[str, object],
-    calls: list[capture.Call],
-    buckets: int,
-    description: str = "quantize",
-) -> Iterator[tuple[_Unit, int]]:
-    """Yield block after block with its inputs, as left by the blocks quantized before it; the rest of the model last."""
-    chain = adapters.blocks(transformer, adapter)
-    block_calls = capture.first_block_calls(transformer, chain[0][1], calls)
-    done: set[str] = set()
-    for index, (path, block) in enumerate(tqdm(chain, desc=description, unit="block")):
-        linears = {n: transformer.get_submodule(n) for n in plans if n.startswith(f"{path}.")}
-        done |= linears.keys()
-        yield _Unit(path, linears, block_calls, block, buckets), index
-        if index + 1 < len(chain):
-            block_calls = [capture.next_block_call(call, capture.run_call(block, call), adapter.carry) for call in block_calls]
-    rest = {n: transformer.get_submodule(n) for n in plans if n not in done}
-    if rest:
-        yield _Unit("outside", rest, calls, transformer, buckets), len(chain)
-
-
-def _quantize_unit(transformer: nn.Module, unit: _Unit, plans: dict[str, LayerPlan], folder: Path, seed: int) -> dict[str, dict]:
-    """Replace the unit's linears by QuantLinears, from the folder if they are there, and return their reports."""
-    if not unit.linears:
-        return {}
-    tensors_path = folder / f"{unit.path}.safetensors"
-    report_path = tensors_path.with_suffix(".json")
-    if report_path.exists():
-        finished = checkpoint.read_json(report_path)
-        if not tensors_path.exists() or _digest(tensors_path, finished.get("layers")) != finished.get("sha256"):
-            raise ValueError(
-                f"{tensors_path} is not what the interrupted run wrote; drop --resume and begin again with --overwrite"
-            )
-        stored, reports = load_file(tensors_path), finished["layers"]
-        for name in unit.linears:
-            tensors = {k.removeprefix(f"{name}."): t for k, t in stored.items() if k.startswith(f"{name}.")}
-            bias = tensors.pop("bias", None)
-            _replace(transformer, name, LayerSpec.from_dict(reports[name]["spec"]), tensors, bias)
-        return reports
-    stats = _statistics(unit)
-    stored, reports = {}, {}
-    for name, linear in unit.linears.items():
-        made = quantize_layer(linear.weight, linear.bias, stats[name], plans[name], seed)
-        tensors = made.tensors if made.bias is None else made.tensors | {"bias": made.bias.detach()}
-        stored.update({f"{name}.{field}": t for field, t in tensors.items()})
-        layer = _replace(transformer, name, made.spec, made.tensors, made.bias)
-        reports[name] = made.report | {
-            "bits_per_weight": round(weight_bits(layer), 4),
-            "rel_rmse": _layer_error(linear, layer, stats[name]),
-        }
-    part = tensors_path.with_suffix(".part")
-    part.parent.mkdir(exist_ok=True)
-    save_file(stored, part)
-    os.replace(part, tensors_path)
-    checkpoint.write_json(report_path, {"sha256": _digest(tensors_path, reports), "layers": reports})
-    return reports
-
-
-def _digest(tensors_path: Path, reports: object) -> str:
-    """Return the sha256 of a finished block: its tensors and its reports."""
-    return hashlib.sha256((checkpoint.sha256(tensors_path) + json.dumps(reports)).encode()).hexdigest()
-
-
-def _statistics(unit: _Unit) -> dict[str, Stats]:
-    """Return the statistics of the inputs of each of the unit's linears.
-
-    Raises:
-        ValueError: a layer that is never called, or inputs that overflow.
-    """
-    stats: dict[str, Stats] = {}
-    with capture.collecting(unit.linears, unit.buckets, stats) as set_bucket:
-        for call in unit.calls:
-            set_bucket(call.bucket)
-            capture.run_call(unit.run, call)
-    for name in unit.linears:
-        if name not in stats:
-            raise ValueError(f"layer {name} was never called while sampling; leave it out with an earlier rule weight = 'dense'")
-        if not bool(torch.isfinite(stats[name].gram.diagonal()).all()):
-            raise ValueError(f"layer {name}: its inputs are so large that their squares overflow float32; the model is broken")
-    return stats
-
-
-def _layer_error(linear: nn.Linear, layer: QuantLinear, stats: Stats) -> float:
-    """Return rel_rmse of the layer's output on sampled calibration rows, quantized activations included."""
-    error = power = 0.0
-    with torch.no_grad():
-        for bucket in stats.row_buckets.unique().tolist():
-            layer.bucket = bucket
-            rows = stats.rows[stats.row_buckets == bucket].to(linear.weight.dtype)
-            reference = linear(rows)
-            error += float((layer(rows) - reference).square().sum())
-            power += float((reference - (0 if linear.bias is None else linear.bias)).square().sum())
-    return (error / max(power, 1e-30)) ** 0.5
-
-
-def _replace(transformer: nn.Module, name: str, spec: LayerSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> QuantLinear:
-    layer = QuantLinear.from_tensors(spec, tensors, bias)
-    parent, _, child = name.rpartition(".")
-    setattr(transformer.get_submodule(parent), child, layer)
-    return layer
-
-
-def _timestep_edges(calls: list[capture.Call], buckets: int) -> tuple[float, ...]:
-    timesteps = [(timestep_of(call.args, call.kwargs), call.bucket) for call in calls]
-    return edges_of([(t, bucket) for t, bucket in timesteps if t is not None], buckets)
-
-
 def _check_weights(transformer: nn.Module) -> None:
     for name, weight in transformer.state_dict().items():
-        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+        if weight.device.type != "meta" and weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
             count = int((~torch.isfinite(weight)).sum())
             layer, _, kind = name.rpartition(".")
             raise ValueError(f"layer {layer}: {count} values of its {kind} are NaN or infinite; the source is damaged")
 
 
-def _source_digest(folder: Path) -> str:
-    """Identify the source's transformer by the sha256 of its files' sha256s."""
+def _source_digest(source: Source) -> str:
+    """Identify the source's transformers by the sha256 of their files' sha256s."""
     whole = hashlib.sha256()
-    for path in sorted((folder / "transformer").glob("*.safetensors")):
-        whole.update(checkpoint.sha256(path).encode())
+    for part in source.parts:
+        for path in sorted(source.part(part).glob("*.safetensors")):
+            whole.update(files.sha256(path).encode())
     return whole.hexdigest()
-
-
-def _open_partial(output: Path, identity: dict, resume: bool, overwrite: bool) -> Path:
-    """Return the work folder, fresh or holding the blocks of an interrupted run of the same identity."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is a file; give a folder")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise ValueError(f"output {output} is not empty; choose another folder or pass --overwrite")
-    partial = output.with_name(output.name + ".partial")
-    state = partial / "identity.json"
-    stored = json.loads(json.dumps(identity))
-    if partial.exists() and resume and state.exists():
-        if checkpoint.read_json(state) != stored:
-            raise ValueError(f"{partial} was begun with another source, recipe or settings; repeat those, or drop --resume")
-        return partial
-    if partial.exists():
-        if not partial.is_dir() or (not state.exists() and any(partial.iterdir())):
-            raise ValueError(f"{partial} is where work on {output.name} would go, but holds something else; move it away")
-        if not resume and not overwrite and state.exists():
-            raise ValueError(f"{partial} holds an interrupted run; pass --resume to go on with it, or --overwrite to begin again")
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    checkpoint.write_json(state, stored)
-    return partial
-
-
-def copy_rest(source: Path, partial: Path) -> None:
-    """Copy the pipeline's other parts, so that the output folder is whole."""
-    for path in sorted(source.iterdir()):
-        if path.name in ("transformer", REPORT) or path.name.startswith("."):
-            continue
-        if path.is_dir():
-            shutil.copytree(path, partial / path.name, dirs_exist_ok=True)
-        else:
-            shutil.copy2(path, partial / path.name)
-
-
-def _publish(partial: Path, output: Path) -> None:
-    """Give the finished folder its name; an old one is moved away first and removed last."""
-    for work in (*partial.glob("blocks*"), partial / "sensitivity"):
-        shutil.rmtree(work, ignore_errors=True)
-    (partial / "identity.json").unlink()
-    if not output.exists():
-        os.replace(partial, output)
-        return
-    grave = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    os.replace(output, grave / output.name)
-    os.replace(partial, output)
-    shutil.rmtree(grave, ignore_errors=True)
-
-
-_REMEDIES = {
-    errno.ENOSPC: "the disk is full; free some space and run the same command with --resume",
-    errno.EDQUOT: "the disk quota is used up; free some space and run the same command with --resume",
-    errno.EFBIG: "the file would be larger than the system allows (ulimit -f); raise the limit and use --resume",
-    errno.EACCES: "no permission to write there; choose another --output",
-    errno.EPERM: "no permission to write there; choose another --output",
-    errno.EROFS: "the file system is read-only; choose another --output",
-    errno.ENOTDIR: "a part of the path is a file; choose another --output",
-    errno.EIO: "the disk reports an error of its own; choose another --output",
-}
-
-
-@contextmanager
-def clear_disk_errors(output: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into one line that says what to do.
-
-    Raises:
-        ValueError: no space, no permission, read-only, and the like.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        # safetensors and shutil.copytree keep the error number only in their text.
-        found = re.search(r"(?:os error |\[Errno )(\d+)", str(error))
-        number = getattr(error, "errno", None) or (int(found[1]) if found else None)
-        if number not in _REMEDIES:
-            raise
-        raise ValueError(f"cannot write {output}: {_REMEDIES[number]}") from error

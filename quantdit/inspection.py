@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
-from quantdit import checkpoint
-from quantdit.checkpoint import CheckpointError
+from quantdit import checkpoint, files
 from quantdit.compiler import REPORT, size_of
 from quantdit.formats import FORMATS
 from quantdit.linear import QuantLinear, weight_bits
@@ -21,7 +20,7 @@ def describe(folder: Path) -> str:
     chose the weight formats, a last one has the error of each and what came of the choice.
 
     Raises:
-        CheckpointError: the folder is no quantdit checkpoint or is damaged.
+        files.CheckpointError: the folder is no quantdit checkpoint or is damaged.
     """
     transformer, report = _read(folder)
     layers = checkpoint.quant_layers(transformer)
@@ -34,7 +33,7 @@ def describe(folder: Path) -> str:
         cells = (name, f"{s.out_features}x{s.in_features}", form, f"{weight_bits(layer):.3f}", _transform(layer))
         measured = (_number(entry.get("rel_rmse"), ".5f"), _number(entry.get("rms"), ".3f"))
         lines.append(row.format(*cells, str(layer.layer_spec.activation), *measured, width=width))
-    size = size_of(transformer, folder / "transformer" / checkpoint.WEIGHTS)
+    size = size_of(transformer, folder / "transformer")
     lines.append(
         f"{len(layers)} layers, {size['quantized_weights']:,} weights at {size['bits_per_weight']:.3f} bits with scales,"
         f" {size['dense_values']:,} dense values, file {size['file_bytes'] / 1e6:.2f} MB"
@@ -105,12 +104,12 @@ def plot(folder: Path, path: Path) -> None:
     """Draw weight histograms with the levels given, the output error of each layer, and activation absmax per timestep.
 
     Raises:
-        CheckpointError: as `describe`, or the folder has no calibration report to draw.
+        files.CheckpointError: as `describe`, or the folder has no calibration report to draw.
         ValueError: matplotlib is not installed.
     """
     transformer, report = _read(folder)
     if not report:
-        raise CheckpointError(f"{folder / REPORT} is missing, so there is nothing to draw; calibrate again to get one")
+        raise files.CheckpointError(f"{folder / REPORT} is missing, so there is nothing to draw; calibrate again to get one")
     try:
         import matplotlib
     except ImportError as error:
@@ -220,14 +219,14 @@ def _short(name: str) -> str:
 
 def _read(folder: Path):
     if not (folder / "transformer").is_dir():
-        raise CheckpointError(f"{folder} has no transformer folder; give the folder that quantdit calibrate wrote")
+        raise files.CheckpointError(f"{folder} has no transformer folder; give the folder that quantdit calibrate wrote")
     transformer = checkpoint.read_transformer(folder / "transformer")
-    report = checkpoint.read_json(folder / REPORT).get("layers") if (folder / REPORT).exists() else {}
+    report = files.read_json(folder / REPORT).get("layers") if (folder / REPORT).exists() else {}
     known = {"rel_rmse", "weight_only_rel_rmse", "rms", "activation_absmax", "weight_histogram", "spec"}
     names = checkpoint.quant_layers(transformer).keys()
     whole = isinstance(report, dict) and all(isinstance(entry, dict) and entry.keys() >= known for entry in report.values())
     if not whole or (report and report.keys() != names):
-        raise CheckpointError(
+        raise files.CheckpointError(
             f"{folder / REPORT} does not fit the checkpoint; remove it (inspect works without) or calibrate again"
         )
     return transformer, report
@@ -237,9 +236,9 @@ def _allocation(folder: Path, names: Collection[str]) -> dict | None:
     """Return the report's allocation, None if the weights were not chosen by one.
 
     Raises:
-        CheckpointError: it is damaged.
+        files.CheckpointError: it is damaged.
     """
-    content = checkpoint.read_json(folder / REPORT).get("allocation") if (folder / REPORT).exists() else None
+    content = files.read_json(folder / REPORT).get("allocation") if (folder / REPORT).exists() else None
     if content is None:
         return None
     known = {"size_budget", "max_drift", "bytes", "bytes_in_16_bits", "predicted_model_rel_rmse", "model_rel_rmse", "attempts"}
@@ -249,7 +248,7 @@ def _allocation(folder: Path, names: Collection[str]) -> dict | None:
         isinstance(e, dict) and isinstance(e.get("weights"), dict) and e.get("chosen") in e["weights"]
         for e in content["layers"].values()
     ):
-        raise CheckpointError(
+        raise files.CheckpointError(
             f"{folder / REPORT}: its allocation does not fit the checkpoint; remove the file (inspect works without) or calibrate"
             " again"
         )

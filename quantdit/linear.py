@@ -97,6 +97,10 @@ class QuantLinear(nn.Linear):
             self._decoded = (stored, integers)
         return integers
 
+    def forget(self) -> None:
+        """Drop what is kept between calls."""
+        self._decoded = None
+
     def forward(self, x: Tensor) -> Tensor:
         """Map x `[..., in]` to `[..., out]` in x's dtype."""
         tokens = self._transformed(x.reshape(-1, self.in_features))

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import math
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from quantdit import checkpoint
+from quantdit import checkpoint, files, streaming
 from quantdit.models.aliases import locate
+from quantdit.streaming import is_streamed
 
 # Pipelines of ours; every other class is diffusers' own.
 PIPELINES = {"PixelDiTPipeline": "quantdit.models.pixel_dit", "PixelWanPipeline": "quantdit.models.pixel_wan"}
+
+# What a pipeline calls its transformers; Wan 2.2 has two experts.
+PARTS = ("transformer", "transformer_2")
+DEFAULT_MEMORY = 0.8  # of the machine's
 
 PROMPTS = (
     "a red bicycle leaning against a stone wall in the rain",
@@ -31,38 +38,77 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Source:
-    """Where a pipeline came from: what the user said, and the local folder it was read from."""
+    """Where a model came from.
+
+    Attributes:
+        name: what the user said.
+        folder: the local folder it was read from.
+        parts: names of its transformers.
+        bare: the folder is the transformer's own, without a pipeline around it.
+        random_weights: its weights were made up.
+        memory_budget: bytes that calibration is to stay within.
+    """
 
     name: str
     folder: Path
+    parts: tuple[str, ...] = ("transformer",)
+    bare: bool = False
+    random_weights: bool = False
+    memory_budget: int | None = None
 
     @property
     def label(self) -> str:
         """Return the name without the path of this machine."""
         return Path(self.name).name if Path(self.name).is_dir() else self.name
 
+    def part(self, name: str) -> Path:
+        """Return the folder of a transformer."""
+        return self.folder if self.bare else self.folder / name
 
-def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+
+class BareTransformer:
+    """Transformers without the pipeline around them, under their names; they can be calibrated on made-up inputs."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        self.__dict__.update(parts)
+
+
+def load_pipeline(
+    model: str,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    weights: Path | None = None,
+    memory_budget: int | None = None,
+):
     """Return `(pipeline, Source)` for an alias, a hub id or a folder; a quantized transformer comes back quantized.
 
+    Args:
+        model: what to load.
+        dtype: of what is not quantized.
+        device: where to.
+        weights: a local folder with the weights of `model`: of the whole pipeline, or of its transformer alone, which comes back
+            as a BareTransformer.
+        memory_budget: bytes that calibration is to stay within; a full-precision transformer that does not fit comes back with
+            its blocks on the meta device (quantdit.streaming).
+
     Raises:
-        ValueError: unknown name, no network, no diffusers pipeline, or a damaged checkpoint (CheckpointError).
+        ValueError: unknown name, no network, no diffusers pipeline, a damaged checkpoint (CheckpointError), or a memory budget
+            that is too small.
     """
     _check_device(device)
-    place = locate(model)
+    place = weights if weights is not None else locate(model)
     folder = place if isinstance(place, Path) else _download(model, place)
-    index = checkpoint.read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else None
+    index = files.read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else None
+    if index is None and ((folder / "config.json").exists() or (folder / "transformer" / "config.json").exists()):
+        return _load_bare(Source(model, folder, _bare_parts(folder), (folder / "config.json").exists()), dtype, memory_budget)
     if index is None or not isinstance(index.get("_class_name"), str):
         raise ValueError(f"{folder} is no diffusers pipeline: it has no model_index.json naming a pipeline class")
     cls = _pipeline_class(index["_class_name"], folder)
-    parts = {}
-    transformer = folder / "transformer"
-    if "transformer" not in index:
+    found = tuple(name for name in PARTS if isinstance(index.get(name), list) and index[name][-1] is not None)
+    if not found:
         raise ValueError(f"{folder}: {index['_class_name']} has no transformer; quantdit quantizes diffusion transformers")
-    if checkpoint.is_quantized(transformer):
-        parts["transformer"] = checkpoint.read_transformer(transformer, dtype)
-    elif not any(transformer.glob("*.safetensors")):
-        raise ValueError(f"{transformer} has no safetensors weights, and pickled ones (.bin) are not read: they can run any code")
+    source = Source(model, folder, found, memory_budget=memory_budget)
+    parts = _transformers(source, dtype, memory_budget, always=False)
     try:
         with warnings.catch_warnings():
             # The newest diffusers says `dtype` and warns of `torch_dtype`; the older ones know only the latter.
@@ -71,7 +117,49 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str = 
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise ValueError(f"{folder}: {cls.__name__} cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device), Source(model, folder)
+    return (pipeline if any(is_streamed(p) for p in parts.values()) else pipeline.to(device)), source
+
+
+def _load_bare(source: Source, dtype: torch.dtype, memory_budget: int | None):
+    return BareTransformer(**_transformers(source, dtype, memory_budget, always=True)), source
+
+
+def _bare_parts(folder: Path) -> tuple[str, ...]:
+    return tuple(name for name in PARTS if (folder / name / "config.json").exists()) or PARTS[:1]
+
+
+def _transformers(source: Source, dtype: torch.dtype, memory_budget: int | None, always: bool) -> dict[str, nn.Module]:
+    """Return the transformers that diffusers' own loader is not to load: quantized ones, ones that are streamed, or all."""
+    budget = memory_budget if memory_budget is not None else int(DEFAULT_MEMORY * physical_memory())
+    parts: dict[str, nn.Module] = {}
+    for name in source.parts:
+        folder = source.part(name)
+        if checkpoint.is_quantized(folder):
+            parts[name] = checkpoint.read_transformer(folder, dtype)
+            continue
+        if not any(folder.glob("*.safetensors")):
+            raise ValueError(f"{folder} has no safetensors weights, and pickled ones (.bin) are not read: they can run any code")
+        need = streaming.need_of(folder, dtype)
+        if need.resident > budget:
+            if need.streamed > budget:
+                raise ValueError(
+                    f"a memory budget of {in_gib(budget)} is too small for {source.label}: a block at a time needs about"
+                    f" {in_gib(need.streamed)}; give at least --memory-budget {in_gib(need.streamed)}"
+                )
+            parts[name] = streaming.skeleton(folder, dtype)
+        elif always:
+            parts[name] = streaming.whole(folder, dtype)
+    return parts
+
+
+def in_gib(size: int) -> str:
+    """Return a size as `2.5GiB`, rounded up."""
+    return f"{math.ceil(size / 2**30 * 10) / 10:g}GiB"
+
+
+def physical_memory() -> int:
+    """Return the bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def sampling_arguments(

@@ -214,6 +214,24 @@ def with_auto(recipe: Recipe) -> Recipe:
     return replace(recipe, rules=tuple(r if r.weight == DENSE else replace(r, weight=AUTO) for r in recipe.rules))
 
 
+def without_data(recipe: Recipe) -> Recipe:
+    """Return the recipe with what needs calibration data taken out: rounding to nearest, fixed rotations, biases as they are.
+
+    Raises:
+        ValueError: a rule that makes no sense without: static activation scales, weights to be chosen.
+    """
+    rules = []
+    for rule in recipe.rules:
+        if rule.weight == AUTO or (rule.weight != DENSE and rule.activation_scale == "static"):
+            what = 'weight = "auto"' if rule.weight == AUTO else 'activation_scale = "static"'
+            raise ValueError(f"rule {rule.match!r}: {what} needs calibration data; calibrate with --samples of at least 1")
+        rotation = rule.rotation if rule.rotation == "none" else "hadamard"
+        method = "hqq" if rule.method == "hqq" else "rtn"
+        plain = {"act_order": False, "descent": 0, "bias_correction": False, "smooth": "none", "low_rank": 0}
+        rules.append(replace(rule, rotation=rotation, method=method, **plain))
+    return replace(recipe, rules=tuple(rules))
+
+
 def from_toml(path: Path) -> Recipe:
     """Read a recipe file: `name = "..."` and `[[rule]]` tables with the fields of `Rule`.
 

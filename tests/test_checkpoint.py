@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from quantdit import checkpoint, transform
+from quantdit import checkpoint, files, transform
 from quantdit.checkpoint import CheckpointError, quant_layers, read_transformer, write_transformer
 from quantdit.formats import FORMATS
 from quantdit.layer_spec import ACTIVATION_FORMATS
 
-WEIGHTS = checkpoint.WEIGHTS
+WEIGHTS = files.WEIGHTS
 VALUES = "transformer_blocks.1.attn1.to_k"  # int4, one group per channel, rotated
 # int4 in groups of 128, smoothed, DuQuant's rotation in blocks of 128, a branch of rank 4, six-bit activations of static scales.
 RICH = "transformer_blocks.1.ff.net.2"
@@ -143,7 +143,7 @@ def join(path: Path, header: dict, data: bytes) -> None:
 
 def forgive_digest(folder: Path) -> None:
     """Write the sha256 of the damaged file into the config, as an attacker would."""
-    change_config(folder, lambda c: c["quantization_config"].update(sha256=checkpoint.sha256(folder / "transformer" / WEIGHTS)))
+    change_config(folder, lambda c: c["quantization_config"].update(sha256=files.sha256(folder / "transformer" / WEIGHTS)))
 
 
 def change_config(folder: Path, change: Callable[[dict], object]) -> None:
@@ -329,7 +329,7 @@ def test_dense_nan_is_refused_despite_its_sha256(copied: Path):
 
 def test_changed_weights_name_both_digests(copied: Path):
     weights = copied / "transformer" / WEIGHTS
-    good = checkpoint.sha256(weights)
+    good = files.sha256(weights)
     poke(copied, f"{VALUES}.data", b"\x00\x01")
     read_transformer(copied / "transformer")  # any code of int4 is a legal one: with its sha256 the file is right
     change_config(copied, lambda c: c["quantization_config"].update(sha256=good))

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from quantdit import checkpoint
 from quantdit import cli as command_line
+from quantdit import files
 from quantdit.checkpoint import quant_layers
 from quantdit.compiler import REPORT
 from quantdit.models.aliases import ALIASES
@@ -231,8 +231,8 @@ def _index(**values: object):
         lambda f: shutil.rmtree(f / "transformer"),
         lambda f: (f / "transformer" / "config.json").unlink(),
         lambda f: (f / "transformer" / "config.json").write_text("{}"),
-        lambda f: (f / "transformer" / checkpoint.WEIGHTS).unlink(),
-        lambda f: (f / "transformer" / checkpoint.WEIGHTS).write_bytes(b"x" * 100),
+        lambda f: (f / "transformer" / files.WEIGHTS).unlink(),
+        lambda f: (f / "transformer" / files.WEIGHTS).write_bytes(b"x" * 100),
         lambda f: shutil.rmtree(f / "scheduler"),
         _index(_class_name="FutureDiTPipeline"),
         _index(_class_name="__version__"),
@@ -268,7 +268,7 @@ def test_pipeline_without_a_transformer(cli, tmp_path: Path, pixel_dit: Path):
 
 def test_pickled_source_weights_are_not_read(cli, tmp_path: Path, pixel_dit: Path):
     model = Path(shutil.copytree(pixel_dit, tmp_path / "model"))
-    weights = model / "transformer" / checkpoint.WEIGHTS
+    weights = model / "transformer" / files.WEIGHTS
     torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
     ran = cli("generate", model, "--output", tmp_path / "x.png", *QUICK)
@@ -282,7 +282,7 @@ def test_file_in_place_of_a_folder(cli, tmp_path: Path):
 
 
 def test_damaged_checkpoint_is_one_line(cli, copied: Path, tmp_path: Path):
-    weights = copied / "transformer" / checkpoint.WEIGHTS
+    weights = copied / "transformer" / files.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-1])
     for arguments in (("inspect", copied), ("generate", copied, "--output", tmp_path / "x.png")):
         ran = cli(*arguments)

@@ -21,13 +21,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from quantdit import checkpoint, compiler, hadamard, recipe
+from quantdit import block_by_block, checkpoint, compiler, files, hadamard, recipe
 from quantdit.calibration import stats as statistics
+from quantdit.calibration.layer import quantize_layer
 from quantdit.checkpoint import quant_layers, read_transformer
-from quantdit.compiler import REPORT, Settings, calibrate, quantize_layer
+from quantdit.compiler import REPORT, Settings, calibrate
 from quantdit.linear import QuantLinear
 from quantdit.pipeline import generate, load_pipeline
 from quantdit.recipe import Layer, Recipe, Rule
+from quantdit.work_folder import clear_disk_errors
 
 # Quick, and still with everything that is seeded: rotation signs, k-means, error feedback.
 SMALL = """
@@ -72,7 +74,7 @@ def transformer_digests(folder: Path) -> dict[str, str]:
 def sources(tmp_path: Path, model: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
     """Return a copy of a model with changed weights."""
     folder = Path(shutil.copytree(model, tmp_path / "changed"))
-    weights = folder / "transformer" / checkpoint.WEIGHTS
+    weights = folder / "transformer" / files.WEIGHTS
     tensors = load_file(weights)
     change(tensors)
     save_file(tensors, weights, metadata={"format": "pt"})
@@ -86,7 +88,7 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_others(run, tmp_path: P
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert run("--seed", seed, output=name).code == 0
     a, b, c = (transformer_digests(tmp_path / name) for name in "abc")
-    assert a == b and a.keys() == {"config.json", checkpoint.WEIGHTS}
+    assert a == b and a.keys() == {"config.json", files.WEIGHTS}
     assert all(a[name] != c[name] for name in a)
 
 
@@ -176,9 +178,9 @@ def test_more_bits_are_never_worse(pixel_dit: Path, tmp_path: Path):
 def test_report_says_what_the_files_hold(everything):
     stored = json.loads((everything.folder / REPORT).read_text())
     assert stored == json.loads(json.dumps(everything.report))
-    weights = everything.folder / "transformer" / checkpoint.WEIGHTS
+    weights = everything.folder / "transformer" / files.WEIGHTS
     config = json.loads((everything.folder / "transformer" / "config.json").read_text())["quantization_config"]
-    assert stored["sha256"] == config["sha256"] == checkpoint.sha256(weights)
+    assert stored["sha256"] == config["sha256"] == files.sha256(weights)
     assert stored["provenance"]["calibration"]["samples"] == 2 and stored["provenance"]["calibration"]["seed"] == 0
     assert recipe.from_dict(stored["recipe"]).name == "everything"
 
@@ -255,7 +257,7 @@ def interrupted_after(monkeypatch: pytest.MonkeyPatch, layers: int) -> Iterator[
         return quantize_layer(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compiler, "quantize_layer", counted)
+        patch.setattr(block_by_block, "quantize_layer", counted)
         yield
 
 
@@ -272,7 +274,7 @@ def begun(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_resumed_run_gives_the_bytes_of_an_uninterrupted_one(run, begun: Path, monkeypatch, tmp_path: Path):
     assert run(output="whole").code == 0
     done = []
-    monkeypatch.setattr(compiler, "quantize_layer", lambda *a: done.append(1) or quantize_layer(*a))
+    monkeypatch.setattr(block_by_block, "quantize_layer", lambda *a: done.append(1) or quantize_layer(*a))
     ran = run("--resume")
     assert ran.code == 0, ran.err
     assert len(done) == 4, "the first block was not done again"
@@ -313,12 +315,12 @@ def test_resume_without_a_beginning_just_begins(run, tmp_path: Path):
     assert (tmp_path / "out" / REPORT).exists()
 
 
-@pytest.mark.parametrize("file", ["transformer_blocks.0.safetensors", "transformer_blocks.0.json", "../identity.json"])
+@pytest.mark.parametrize("file", ["transformer_blocks.0.safetensors", "transformer_blocks.0.json", "../../../identity.json"])
 @pytest.mark.parametrize("damage", ["empty", "truncated", "flipped"])
 def test_damaged_work_folder_is_noticed(run, begun: Path, tmp_path: Path, file: str, damage: str):
     """What a power cut or a bad disk leaves: done again or refused, never carried into the output."""
     assert run(output="whole").code == 0
-    path = begun / "blocks" / file
+    path = begun / "work" / "transformer" / "blocks" / file
     raw = bytearray(path.read_bytes())
     if damage == "flipped":
         raw[-100 if path.suffix == ".safetensors" else raw.index(b'"', len(raw) // 2) + 1] ^= 1
@@ -340,7 +342,7 @@ def test_damaged_work_folder_is_noticed(run, begun: Path, tmp_path: Path, file: 
 def test_non_empty_output_is_refused_before_any_work(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
-    monkeypatch.setattr(compiler, "generate", lambda *a, **k: pytest.fail("work was begun"))
+    monkeypatch.setattr(compiler, "sample", lambda *a, **k: pytest.fail("work was begun"))
     ran = run()
     assert ran.code == 1 and "--overwrite" in ran.error and str(tmp_path / "out") in ran.error
     assert (tmp_path / "out" / "precious").read_text() == "x"
@@ -438,7 +440,7 @@ def test_quantized_source_is_refused(cli, everything, tmp_path: Path):
 
 def test_truncated_source_weights_name_the_folder(cli, pixel_dit: Path, tmp_path: Path):
     model = Path(shutil.copytree(pixel_dit, tmp_path / "model"))
-    weights = model / "transformer" / checkpoint.WEIGHTS
+    weights = model / "transformer" / files.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:5000])
     ran = cli("calibrate", "--model", model, "--bits", "w4a8", "--output", tmp_path / "out", *QUICK)
     assert ran.code == 1 and str(model) in ran.error
@@ -492,7 +494,7 @@ def test_output_in_a_folder_that_may_not_be_written(public: Path, cli, small: Pa
     locked.chmod(0o555)
     pipeline, source = load_pipeline(str(public))
     with without_privileges(), pytest.raises(ValueError, match=r"cannot write .*locked.*permission.*--output"):  # noqa: SIM117
-        with compiler.clear_disk_errors(locked / "out"):
+        with clear_disk_errors(locked / "out"):
             calibrate(pipeline, source, recipe.from_bits("w8a8"), locked / "out", Settings(samples=1, steps=1))
     assert not list(locked.iterdir())
 
@@ -513,14 +515,15 @@ def test_full_disk_is_one_line_and_leaves_nothing_under_the_final_name(run, tmp_
     no_space = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with monkeypatch.context() as patch:
         if during == "block":
-            patch.setattr(compiler, "save_file", full(lambda t, path: ".1." in path.name, FULL, save_file))
+            patch.setattr(block_by_block, "save_file", full(lambda t, path, *_: ".1." in path.name, FULL, save_file))
         elif during == "weights":
-            patch.setattr(checkpoint, "save_file", full(lambda *a: True, FULL, save_file))
+            patch.setattr(files, "save_file", full(lambda *a: True, FULL, save_file))
         elif during == "copy":
             patch.setattr(shutil, "copyfile", full(lambda s, *a: "scheduler" in str(s), no_space, shutil.copyfile))
         else:
             name = {"config": "config.json", "report": REPORT}[during]
-            patch.setattr(checkpoint, "write_json", full(lambda p, c: p.name == name, no_space, checkpoint.write_json))
+            for module in (checkpoint, files):
+                patch.setattr(module, "write_json", full(lambda p, c: p.name == name, no_space, files.write_json))
         ran = run()
     assert ran.code == 1 and "disk is full" in ran.error and "--resume" in ran.error and str(tmp_path / "out") in ran.error
     assert not (tmp_path / "out").exists()
@@ -547,7 +550,7 @@ def test_any_refusal_that_safetensors_reports_is_one_line(run, tmp_path: Path, m
     def refuse(*args, **kwargs):
         raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
 
-    monkeypatch.setattr(checkpoint, "save_file", refuse)
+    monkeypatch.setattr(files, "save_file", refuse)
     ran = run()
     assert ran.code == 1 and str(tmp_path / "out") in ran.error
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from quantdit import checkpoint, compiler, recipe
+from quantdit import compiler, files, recipe
 from quantdit.calibration.allocate import Option, allocate, total_error
 from quantdit.calibration.layer import quantize_layer
 from quantdit.compiler import REPORT, Settings, Target, calibrate
@@ -59,7 +59,7 @@ def file_bytes(folder: Path) -> tuple[int, int]:
     """Return bytes of the quantized layers as counted in the file, biases left out, and what they would take in 16 bits."""
     layers = json.loads((folder / "transformer" / "config.json").read_text())["quantization_config"]["layers"]
     stored = 0
-    with safe_open(folder / "transformer" / checkpoint.WEIGHTS, framework="pt") as file:
+    with safe_open(folder / "transformer" / files.WEIGHTS, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - not a mapping
             layer, _, field = key.rpartition(".")
             stored += file.get_tensor(key).nbytes if layer in layers and field != "bias" else 0

@@ -26,7 +26,7 @@ HOMES = {
 
 # A part imports itself and parts of earlier rows; parts of one row do not know each other. `""` is quantdit/__init__.py.
 ORDER = (
-    ("formats", "hadamard", "timesteps"),
+    ("formats", "hadamard", "timesteps", "files"),
     ("qtensor", "transform"),
     ("layer_spec",),
     ("recipe",),
@@ -34,7 +34,10 @@ ORDER = (
     ("calibration", "linear"),
     ("",),
     ("checkpoint",),
+    ("streaming", "random_weights"),
     ("pipeline",),
+    ("sampling", "work_folder"),
+    ("block_by_block",),
     ("compiler",),
     ("inspection", "exporters", "evaluation", "bench"),
     ("models.train", "cli"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from quantdit import checkpoint
+from quantdit import checkpoint, files
 from quantdit.compiler import size_of
 from quantdit.evaluation.drift import DriftReport, compare, table
 from quantdit.evaluation.picture import side_by_side
@@ -68,7 +68,7 @@ def evaluate(
     loaded = load_pipeline(candidate, device=device)  # first: a wrong name should not cost minutes of sampling the reference
     result = compare_models(sample_reference(reference, samples, seed, steps, guidance, device), *loaded, output / "drift.png")
     text = result.pop("table")
-    checkpoint.write_json(output / "drift.json", result)
+    files.write_json(output / "drift.json", result)
     (output / "drift.md").write_text(text + "\n")
     return text
 

@@ -90,17 +90,17 @@ class Adapter:
             the blocks have the role `outside`.
         skip: patterns over the full paths of linears that are never quantized, whatever the recipe says.
         inputs: the arguments of forward, to make them up where no pipeline runs; empty if nobody knows how.
+        shared: paths of modules inside blocks that run outside of them too, so that they have to stay in memory.
         scheduler: how a sample moves from noise along the model's predictions: `flow` (velocity, FlowMatchEulerDiscreteScheduler)
             or `epsilon` or `v` (DDIMScheduler of that prediction type).
-        carry: names of the tensors a block returns, in order, which are the next block's arguments of these names.
     """
 
     blocks: tuple[str, ...]
     roles: tuple[tuple[str, str], ...] = ROLES
     skip: tuple[str, ...] = ()
     inputs: tuple[Input, ...] = ()
+    shared: tuple[str, ...] = ()
     scheduler: str = "flow"
-    carry: tuple[str, ...] = ("hidden_states",)
 
 
 # Scale of token states by text encoder, to one digit: T5 normalises its last layer to a fraction of one, language models end on
@@ -171,6 +171,7 @@ ADAPTERS: dict[str, Adapter] = {
             STEP,
             Input("class_labels", "classes", ("batch",), "int64", "num_embeds_ada_norm"),
         ),
+        shared=("transformer_blocks.0.norm1.emb",),  # the last layer is modulated by it
         scheduler="epsilon",
     ),
     "Flux2Transformer2DModel": Adapter(

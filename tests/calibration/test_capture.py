@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from quantdit.calibration import stats
-from quantdit.calibration.capture import Call, collecting, first_block_calls, next_block_call, run_call, transformer_calls
+from quantdit.calibration.calls import StoredCalls
+from quantdit.calibration.capture import collecting, transformer_calls
 from quantdit.calibration.stats import Stats
 
 WIDTH = 8
@@ -65,17 +68,29 @@ def sample(transformer: nn.Module, timesteps: list, guidance: bool = True, keywo
     return run
 
 
-def buckets(calls: list[Call]) -> list[int]:
+@pytest.fixture
+def record(tmp_path: Path):
+    """Record the calls of one transformer, each time into a folder of its own."""
+    folders = count()
+
+    def go(run, transformer: nn.Module, steps: int, buckets: int, **options) -> StoredCalls:
+        folder = tmp_path / str(next(folders))
+        return transformer_calls(run, {"transformer": transformer}, steps, buckets, folder, **options)["transformer"]
+
+    return go
+
+
+def buckets(calls: StoredCalls) -> list[int]:
     return [call.bucket for call in calls]
 
 
 @pytest.mark.parametrize("keyword", [True, False])
 @pytest.mark.parametrize("kind", [float, int, torch.tensor, lambda t: torch.tensor([t, t]), lambda t: torch.full((2, 3), t)])
-def test_calls_of_a_step_share_a_bucket(kind, keyword: bool):
+def test_calls_of_a_step_share_a_bucket(record, kind, keyword: bool):
     """Four steps, two calls each, in two buckets, the noisiest first; the second batch goes through the same buckets."""
     transformer = Transformer()
     timesteps = [kind(t) for t in (900, 600, 300, 0)]
-    calls = transformer_calls(sample(transformer, timesteps, keyword=keyword, batches=2), transformer, steps=4, buckets=2)
+    calls = record(sample(transformer, timesteps, keyword=keyword, batches=2), transformer, steps=4, buckets=2)
     assert buckets(calls) == [0, 0, 0, 0, 1, 1, 1, 1] * 2
 
 
@@ -91,23 +106,23 @@ def test_calls_of_a_step_share_a_bucket(kind, keyword: bool):
         (3, 6, 2, [0, 0, 0]),  # one that was stopped halfway
     ],
 )
-def test_buckets_are_of_equal_length(count: int, steps: int, number: int, expected: list[int]):
+def test_buckets_are_of_equal_length(record, count: int, steps: int, number: int, expected: list[int]):
     transformer = Transformer()
     run = sample(transformer, [1000.0 - 100 * i for i in range(count)], guidance=False)
-    assert buckets(transformer_calls(run, transformer, steps, number)) == expected
+    assert buckets(record(run, transformer, steps, number)) == expected
 
 
-def test_without_a_timestep_the_position_of_the_call_counts():
+def test_without_a_timestep_the_position_of_the_call_counts(record):
     transformer = Transformer()
 
     def run() -> None:
         for i in range(4):
             transformer(integers(2, 3, WIDTH, seed=i))
 
-    assert buckets(transformer_calls(run, transformer, steps=4, buckets=2)) == [0, 0, 1, 1]
+    assert buckets(record(run, transformer, steps=4, buckets=2)) == [0, 0, 1, 1]
 
 
-def test_recorded_arguments_are_copies_at_the_time_of_the_call():
+def test_recorded_arguments_are_copies_at_the_time_of_the_call(record):
     transformer = Transformer()
     x = integers(2, 3, WIDTH)
     scale = {"a": [torch.ones(2), 3], "b": (None, "text")}
@@ -118,7 +133,7 @@ def test_recorded_arguments_are_copies_at_the_time_of_the_call():
             x.add_(1)
             scale["a"][0].zero_()
 
-    first, second = transformer_calls(run, transformer, steps=2, buckets=2)
+    first, second = record(run, transformer, steps=2, buckets=2)
     assert torch.equal(first.args[0], integers(2, 3, WIDTH))
     assert torch.equal(second.args[0], integers(2, 3, WIDTH) + 1)
     recorded = first.kwargs["scale"]
@@ -127,7 +142,7 @@ def test_recorded_arguments_are_copies_at_the_time_of_the_call():
     assert first.kwargs["timestep"] == 1.0
 
 
-def test_recording_needs_no_gradients_and_leaves_no_hook():
+def test_recording_needs_no_gradients_and_leaves_no_hook(record):
     transformer = Transformer()
     x = integers(2, 3, WIDTH).requires_grad_()
     seen = []
@@ -135,7 +150,7 @@ def test_recording_needs_no_gradients_and_leaves_no_hook():
     def run() -> None:
         seen.append(transformer(x, timestep=1.0))
 
-    (call,) = transformer_calls(run, transformer, steps=1, buckets=1)
+    (call,) = record(run, transformer, steps=1, buckets=1)
     assert not seen[0].requires_grad
     assert not call.args[0].requires_grad
     assert not transformer._forward_pre_hooks
@@ -145,75 +160,13 @@ def test_recording_needs_no_gradients_and_leaves_no_hook():
         raise KeyError("pipeline")
 
     with pytest.raises(KeyError, match="pipeline"):
-        transformer_calls(broken, transformer, steps=1, buckets=1)
+        record(broken, transformer, steps=1, buckets=1)
     assert not transformer._forward_pre_hooks
 
 
-def test_a_pipeline_that_never_calls_its_transformer():
+def test_a_pipeline_that_never_calls_its_transformer(record):
     with pytest.raises(ValueError, match="never called its transformer"):
-        transformer_calls(lambda: None, Transformer(), steps=1, buckets=1)
-
-
-def recorded_calls(transformer: Transformer) -> list[Call]:
-    return transformer_calls(sample(transformer, [2.0, 1.0], guidance=False), transformer, steps=2, buckets=2)
-
-
-def test_first_block_calls():
-    """What the first block gets, in the bucket of the transformer's call; the blocks themselves are not run."""
-    transformer = Transformer()
-    calls = recorded_calls(transformer)
-    runs = [block.calls for block in transformer.blocks]
-    found = first_block_calls(transformer, transformer.blocks[0], calls)
-    assert buckets(found) == buckets(calls) == [0, 1]
-    for call, original in zip(found, calls, strict=True):
-        assert torch.equal(call.args[0], transformer.proj_in(original.args[0]))
-        assert call.kwargs.keys() == {"temb"}
-        assert not call.args[0].requires_grad
-    assert [block.calls for block in transformer.blocks] == runs
-    assert not transformer.blocks[0]._forward_pre_hooks
-
-
-def test_block_by_block_is_the_transformer():
-    """Feeding each block's output to the next gives the transformer's output, to the bit: the same operations."""
-    transformer = Transformer()
-    calls = recorded_calls(transformer)
-    expected = [run_call(transformer, call) for call in calls]
-    current = first_block_calls(transformer, transformer.blocks[0], calls)
-    for block in transformer.blocks:
-        outputs = [run_call(block, call) for call in current]
-        current = [next_block_call(c, o, ("hidden_states",)) for c, o in zip(current, outputs, strict=True)]
-    for call, output, whole in zip(current, outputs, expected, strict=True):
-        assert torch.equal(call.args[0], whole)
-        assert torch.equal(output, whole)
-        assert not output.requires_grad
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_next_block_call_replaces_what_is_carried(wrapped: bool):
-    """By keyword or by position; the rest, the bucket and the call itself stay as they are."""
-    old, new, temb = integers(1, 2), integers(1, 2, seed=1), integers(1, 3)
-    output = (new,) if wrapped else new
-    by_position = Call((old, temb), {"flag": 7}, bucket=3)
-    following = next_block_call(by_position, output, ("hidden_states",))
-    assert following.args[0] is new
-    assert following.args[1] is temb
-    assert (following.kwargs, following.bucket) == ({"flag": 7}, 3)
-    assert by_position.args[0] is old
-    by_keyword = Call((temb,), {"hidden_states": old}, bucket=1)
-    following = next_block_call(by_keyword, output, ("hidden_states",))
-    assert following.kwargs["hidden_states"] is new
-    assert following.args[0] is temb
-    assert by_keyword.kwargs["hidden_states"] is old
-
-
-def test_next_block_call_with_two_streams():
-    """In the order the block returns them, which need not be the order it takes them."""
-    text, image = integers(1, 2), integers(1, 2, seed=1)
-    call = Call((), {"hidden_states": torch.zeros(1), "encoder_hidden_states": torch.zeros(2), "temb": torch.ones(1)}, bucket=0)
-    following = next_block_call(call, (text, image), ("encoder_hidden_states", "hidden_states"))
-    assert following.kwargs["encoder_hidden_states"] is text
-    assert following.kwargs["hidden_states"] is image
-    assert torch.equal(following.kwargs["temb"], torch.ones(1))
+        record(lambda: None, Transformer(), steps=1, buckets=1)
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:

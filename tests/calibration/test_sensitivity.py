@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from quantdit import recipe
-from quantdit.calibration import capture, sensitivity
-from quantdit.calibration.capture import Call
+from quantdit.calibration import capture, chain, sensitivity
+from quantdit.calibration.calls import Call
 from quantdit.calibration.layer import quantize_layer
 from quantdit.calibration.sensitivity import Part
 from quantdit.linear import QuantLinear
@@ -47,19 +47,20 @@ def part_of(transformer: nn.Module, module: nn.Module, calls: list[Call], names:
     with capture.collecting(linears, 4, stats) as set_bucket:
         for call in calls:
             set_bucket(call.bucket)
-            capture.run_call(module, call)
+            chain.run_call(module, call)
     return Part(module, linears, calls, stats)
 
 
 @pytest.fixture(scope="module")
-def found(pixel_dit: Path) -> Found:
+def found(pixel_dit: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
     torch.manual_seed(0)
     pipeline, _ = load_pipeline(str(pixel_dit))
     transformer = pipeline.transformer.eval()
-    calls = capture.transformer_calls(lambda: generate(pipeline, 4, 0, 4), transformer, 4, 4)
+    folder, part = tmp_path_factory.mktemp("calls"), {"transformer": transformer}
+    calls = list(capture.transformer_calls(lambda: generate(pipeline, 4, 0, 4), part, 4, 4, folder)["transformer"])
     plans = layers_of(transformer, "autoa8")
     block = transformer.get_submodule(BLOCK)
-    block_calls = capture.first_block_calls(transformer, block, calls)
+    block_calls = [chain.first_call(transformer, BLOCK, call) for call in calls]
     part = part_of(transformer, block, block_calls, [n for n in plans if n.startswith(f"{BLOCK}.")])
     before = {n: id(m) for n, m in transformer.named_modules()}
     result = sensitivity.sensitivity(part, plans, transformer, calls, build, 0)

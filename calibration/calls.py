@@ -1,0 +1,233 @@
+"""Recorded calls of a module, kept on disk: the activations of a video do not fit into memory.
+
+A call is one safetensors file: its tensors by number, and in the metadata the shape of its arguments as JSON with those numbers
+in the tensors' places. What a block hands to the next is kept in a second, small file beside the first block's call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import overload
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+INDEX = "index.json"
+_CALL = "call"
+_COMPLEX = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+Key = int | str  # a position or a keyword
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module, the timestep bucket it belongs to, and of a whole transformer what it returned."""
+
+    args: tuple
+    kwargs: dict
+    bucket: int
+    output: Tensor | None = None
+
+    def argument(self, key: Key) -> object:
+        """Return the argument at a position or of a keyword."""
+        return self.args[key] if isinstance(key, int) else self.kwargs[key]
+
+    def with_arguments(self, values: dict[Key, object]) -> Call:
+        """Return the call with other values of some arguments."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        for key, value in values.items():
+            if isinstance(key, int):
+                args[key] = value
+            else:
+                kwargs[key] = value
+        return replace(self, args=tuple(args), kwargs=kwargs)
+
+
+@dataclass(frozen=True)
+class StoredCall:
+    """Where a call lies: the file of its arguments, and one of tensors that take the place of some of them.
+
+    Attributes:
+        path: the call's file.
+        bucket: its timestep bucket.
+        output: file of what the module returned, if that was recorded.
+        carried: file of the tensors `0`, `1`, ... that a block before returned.
+        fed: (argument, number of the tensor in `carried`).
+    """
+
+    path: Path
+    bucket: int
+    output: Path | None = None
+    carried: Path | None = None
+    fed: tuple[tuple[Key, int], ...] = ()
+
+    def load(self) -> Call:
+        """Read the call into memory."""
+        args, kwargs = _read(self.path)
+        output = _read(self.output)[0][0] if self.output is not None else None
+        call = Call(args, kwargs, self.bucket, output)
+        if self.carried is None:
+            return call
+        outputs = load_outputs(self.carried)
+        return call.with_arguments({key: outputs[number] for key, number in self.fed})
+
+
+@dataclass(frozen=True)
+class StoredCalls(Sequence):
+    """Calls that are read when they are asked for, one at a time."""
+
+    entries: tuple[StoredCall, ...]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @overload
+    def __getitem__(self, index: int) -> Call: ...
+    @overload
+    def __getitem__(self, index: slice) -> StoredCalls: ...
+    def __getitem__(self, index):
+        return StoredCalls(self.entries[index]) if isinstance(index, slice) else self.entries[index].load()
+
+    def __iter__(self) -> Iterator[Call]:
+        return (entry.load() for entry in self.entries)
+
+
+def save_call(path: Path, args: tuple, kwargs: dict) -> None:
+    """Write the arguments of a call.
+
+    Raises:
+        ValueError: an argument that is neither a tensor, a number, a text, nor made of these.
+    """
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[int, str] = {}
+    shape = {"args": _describe(tuple(args), tensors, numbers), "kwargs": _describe(dict(kwargs), tensors, numbers)}
+    save_file(tensors, path, metadata={_CALL: json.dumps(shape)})
+
+
+def save_outputs(path: Path, outputs: Sequence[Tensor | None]) -> None:
+    """Write what a block returned."""
+    save_call(path, tuple(outputs), {})
+
+
+def load_outputs(path: Path) -> tuple[Tensor | None, ...]:
+    """Read what `save_outputs` wrote."""
+    return _read(path)[0]
+
+
+def save_recorded(folder: Path, number: int, args: tuple, kwargs: dict) -> None:
+    """Write a transformer's call of this number."""
+    save_call(_call_path(folder, number), args, kwargs)
+
+
+def save_returned(folder: Path, number: int, output: Tensor) -> None:
+    """Write what the transformer's call of this number returned."""
+    save_outputs(_output_path(folder, number), (output,))
+
+
+def forget_recorded(folder: Path, number: int) -> None:
+    """Remove a call."""
+    _call_path(folder, number).unlink()
+    _output_path(folder, number).unlink(missing_ok=True)
+
+
+def finish_recorded(folder: Path, buckets: dict[int, int]) -> StoredCalls:
+    """Mark a folder of recorded calls as whole; the timestep bucket of each number."""
+    finish(folder, {"calls": list(buckets.items())})
+    return recorded(folder)
+
+
+def recorded(folder: Path) -> StoredCalls | None:
+    """Return the recorded calls of a folder; None if it is not whole."""
+    index = index_of(folder)
+    if index is None:
+        return None
+    outputs = {number: _output_path(folder, number) for number, _ in index["calls"]}
+    entries = [
+        StoredCall(_call_path(folder, number), bucket, outputs[number] if outputs[number].exists() else None)
+        for number, bucket in index["calls"]
+    ]
+    return StoredCalls(tuple(entries))
+
+
+def store(calls: Iterable[Call], folder: Path) -> StoredCalls:
+    """Write calls that are in memory into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    buckets = {}
+    for number, call in enumerate(calls):
+        save_recorded(folder, number, call.args, call.kwargs)
+        if call.output is not None:
+            save_returned(folder, number, call.output)
+        buckets[number] = call.bucket
+    return finish_recorded(folder, buckets)
+
+
+def finish(folder: Path, content: dict) -> None:
+    """Mark a folder of calls as whole; what has no mark was interrupted."""
+    part = folder / f"{INDEX}.part"
+    part.write_text(json.dumps(content) + "\n")
+    os.replace(part, folder / INDEX)
+
+
+def index_of(folder: Path) -> dict | None:
+    """Return what `finish` wrote; None if the folder is not whole."""
+    path = folder / INDEX
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _describe(value: object, tensors: dict[str, Tensor], numbers: dict[int, str]) -> list:
+    """Return `value` as JSON, its tensors put into `tensors`; the same tensor twice is one tensor twice when read back."""
+    if isinstance(value, Tensor):
+        if id(value) not in numbers:
+            numbers[id(value)] = str(len(tensors))
+            plain = torch.view_as_real(value) if value.dtype in _COMPLEX else value
+            # A copy: views of one storage are not written twice, and a view would write its whole storage.
+            tensors[numbers[id(value)]] = plain.detach().to("cpu", copy=True).contiguous()
+        return ["complex" if value.dtype in _COMPLEX else "tensor", numbers[id(value)]]
+    if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+        return ["dict", {k: _describe(v, tensors, numbers) for k, v in value.items()}]
+    if isinstance(value, tuple | list):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return [kind, [_describe(v, tensors, numbers) for v in value]]
+    if value is None or isinstance(value, bool | int | float | str):
+        return ["value", value]
+    raise ValueError(
+        f"a call with an argument of type {type(value).__name__} cannot be kept; quantdit keeps tensors, numbers, texts, and"
+        " lists, tuples and dictionaries of them"
+    )
+
+
+def _read(path: Path) -> tuple[tuple, dict]:
+    with safe_open(path, framework="pt") as file:
+        # A copy: a mapped tensor would keep the pages of the file in memory.
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - not a mapping
+        shape = json.loads(file.metadata()[_CALL])
+
+    complexes: dict[str, Tensor] = {}
+
+    def build(entry: list) -> object:
+        kind, content = entry
+        if kind == "tensor":
+            return tensors[content]
+        if kind == "complex":
+            return complexes.setdefault(content, torch.view_as_complex(tensors[content]))
+        if kind == "dict":
+            return {k: build(v) for k, v in content.items()}
+        if kind in ("tuple", "list"):
+            return (tuple if kind == "tuple" else list)(build(v) for v in content)
+        return content
+
+    return build(shape["args"]), build(shape["kwargs"])
+
+
+def _call_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.safetensors"
+
+
+def _output_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}-output.safetensors"

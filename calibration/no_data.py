@@ -1,0 +1,43 @@
+"""One linear quantized from its weight alone: rotate with random signs, round to nearest. Nothing is known of its inputs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from quantdit import transform
+from quantdit.calibration import rotate
+from quantdit.calibration.layer import Quantized, histogram
+from quantdit.calibration.quantize import quantize_weight
+from quantdit.layer_spec import LayerSpec
+from quantdit.recipe import LayerPlan
+
+
+def quantize_without_data(weight: Tensor, bias: Tensor | None, plan: LayerPlan, seed: int) -> Quantized:
+    """Return one linear quantized as its plan says, which `recipe.without_data` has made one that needs no inputs.
+
+    Args:
+        weight: `[out, in]` float.
+        bias: `[out]` float or None; stays as it is.
+        plan: the rule that matched it, made concrete.
+        seed: of random signs and k-means.
+
+    Raises:
+        ValueError: NaN or infinite weights.
+    """
+    rule, width = plan.rule, weight.shape[1]
+    t = rotate.build(rule.rotation, torch.zeros(0, width), seed)
+    W = transform.apply_to_weight(t, weight.detach().float())
+    known = torch.ones(width).diag()
+    q = quantize_weight(W, known, rule.weight, plan.group_size, rule.method, rule.table, seed, table_rows=rule.table_rows)
+    spec = LayerSpec(q.spec, rule.activation(plan.activation_group_size), t.kind, t.rotation_block, t.smoothed)
+    tensors = q.tensors() | transform.tensors(t)
+    report = {
+        "spec": asdict(spec),
+        "method": rule.method,
+        "weight_rel_rmse": float((q.dequantize() - W).norm() / W.norm().clamp_min(1e-30)),
+        "weight_histogram": histogram(W, q.scale),
+    }
+    return Quantized(spec, {name: tensor.contiguous() for name, tensor in tensors.items()}, bias, report)

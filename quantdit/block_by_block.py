@@ -1,0 +1,398 @@
+"""The engine: a transformer quantized block after block, each on what the quantized blocks before it hand on; resumable.
+
+In the work folder of a pass lie `inputs/NUMBER` (the calls of the next block) and, for each finished block, its tensors and its
+report. A folder of inputs is whole once it has its index, a block is finished once it has its report, so that a process killed
+at any moment goes on at the last finished block, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from quantdit import checkpoint, files
+from quantdit.calibration import calls as call_files
+from quantdit.calibration import capture, chain
+from quantdit.calibration.calls import StoredCall, StoredCalls
+from quantdit.calibration.chain import Link, Unchained
+from quantdit.calibration.layer import quantize_layer
+from quantdit.calibration.no_data import quantize_without_data
+from quantdit.calibration.stats import Stats
+from quantdit.layer_spec import LayerSpec
+from quantdit.linear import QuantLinear, follow_timesteps, weight_bits
+from quantdit.models import adapter as adapters
+from quantdit.recipe import LayerPlan
+from quantdit.streaming import Stream
+from quantdit.timesteps import edges_of, timestep_of
+
+MEASURED_CALLS = 8
+OUTSIDE = "outside"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run works on and with.
+
+    Attributes:
+        transformer: the model, its finished blocks quantized.
+        blocks: paths of its blocks.
+        calls: its recorded calls; none if nothing was captured.
+        buckets: parts of a trajectory.
+        seed: of the whole run.
+        folder: of the work on this transformer.
+        stream: reads blocks that are not in memory; None if all are.
+        tokens: rows of each call that statistics are made of; 0 for all.
+        seconds: spent so far, by stage.
+    """
+
+    transformer: nn.Module
+    blocks: tuple[str, ...]
+    calls: StoredCalls
+    buckets: int
+    seed: int
+    folder: Path
+    stream: Stream | None = None
+    tokens: int = 0
+    seconds: Counter[str] = field(default_factory=Counter)
+
+    def unit_seed(self, number: int) -> int:
+        """Return the seed of the unit of this number."""
+        return self.seed * 1009 + number
+
+    def loaded(self, path: str):
+        """Have a part of the model in memory."""
+        return self.stream.loaded(path) if self.stream is not None else nullcontext()
+
+    def following(self):
+        """Have each block in memory while it runs."""
+        return self.stream.following(self.blocks) if self.stream is not None else nullcontext()
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the seconds of the body."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the model that is calibrated at once: a block, or everything outside the blocks.
+
+    Attributes:
+        path: of the block, or OUTSIDE.
+        number: in running order; what is outside comes last.
+        names: of the layers in it that are to be quantized.
+        run: the module that is called.
+        calls: its calls; None if the block is finished and so is the next one's input.
+    """
+
+    path: str
+    number: int
+    names: tuple[str, ...]
+    run: nn.Module
+    calls: StoredCalls | None
+
+    @property
+    def linears(self) -> dict[str, nn.Linear]:
+        """Return its layers; their names are paths in the transformer."""
+        inside = len(self.path) + 1 if self.path != OUTSIDE else 0
+        return {name: self.run.get_submodule(name[inside:]) for name in self.names}
+
+
+@dataclass(frozen=True)
+class Made:
+    """The layers' reports of a quantized transformer, and its model_rel_rmse (None without calls)."""
+
+    reports: dict[str, dict]
+    drift: float | None
+
+
+def quantize(job: Job, plans: Mapping[str, LayerPlan], folder: Path) -> Made:
+    """Quantize the transformer as planned; finished blocks are kept in `folder`, and taken from there if they are."""
+    reports: dict[str, dict] = {}
+    for unit in walk(job, plans, job.calls, folder):
+        reports |= _quantize_unit(job, unit, plans, folder)
+    layers = checkpoint.quant_layers(job.transformer)
+    if any(m.layer_spec.activation.buckets for m in layers.values()):
+        follow_timesteps(job.transformer, _timestep_edges(job.calls, job.buckets))
+    with job.timed("measure"):
+        drift = _drift(job, plans, folder)
+    return Made({name: reports[name] for name in plans}, drift)
+
+
+def links_of(job: Job) -> list[Link]:
+    """Return the chain of the transformer's blocks; empty if they cannot be run one after the other.
+
+    Raises:
+        ValueError: the blocks have no chain, and are not all in memory.
+    """
+    path = job.folder / "chain.json"
+    if not path.exists():
+        try:
+            with job.timed("observe"), job.following():
+                links = chain.observe(job.transformer, job.blocks, job.calls[0])
+        except Unchained as error:
+            if job.stream is not None:
+                raise ValueError(
+                    f"{type(job.transformer).__name__}: {error}; such a model must be in memory as a whole, give a larger"
+                    " --memory-budget"
+                ) from error
+            links = []
+        files.write_json(path, {"links": [link.to_dict() for link in links]})
+    return [Link.from_dict(content) for content in files.read_json(path)["links"]]
+
+
+def describe_chain(job: Job) -> dict | None:
+    """Return for the report how many blocks there are, and of how many the inputs had to be replayed; None without calls.
+
+    No blocks: the model could only be calibrated as a whole.
+    """
+    if not len(job.calls):
+        return None
+    links = links_of(job)
+    return {"count": len(links), "replayed": sum(link.fed is None for link in links)}
+
+
+def walk(job: Job, names: Collection[str], calls: StoredCalls, folder: Path, description: str = "quantize") -> Iterator[Unit]:
+    """Yield block after block with its calls, as handed on by the blocks before as the caller left them; the rest last.
+
+    Args:
+        job: the run.
+        names: of the layers to be quantized; blocks without any are walked through all the same.
+        calls: of the transformer.
+        folder: where the inputs of the next block are kept.
+        description: of the progress bar.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    links = links_of(job) if len(calls) else []
+    if links:
+        yield from _walk_chain(job, links, names, calls, folder / "inputs", description)
+    elif not len(calls):
+        for number, path in enumerate(tqdm(job.blocks, desc=description, unit="block")):
+            with job.loaded(path):
+                yield _unit(job, path, number, names, calls)
+    done = tuple(f"{path}." for path in ([link.path for link in links] if len(calls) else job.blocks))
+    rest = tuple(name for name in names if not name.startswith(done))
+    if rest:
+        with job.following():
+            yield Unit(OUTSIDE, len(job.blocks), rest, job.transformer, calls)
+
+
+def _unit(job: Job, path: str, number: int, names: Collection[str], calls: StoredCalls | None) -> Unit:
+    mine = tuple(name for name in names if name.startswith(f"{path}."))
+    return Unit(path, number, mine, job.transformer.get_submodule(path), calls)
+
+
+def _walk_chain(
+    job: Job, links: list[Link], names: Collection[str], calls: StoredCalls, inputs: Path, description: str
+) -> Iterator[Unit]:
+    reached = max((int(p.parent.name) for p in inputs.glob(f"*/{call_files.INDEX}")), default=-1)
+    if reached < 0:
+        with job.timed("propagate"):
+            _first_inputs(job, links[0], calls, inputs / _number(0))
+        reached = 0
+    for number, link in enumerate(tqdm(links, desc=description, unit="block")):
+        if number < reached:
+            yield _unit(job, link.path, number, names, None)
+            if job.stream is not None:
+                job.stream.drop(link.path)
+            continue
+        with job.loaded(link.path):
+            mine = _open_inputs(inputs / _number(number), calls)
+            yield _unit(job, link.path, number, names, mine)
+            with job.timed("propagate"):
+                _hand_on(job, links, number, calls, mine, inputs)
+
+
+def _first_inputs(job: Job, first: Link, calls: StoredCalls, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, call in enumerate(calls):
+        reached = chain.first_call(job.transformer, first.path, call)
+        call_files.save_call(folder / _file(i), reached.args, reached.kwargs)
+    call_files.finish(folder, {"base": folder.name, "fed": []})
+
+
+def _open_inputs(folder: Path, calls: StoredCalls) -> StoredCalls:
+    """Return the calls of a block: what the folder holds in full, or in place of arguments of an earlier block's calls."""
+    index = call_files.index_of(folder)
+    base = folder.parent / index["base"]
+    fed = tuple((key, number) for key, number in index["fed"])
+    entries = [
+        StoredCall(base / _file(i), entry.bucket, carried=None if base == folder else folder / _file(i), fed=fed)
+        for i, entry in enumerate(calls.entries)
+    ]
+    return StoredCalls(tuple(entries))
+
+
+def _hand_on(job: Job, links: list[Link], number: int, calls: StoredCalls, mine: StoredCalls, inputs: Path) -> None:
+    """Run the block `links[number]` on its calls and keep what the next one gets; of the last, what it returns."""
+    folder = inputs / _number(number + 1)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    base = call_files.index_of(inputs / _number(number))["base"]
+    following = links[number + 1] if number + 1 < len(links) else None
+    replayed = following is not None and following.fed is None
+    ends = inputs.parent / "ends"  # outputs that a later replay needs
+    is_needed = any(number in link.needs for link in links)
+    if is_needed:
+        (ends / _number(number)).mkdir(parents=True, exist_ok=True)
+    for i, call in enumerate(mine):
+        outputs = chain.outputs_of(capture.run_block(job.transformer.get_submodule(links[number].path), call))
+        if is_needed:
+            call_files.save_outputs(ends / _number(number) / _file(i), outputs)
+        if replayed:
+            recorded = {j: call_files.load_outputs(ends / _number(j) / _file(i)) for j in following.needs}
+            reached = chain.next_call(job.transformer, links, number, calls[i], recorded | {number: outputs})
+            call_files.save_call(folder / _file(i), reached.args, reached.kwargs)
+        else:
+            call_files.save_outputs(folder / _file(i), outputs)
+    base = folder.name if replayed else base
+    call_files.finish(folder, {"base": base, "fed": [] if following is None else list(following.fed or ())})
+    for old in inputs.iterdir():
+        if old.name not in (base, folder.name):
+            shutil.rmtree(old)
+
+
+def _drift(job: Job, plans: Mapping[str, LayerPlan], folder: Path) -> float | None:
+    """Return model_rel_rmse on MEASURED_CALLS of the calls: from the last block's outputs, if nothing outside has changed."""
+    stride = max(1, len(job.calls) // MEASURED_CALLS)
+    links = links_of(job) if len(job.calls) else []
+    prefixes = tuple(f"{link.path}." for link in links)
+    if not links or not all(name.startswith(prefixes) for name in plans):
+        with job.following():
+            return capture.model_error(job.transformer, job.calls[::stride])
+    last = folder / "inputs" / _number(len(links))
+    pairs = (
+        (chain.last_output(job.transformer, links, call, call_files.load_outputs(last / _file(i * stride))), call.output)
+        for i, call in enumerate(job.calls[::stride])
+    )
+    return capture.relative_error(pairs)
+
+
+def _quantize_unit(job: Job, unit: Unit, plans: Mapping[str, LayerPlan], folder: Path) -> dict[str, dict]:
+    """Replace the unit's linears by QuantLinears, from the folder if they are there, and return their reports."""
+    if not unit.names:
+        return {}
+    tensors_path = folder / f"{unit.path}.safetensors"
+    report_path = tensors_path.with_suffix(".json")
+    if report_path.exists():
+        return _install(job, tensors_path, report_path)
+    if unit.calls is None:
+        raise ValueError(f"{folder} lacks the finished block {unit.path}; drop --resume and begin again with --overwrite")
+    with job.timed("statistics"):
+        stats = statistics_of(job, unit) if len(unit.calls) else {}
+    stored, reports = {}, {}
+    with job.timed("layers"):
+        for name, linear in unit.linears.items():
+            known, seed = stats.get(name), job.unit_seed(unit.number)
+            if known is None:
+                made = quantize_without_data(linear.weight, linear.bias, plans[name], seed)
+            else:
+                made = quantize_layer(linear.weight, linear.bias, known, plans[name], seed)
+            tensors = made.tensors if made.bias is None else made.tensors | {"bias": made.bias.detach()}
+            stored.update({f"{name}.{field}": t for field, t in tensors.items()})
+            layer = _replace(job.transformer, name, made.spec, made.tensors, made.bias)
+            reports[name] = made.report | {"bits_per_weight": round(weight_bits(layer), 4)}
+            if known is not None:
+                reports[name]["rel_rmse"] = _layer_error(linear, layer, known)
+    part = tensors_path.with_suffix(".part")
+    save_file(stored, part)
+    files.fsync(part)
+    os.replace(part, tensors_path)
+    files.write_json(report_path, {"sha256": _digest(tensors_path, reports), "layers": reports})
+    if job.stream is not None:
+        job.stream.adopt(tensors_path, list(stored))
+    return reports
+
+
+def _install(job: Job, tensors_path: Path, report_path: Path) -> dict[str, dict]:
+    """Put the layers of a finished block into the transformer."""
+    finished = files.read_json(report_path)
+    if not tensors_path.exists() or _digest(tensors_path, finished.get("layers")) != finished.get("sha256"):
+        raise ValueError(f"{tensors_path} is not what the interrupted run wrote; drop --resume and begin again with --overwrite")
+    stored, reports = load_file(tensors_path), finished["layers"]
+    for name in reports:
+        tensors = {k.removeprefix(f"{name}."): t for k, t in stored.items() if k.startswith(f"{name}.")}
+        bias = tensors.pop("bias", None)
+        _replace(job.transformer, name, LayerSpec.from_dict(reports[name]["spec"]), tensors, bias)
+    if job.stream is not None:
+        job.stream.adopt(tensors_path, list(stored))
+    return reports
+
+
+def statistics_of(job: Job, unit: Unit) -> dict[str, Stats]:
+    """Return the statistics of the inputs of each of the unit's linears.
+
+    Raises:
+        ValueError: a layer that is never called, or inputs that overflow.
+    """
+    stats: dict[str, Stats] = {}
+    with capture.collecting(unit.linears, job.buckets, stats, job.tokens) as set_bucket:
+        for call in unit.calls:
+            set_bucket(call.bucket)
+            capture.run_block(unit.run, call)
+    for name in unit.names:
+        if name not in stats:
+            raise ValueError(f"layer {name} was never called while sampling; leave it out with an earlier rule weight = 'dense'")
+        if not bool(torch.isfinite(stats[name].gram.diagonal()).all()):
+            raise ValueError(f"layer {name}: its inputs are so large that their squares overflow float32; the model is broken")
+    return stats
+
+
+def _digest(tensors_path: Path, reports: object) -> str:
+    """Return the sha256 of a finished block: its tensors and its reports."""
+    return hashlib.sha256((files.sha256(tensors_path) + json.dumps(reports)).encode()).hexdigest()
+
+
+def _layer_error(linear: nn.Linear, layer: QuantLinear, stats: Stats) -> float:
+    """Return rel_rmse of the layer's output on sampled calibration rows, quantized activations included."""
+    error = power = 0.0
+    with torch.no_grad():
+        for bucket in stats.row_buckets.unique().tolist():
+            layer.bucket = bucket
+            rows = stats.rows[stats.row_buckets == bucket].to(linear.weight.dtype)
+            reference = linear(rows)
+            error += float((layer(rows) - reference).square().sum())
+            power += float((reference - (0 if linear.bias is None else linear.bias)).square().sum())
+    return (error / max(power, 1e-30)) ** 0.5
+
+
+def _replace(transformer: nn.Module, name: str, spec: LayerSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> QuantLinear:
+    layer = QuantLinear.from_tensors(spec, tensors, bias)
+    parent, _, child = name.rpartition(".")
+    setattr(transformer.get_submodule(parent), child, layer)
+    return layer
+
+
+def _timestep_edges(calls: StoredCalls, buckets: int) -> tuple[float, ...]:
+    timesteps = [(timestep_of(call.args, call.kwargs), call.bucket) for call in calls]
+    return edges_of([(t, bucket) for t, bucket in timesteps if t is not None], buckets)
+
+
+def _number(number: int) -> str:
+    return f"{number:04d}"
+
+
+def _file(number: int) -> str:
+    return f"{number:06d}.safetensors"
+
+
+def blocks_of(transformer: nn.Module, adapter: adapters.Adapter) -> tuple[str, ...]:
+    """Return the paths of the transformer's blocks."""
+    return tuple(path for path, _ in adapters.blocks(transformer, adapter))

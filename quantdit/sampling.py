@@ -1,0 +1,128 @@
+"""What calibration runs: the pipeline itself, or without one a trajectory from noise along the transformer's own predictions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from quantdit.models.adapter import Adapter, Size
+from quantdit.models.synthetic import TRAIN_STEPS, latent_of, moved_inputs, prediction, synthetic_inputs
+from quantdit.pipeline import BareTransformer, sampling_arguments
+
+# Images of a pipeline without an autoencoder are small; latents of one at a time are large enough.
+BATCH = 32
+SMALL = Size(1, 1, 16, 16, 32)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What calibration data is made of.
+
+    Attributes:
+        samples: images or clips; 0 for none, which leaves methods that need no data.
+        steps: sampling steps.
+        seed: of the noise, and of everything else that is random.
+        guidance: guidance scale; None for the pipeline's own.
+        buckets: parts of a trajectory that statistics are kept of.
+        timesteps: how many of the steps are kept, evenly spread; 0 for all.
+        tokens: rows of each call that statistics are made of, evenly spread; 0 for all.
+        height: of a sample, in pixels; None for the pipeline's own.
+        width: of a sample, in pixels.
+        frames: of a clip.
+        prompts: texts to sample in turn; empty for the built-in list.
+        latent: size of the inputs made up for a transformer without a pipeline, in latent cells.
+    """
+
+    samples: int = 32
+    steps: int = 20
+    seed: int = 0
+    guidance: float | None = None
+    buckets: int = 10
+    timesteps: int = 0
+    tokens: int = 0
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    prompts: tuple[str, ...] = ()
+    latent: Size = SMALL
+
+
+def sample(pipeline: object, settings: Settings, adapters: Mapping[str, Adapter]) -> None:
+    """Let the transformers be called as they are when `settings.samples` images or clips are made; nothing is returned."""
+    from tqdm import tqdm
+
+    with tqdm(total=settings.samples, desc="sample the model", unit="sample") as bar:
+        if isinstance(pipeline, BareTransformer):
+            for number in range(settings.samples):
+                for part, adapter in adapters.items():
+                    trajectory(getattr(pipeline, part), adapter, settings, number)
+                bar.update(1)
+            return
+        arguments = sampling_arguments(pipeline, settings.samples, settings.prompts or None)
+        batch = 1 if getattr(pipeline, "vae", None) is not None else BATCH
+        for start in range(0, settings.samples, batch):
+            part = {key: values[start : start + batch] for key, values in arguments.items()}
+            count = len(next(iter(part.values())))
+            generators = [torch.Generator().manual_seed(settings.seed * 2**20 + i) for i in range(start, start + count)]
+            pipeline(**part, **_options(pipeline, settings), generator=generators, num_inference_steps=settings.steps)
+            bar.update(count)
+
+
+def trajectory(transformer: nn.Module, adapter: Adapter, settings: Settings, number: int) -> Tensor:
+    """Follow the transformer from noise to a sample under made-up conditions, both branches of guidance in one call.
+
+    Args:
+        transformer: predicts what `adapter.scheduler` says.
+        adapter: of its class.
+        settings: steps, guidance, seed and `latent`.
+        number: of the sample; another one has other noise and conditions.
+
+    Returns:
+        The sample, float32, `[1, ...]`.
+    """
+    guidance = 1.0 if settings.guidance is None else settings.guidance
+    generator = torch.Generator().manual_seed(settings.seed * 2**20 + number)
+    inputs = synthetic_inputs(transformer, adapter, replace(settings.latent, batch=2), generator)
+    # A class that is told the scale needs no second branch.
+    guided = guidance != 1 and "guidance" not in inputs
+    if not guided:
+        inputs = synthetic_inputs(transformer, adapter, replace(settings.latent, batch=1), generator)
+    x = latent_of(adapter, inputs)[:1].float()
+    dtype = latent_of(adapter, inputs).dtype
+    scheduler = _scheduler(adapter.scheduler)
+    scheduler.set_timesteps(settings.steps)
+    for t in scheduler.timesteps:
+        latent = torch.cat([x, x]) if guided else x
+        time = float(t) * TRAIN_STEPS / scheduler.config.num_train_timesteps
+        output = transformer(**moved_inputs(transformer, adapter, inputs, latent.to(dtype), time))
+        predicted = prediction(adapter, output, latent)
+        if guided:
+            conditional, unconditional = predicted.chunk(2)
+            predicted = unconditional + guidance * (conditional - unconditional)
+        x = scheduler.step(predicted, t, x).prev_sample
+    return x
+
+
+def _scheduler(kind: str):
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+    if kind == "flow":
+        return FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return DDIMScheduler(prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[kind])
+
+
+def _options(pipeline: object, settings: Settings) -> dict:
+    """Return the arguments that this pipeline takes: sizes, guidance, and no decoding where there is an autoencoder."""
+    wanted = {
+        "guidance_scale": settings.guidance,
+        "height": settings.height,
+        "width": settings.width,
+        "num_frames": settings.frames,
+        "output_type": "latent" if getattr(pipeline, "vae", None) is not None else "np",
+    }
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    return {key: value for key, value in wanted.items() if value is not None and key in accepted}

@@ -1,0 +1,212 @@
+"""A transformer larger than memory: its blocks are read when they run, and dropped afterwards.
+
+The module tree is built on the meta device. What lies outside the blocks is read once and stays; a block is read from safetensors
+files, tensor by tensor, cast to the dtype of the computation. Blocks that calibration has finished are read from where it put
+their quantized tensors.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from quantdit.checkpoint import build_on_meta
+from quantdit.files import CheckpointError, open_weights, read_json, tensor_files
+from quantdit.linear import QuantLinear
+from quantdit.models.adapter import adapter_for
+
+# Python with torch and diffusers, and what a run needs besides; measured.
+PROCESS_BYTES = 2**30
+GRAM_COPIES = 8
+
+
+def skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Return the full-precision transformer of a folder, its blocks on the meta device, the rest read as `dtype`.
+
+    Args:
+        folder: config.json and safetensors weights.
+        dtype: of all floating tensors.
+
+    Raises:
+        CheckpointError: a damaged folder, or one that lacks a tensor.
+        ValueError: a class without blocks.
+    """
+    transformer = build_on_meta(read_json(folder / "config.json"), folder)
+    stored = tensor_files(folder)
+    missing = transformer.state_dict().keys() - stored.keys()
+    if missing:
+        raise CheckpointError(f"{folder}: tensor {min(missing)} is missing (and {len(missing) - 1} more); copy it again")
+    stream = Stream(transformer, stored, dtype)
+    inside, shared = _inside(transformer), tuple(f"{path}." for path in adapter_for(transformer).shared)
+    for name in _on_meta(transformer):
+        if not name.startswith(inside) or name.startswith(shared):
+            stream.put(name)
+    return transformer.requires_grad_(False).eval()
+
+
+def whole(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Return the full-precision transformer of a folder, all of it in memory."""
+    transformer = skeleton(folder, dtype)
+    stream = Stream(transformer, tensor_files(folder), dtype)
+    for name in _on_meta(transformer):
+        stream.put(name)
+    return transformer
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of memory that calibrating a transformer takes: with all its weights there, or with a block at a time."""
+
+    resident: int
+    streamed: int
+
+
+def need_of(folder: Path, dtype: torch.dtype) -> Need:
+    """Estimate what the full-precision transformer of a folder needs, without reading its weights.
+
+    The largest layer's Gram matrix counts GRAM_COPIES times: what it is made into (rotated, damped, factorized) lives beside it.
+    """
+    transformer = build_on_meta(read_json(folder / "config.json"), folder)
+    sizes = {name: t.numel() * dtype.itemsize for name, t in transformer.named_parameters()}
+    inside = _inside(transformer)
+    outside = sum(size for name, size in sizes.items() if not name.startswith(inside))
+    blocks: Counter[str] = Counter()
+    for name, size in sizes.items():
+        if name.startswith(inside):
+            prefix = next(p for p in inside if name.startswith(p))
+            blocks[prefix + name[len(prefix) :].partition(".")[0]] += size
+    width = max((m.in_features for m in transformer.modules() if isinstance(m, nn.Linear)), default=0)
+    work = PROCESS_BYTES + GRAM_COPIES * 4 * width**2
+    # The block being quantized, and its weights once more in other forms.
+    return Need(sum(sizes.values()) + work, outside + 2 * max(blocks.values(), default=0) + work)
+
+
+def _inside(transformer: nn.Module) -> tuple[str, ...]:
+    return tuple(f"{path}." for path in adapter_for(transformer).blocks)
+
+
+def _on_meta(transformer: nn.Module) -> list[str]:
+    named = (*transformer.named_parameters(), *transformer.named_buffers())
+    return [name for name, tensor in named if tensor.device.type == "meta"]
+
+
+@dataclass
+class Stream:
+    """Reads and drops parts of a transformer.
+
+    Attributes:
+        transformer: its parts on the meta device where they are not in memory.
+        files: where each tensor of its state dict lies; `adopt` changes it for what calibration finished.
+        dtype: of the floating tensors that are not part of a quantized layer.
+        shared: paths of modules that are never dropped; see `Adapter.shared`.
+    """
+
+    transformer: nn.Module
+    files: dict[str, Path]
+    dtype: torch.dtype = torch.float32
+    shared: tuple[str, ...] = ()
+    _users: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def loaded(self, path: str) -> Iterator[nn.Module]:
+        """Have the module at `path` in memory while the body runs."""
+        module = self.transformer.get_submodule(path)
+        self.load(path)
+        try:
+            yield module
+        finally:
+            self.drop(path)
+
+    @contextmanager
+    def following(self, paths: Sequence[str]) -> Iterator[None]:
+        """Load each of these modules when it is called and drop it afterwards, while the body runs."""
+        handles = []
+        for path in paths:
+            module = self.transformer.get_submodule(path)
+            # First of the hooks before, last of those after, so that the others find it loaded.
+            handles.append(module.register_forward_pre_hook(lambda m, a, path=path: self.load(path), prepend=True))
+            handles.append(module.register_forward_hook(lambda m, a, o, path=path: self.drop(path), always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for path in paths:
+                self._users[path] = min(1, self._users.get(path, 0))
+                self.drop(path)
+
+    def load(self, path: str) -> None:
+        """Read what of a module is on the meta device."""
+        self._users[path] = self._users.get(path, 0) + 1
+        if self._users[path] == 1:
+            for name in self._names(path, on_meta=True):
+                self.put(name)
+
+    def drop(self, path: str) -> None:
+        """Put a module back on the meta device once nobody needs it any more."""
+        self._users[path] = max(0, self._users.get(path, 0) - 1)
+        if self._users[path]:
+            return
+        for name in self._names(path, on_meta=False):
+            if name in self.files and not name.startswith(tuple(f"{path}." for path in self.shared)):
+                module, tensors, leaf = self._place(name)
+                tensors[leaf] = _like(tensors[leaf], tensors[leaf].to("meta"))
+                if isinstance(module, QuantLinear):
+                    module.forget()
+
+    def adopt(self, file: Path, names: Sequence[str]) -> None:
+        """Let the tensors of these names be read from another file from now on."""
+        self.files |= dict.fromkeys(names, file)
+
+    def put(self, name: str) -> None:
+        """Read one tensor into its place."""
+        _, tensors, leaf = self._place(name)
+        tensors[leaf] = _like(tensors[leaf], self.read(name))
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor of the state dict as it is computed with.
+
+        Raises:
+            CheckpointError: it is not there, of another shape, or has NaN or infinite entries.
+        """
+        if name not in self.files:
+            raise CheckpointError(f"no file holds tensor {name}; copy the model again")
+        path = self.files[name]
+        module, tensors, leaf = self._place(name)
+        with open_weights(path) as file:
+            # A copy: a mapped tensor would keep the pages of the file in memory.
+            stored = file.get_tensor(name)
+            quantized = isinstance(module, QuantLinear) and leaf in module._buffers
+            tensor = stored.clone() if quantized or not stored.is_floating_point() else stored.to(self.dtype, copy=True)
+        if tensor.shape != tensors[leaf].shape:
+            raise CheckpointError(f"{path}: tensor {name} is {tuple(tensor.shape)}, expected {tuple(tensors[leaf].shape)}")
+        if not quantized and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            layer, _, kind = name.rpartition(".")
+            raise CheckpointError(f"layer {layer}: {count} values of its {kind} are NaN or infinite; the source is damaged")
+        return tensor
+
+    def _names(self, path: str, on_meta: bool) -> list[str]:
+        module = self.transformer.get_submodule(path)
+        named = (*module.named_parameters(prefix=path), *module.named_buffers(prefix=path))
+        return [name for name, tensor in named if (tensor.device.type == "meta") == on_meta]
+
+    def _place(self, name: str) -> tuple[nn.Module, dict, str]:
+        parent, _, leaf = name.rpartition(".")
+        module = self.transformer.get_submodule(parent)
+        return module, module._parameters if leaf in module._parameters else module._buffers, leaf
+
+
+def is_streamed(transformer: nn.Module) -> bool:
+    """Return whether parts of the transformer are not in memory."""
+    return any(t.device.type == "meta" for t in transformer.parameters())
+
+
+def _like(before: Tensor, tensor: Tensor) -> Tensor:
+    return nn.Parameter(tensor, requires_grad=False) if isinstance(before, nn.Parameter) else tensor

@@ -1,0 +1,81 @@
+"""Every transformer class end to end, without a pipeline: calibrate, save, load, the same outputs; streamed or not, the same bytes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from quantdit import files, recipe, streaming
+from quantdit.calibration.capture import first_tensor
+from quantdit.checkpoint import quant_layers, read_transformer
+from quantdit.compiler import REPORT, Settings, calibrate
+from quantdit.models.adapter import adapter_for, layers
+from quantdit.models.synthetic import synthetic_inputs
+from quantdit.pipeline import load_pipeline
+from quantdit.recipe import Recipe, Rule
+
+spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).with_name("tiny_models.py"))
+tiny_models = sys.modules.setdefault("tiny_models", importlib.util.module_from_spec(spec))
+spec.loader.exec_module(tiny_models)
+
+CLASSES = [*tiny_models.TINY, *tiny_models.UNKNOWN]
+# Quick, and with everything that calibration data decides.
+PLAN = Recipe("zoo", (Rule("role:outside", weight="dense", optional=True), Rule("*", "table4", activation_bits=8)))
+
+
+@pytest.fixture(scope="module", params=CLASSES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """A tiny model's name, its folder and the size of its inputs."""
+    transformer, size = tiny_models.tiny(request.param)
+    folder = tmp_path_factory.mktemp("model") / request.param
+    transformer.save_pretrained(folder)
+    return request.param, folder, size
+
+
+def settings(size) -> Settings:
+    return Settings(samples=1, steps=2, guidance=3.0, latent=size, buckets=2)
+
+
+def output_of(transformer: nn.Module, size) -> torch.Tensor:
+    inputs = synthetic_inputs(transformer, adapter_for(transformer), size, torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return first_tensor(transformer(**inputs))
+
+
+def test_calibrate_save_load_forward(model, tmp_path: Path):
+    name, folder, size = model
+    pipeline, source = load_pipeline(str(folder))
+    assert source.bare
+    wanted = {layer.name for layer in layers(pipeline.transformer, adapter_for(pipeline.transformer)) if layer.role != "outside"}
+    before = output_of(pipeline.transformer, size)
+    report = calibrate(pipeline, source, PLAN, tmp_path / "out", settings(size))
+    assert report["layers"].keys() == wanted == quant_layers(pipeline.transformer).keys()
+    assert 0 < report["model_rel_rmse"] < 0.5 and not report["memory"]["streamed"]
+    assert report["blocks"]["transformer"]["count"] > 0, "the chain of blocks was not found"
+    after = output_of(pipeline.transformer, size)
+    assert 0 < float((after - before).norm() / before.norm()) < 0.5
+    again, _ = load_pipeline(str(tmp_path / "out"))
+    assert type(again.transformer).__name__ == name
+    assert torch.equal(output_of(again.transformer, size), after)
+    assert torch.equal(output_of(read_transformer(tmp_path / "out" / "transformer"), size), after)
+
+
+def test_streamed_gives_the_bytes_of_resident(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    _, folder, size = model
+    for output in ("resident", "streamed"):
+        if output == "streamed":
+            monkeypatch.setattr(streaming, "need_of", lambda *a: streaming.Need(resident=2**60, streamed=0))
+        pipeline, source = load_pipeline(str(folder))
+        report = calibrate(pipeline, source, recipe.from_bits("w8a8"), tmp_path / output, settings(size))
+        assert report["memory"]["streamed"] == (output == "streamed")
+        if output == "streamed":
+            assert any(t.device.type == "meta" for t in pipeline.transformer.state_dict().values())
+    assert files.digest(tmp_path / "resident" / "transformer") == files.digest(tmp_path / "streamed" / "transformer")
+    reports = [json.loads((tmp_path / name / REPORT).read_text()) for name in ("resident", "streamed")]
+    assert reports[0]["layers"] == reports[1]["layers"] and reports[0]["model_rel_rmse"] == reports[1]["model_rel_rmse"]
