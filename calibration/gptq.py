@@ -1,31 +1,39 @@
-"""Error feedback: GPTQ (Frantar et al. 2022, arXiv 2210.17323), algorithm 1, for any grid of codes.
+"""Error feedback: GPTQ (Frantar et al. 2022, arXiv 2210.17323), for any grid of codes, in the form that inverts nothing.
 
-H = G / rows + damp * mean(diag) * 1;   U = upper Cholesky factor of H^-1.  Column i is rounded, its error e = (w - q) / U_ii is
-subtracted from the columns to the right as e U_ij.
+    tr(D H D^T) = |D R|^2,   D = W - Q,   H = G + damp * mean(diag G) * 1 = R R^T,   R upper triangular
+
+Column i of `D R` is `D_i R_ii + sum_{j < i} D_j R_ji`. So column after column is rounded as if it were
+`w_i + sum_{j < i} D_j R_ji / R_ii`, which makes its own the least that it can be. These are GPTQ's codes, whose feedback by the
+factor of H^-1 says the same (QuIP, Chee et al. 2023, arXiv 2307.13304, theorem 6).
+
+Inside, matrices `[out, in]` are held as `[in, out]`, in which a column of W is contiguous.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from quantdit.calibration.grids import Grid, Params
 
-GPTQ_BLOCK = 128
+LEAF = 32  # columns that take each other's effect one by one; beyond, a product brings it
+DESCENT_BLOCK = 1024  # columns whose slope is computed at once
 
 
-def inverse_factor(H: Tensor, damp: float) -> Tensor:
-    """Return U `[k, k]` upper triangular with `U^T U = (H + damp * mean(diag H) 1)^-1`, in float64 inside.
+def factor(H: Tensor, damp: float) -> Tensor:
+    """Return R `[k, k]` upper triangular with `R R^T = H + damp * mean(diag H) 1`, float32.
 
-    Dead inputs (H_ii = 0) get the mean diagonal, so that their weights are merely rounded.
+    Dead inputs (H_ii = 0) get the mean diagonal, so that their weights are merely rounded. float32 is enough: it is off by as
+    much as if H were by some 1e-7 of itself, which the sums in it are anyway and the damping is far above.
     """
-    H = H.double()
+    H = H.float().flip(0, 1)
     diagonal = H.diagonal()
-    dead = diagonal <= 0
-    mean = diagonal.clamp_min(0).mean() if bool((~dead).any()) else torch.ones((), dtype=H.dtype)
-    H = H + torch.diag(torch.where(dead, mean, torch.zeros_like(mean)) + damp * mean)
-    lower = torch.linalg.cholesky(H)
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+    alive = diagonal > 0
+    mean = diagonal.clamp_min(0).mean() if bool(alive.any()) else torch.ones(())
+    diagonal += torch.where(alive, damp * mean, (1 + damp) * mean)
+    return torch.linalg.cholesky(H).flip(0, 1)
 
 
 def gptq(
@@ -47,32 +55,30 @@ def gptq(
     """
     width = W.shape[1]
     order = H.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(width)
-    whole = group_size == width
     importance = H.diagonal().float().clamp_min(1e-12)
-    groups = _fit_groups(W, importance, grid, group_size) if act_order or whole else []
-    W = W[:, order].clone()
-    U = inverse_factor(H[order][:, order], damp)
+    groups = _fit_groups(W, importance, grid, group_size) if act_order or group_size == width else []
+    # Groups that are fitted on the way lie within a leaf, whose effects are whole when it is reached.
+    leaf = LEAF if groups else group_size * max(1, LEAF // group_size)
+    columns = order.tolist()
+    R = factor(H.index_select(0, order).index_select(1, order), damp)
+    W = W.T[order]
+    D, feedback = torch.empty_like(W), torch.zeros_like(W)
     codes = torch.empty(W.shape, dtype=torch.uint8)
-    # A block holds whole groups where they are fitted on the way.
-    block = GPTQ_BLOCK if groups or GPTQ_BLOCK % group_size == 0 else group_size
-    for start in range(0, width, block):
-        end = min(start + block, width)
-        W1 = W[:, start:end].clone()
-        E1 = torch.zeros_like(W1)
-        U1 = U[start:end, start:end]
-        for i in range(end - start):
-            column = int(order[start + i])
-            if column // group_size == len(groups):
-                groups.append(grid.fit(W1[:, i : i + group_size], importance[column : column + group_size]))
-            params = groups[column // group_size]
-            w = W1[:, i : i + 1]
-            c = grid.encode(w, params)
-            codes[:, column] = c[:, 0]
-            e = (w - grid.value(c, params)) / U1[i, i]
-            W1[:, i:] -= e * U1[i : i + 1, i:]
-            E1[:, i] = e[:, 0]
-        W[:, end:] -= E1 @ U[start:end, end:]
-    return codes, groups
+    root = R.diagonal()[:, None].contiguous()
+
+    def visit(i: int) -> None:
+        column = columns[i]
+        if column // group_size == len(groups):
+            group = slice(i, i + group_size)
+            moved = torch.linalg.solve_triangular(R[group, group].T, feedback[group], upper=False)
+            groups.append(grid.fit((W[group] + moved).T.contiguous(), importance[group]))
+        params = groups[column // group_size]
+        c = grid.encode((W[i] + feedback[i] / root[i])[:, None], params)
+        D[i] = W[i] - grid.value(c, params)[:, 0]
+        codes[column] = c[:, 0]
+
+    _sweep(visit, R.T, D, feedback, leaf)
+    return codes.T.contiguous(), groups
 
 
 def rtn(W: Tensor, importance: Tensor, grid: Grid, group_size: int) -> tuple[Tensor, list[Params]]:
@@ -86,32 +92,61 @@ def descend(codes: Tensor, W: Tensor, H: Tensor, grid: Grid, groups: list[Params
     """Return codes `[out, in]` of no larger output error `tr((V - W) H (V - W)^T)`, V their values: coordinate descent.
 
     GPTQ never goes back to a column. Here each column in turn takes the level nearest to the best real number for it, all others
-    held, `v_i - ((V - W) H)_i / H_ii`, which no other level can beat. (CDQuant, Nair and Suggala 2024, arXiv 2406.17542.)
+    held, `v_i - (H (V - W))_i / H_ii`, which no other level can beat. (CDQuant, Nair and Suggala 2024, arXiv 2406.17542.)
     """
-    columns = [grid.value(codes[:, i : i + 1], groups[i // group_size]) for i in range(W.shape[1])]
-    V, codes = torch.cat(columns, dim=1), codes.clone()
+    width = W.shape[1]
+    values = zip(codes.split(group_size, dim=1), groups, strict=True)
+    V, codes = torch.cat([grid.value(c, p) for c, p in values], dim=1).T.contiguous(), codes.T.contiguous()
+    D = V - W.T
     H = H.float()
-    slope = (V - W) @ H
-    curvature = H.diagonal().clamp_min(1e-30)
+    curvature = H.diagonal()[:, None].clamp_min(1e-30)
     for _ in range(passes):
         changed = False
-        for start in range(0, W.shape[1], GPTQ_BLOCK):
-            part = slice(start, min(start + GPTQ_BLOCK, W.shape[1]))
-            slope1, H1, before = slope[:, part].clone(), H[part, part], V[:, part].clone()
-            for i in range(part.stop - start):
+        for start in range(0, width, DESCENT_BLOCK):
+            part = slice(start, min(start + DESCENT_BLOCK, width))
+            slope, moved = H[part] @ D, torch.empty_like(D[part])
+
+            def visit(i: int, start: int = start, slope: Tensor = slope, moved: Tensor = moved) -> None:
                 column = start + i
                 params = groups[column // group_size]
-                best = V[:, column] - slope1[:, i] / curvature[column]
-                c = grid.encode(best[:, None], params)
+                c = grid.encode((V[column] - slope[i] / curvature[column])[:, None], params)
                 v = grid.value(c, params)[:, 0]
-                slope1 += (v - V[:, column])[:, None] * H1[i]
-                V[:, column], codes[:, column] = v, c[:, 0]
-            moved = V[:, part] - before
+                moved[i] = v - V[column]
+                V[column], codes[column] = v, c[:, 0]
+
+            _sweep(visit, H[part, part], moved, slope, LEAF)
             changed = changed or bool(moved.any())
-            slope += moved @ H[part]
+            D[part] += moved
         if not changed:
             break
-    return codes
+    return codes.T.contiguous()
+
+
+def _sweep(visit: Callable[[int], None], M: Tensor, change: Tensor, effect: Tensor, leaf: int) -> None:
+    """Visit columns 0, 1, ...; visiting i sets `change[i]` and finds `sum_{j < i} M_ij change[j]` added to `effect[i]`.
+
+    Halves of halves: once the first half of some columns has been visited, one product brings its effect on the second.
+
+    Args:
+        visit: what to do at a column.
+        M: `[k, k]`.
+        change: `[k, out]`, set by `visit`.
+        effect: `[k, out]`, added to.
+        leaf: columns within which the effect is brought one by one.
+    """
+
+    def over(start: int, end: int) -> None:
+        if end - start > leaf:
+            middle = start + (end - start + 2 * leaf - 1) // (2 * leaf) * leaf
+            over(start, middle)
+            effect[middle:end].addmm_(M[middle:end, start:middle], change[start:middle])
+            over(middle, end)
+            return
+        for i in range(start, end):
+            visit(i)
+            effect[i + 1 : end].addr_(M[i + 1 : end, i], change[i])
+
+    over(0, len(change))
 
 
 def _fit_groups(W: Tensor, importance: Tensor, grid: Grid, group_size: int) -> list[Params]:

@@ -12,7 +12,7 @@ import quantdit.kernels.ops  # noqa: F401 - defines torch.ops.quantdit
 from quantdit import transform
 from quantdit.calibration import rotate, smooth
 from quantdit.calibration.lowrank import LowRank, low_rank
-from quantdit.calibration.quantize import output_error, quantize_weight
+from quantdit.calibration.quantize import energy, quantize_weight
 from quantdit.calibration.stats import Stats
 from quantdit.layer_spec import ActivationSpec, LayerSpec
 from quantdit.qtensor import QTensor
@@ -89,7 +89,7 @@ def quantize_layer(weight: Tensor, bias: Tensor | None, stats: Stats, plan: Laye
     product = branch.product if branch is not None else torch.zeros(())
     q = quantize(W - product, G)
     dense = q.dequantize()
-    delta = dense + product - W
+    delta = (dense + product).sub_(W)
     tensors = q.tensors() | transform.tensors(t)
     if scales is not None:
         tensors["static_scale"] = scales
@@ -103,21 +103,13 @@ def quantize_layer(weight: Tensor, bias: Tensor | None, stats: Stats, plan: Laye
         "spec": asdict(spec),
         "method": rule.method,
         "rms": stats.rms,
-        "weight_only_rel_rmse": relative_error(delta, W, G, transform.gram(t, stats.gram)),
+        "weight_only_rel_rmse": _relative_error(delta, G, weight, stats.gram),
         **choices,
         "low_rank": _describe(branch),
         "activation_absmax": [round(float(v), 5) for v in stats.absmax.amax(dim=1)],
-        "weight_histogram": _histogram(W - product, q.scale),
+        "weight_histogram": histogram(W - product, q.scale),
     }
     return Quantized(spec, {name: tensor.contiguous() for name, tensor in tensors.items()}, mended, report)
-
-
-def relative_error(delta: Tensor, weight: Tensor, gram: Tensor, whole_gram: Tensor) -> float:
-    """Return rel_rmse of the output: the error under `gram`, which may be centred, relative to the output under `whole_gram`."""
-    error, power = output_error(delta, weight, gram), output_error(weight, weight, gram)
-    whole = float(((weight @ whole_gram) * weight).sum(dtype=torch.float64))
-    centred = float(((weight @ gram) * weight).sum(dtype=torch.float64))
-    return error * (max(0.0, centred) / whole) ** 0.5 if power > 0 and whole > 0 else 0.0
 
 
 def quantized_inputs(x: Tensor, activation: ActivationSpec, scales: Tensor | None, buckets: Tensor) -> Tensor:
@@ -201,6 +193,12 @@ def _choose_transform(
     return choice.transform, report
 
 
+def _relative_error(delta: Tensor, gram: Tensor, weight: Tensor, whole_gram: Tensor) -> float:
+    """Return rel_rmse of the output: of `delta` under `gram`, which may be centred and rotated, relative to all of `weight`'s."""
+    power = energy(weight, whole_gram)
+    return (energy(delta, gram) / power) ** 0.5 if power > 0 else 0.0
+
+
 def _low_rank(
     W: Tensor,
     G: Tensor,
@@ -227,7 +225,8 @@ def _describe(branch: LowRank | None) -> dict | None:
     return {"rank": branch.up.shape[1]} | {f: _six(v) if isinstance(v, float) else v for f, v in plain.items()}
 
 
-def _histogram(weight: Tensor, scale: Tensor) -> dict:
+def histogram(weight: Tensor, scale: Tensor) -> dict:
+    """Return what the report keeps of a weight `[out, in]` in units of its channels' scales `[out]`: a histogram's counts."""
     normal = weight / torch.where(scale > 0, scale, torch.ones_like(scale))[:, None]
     reach = float(normal.abs().max())
     return {"reach": reach, "counts": torch.histc(normal, HISTOGRAM_BINS, -reach, reach).long().tolist()}

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantdit.calibration.quantize import energy
+
 OVERSAMPLING = 16
 POWER_STEPS = 16
 MIN_GAIN = 0.01  # a refit quantizes the whole weight again; error feedback leaves refits next to nothing
@@ -116,10 +118,10 @@ def low_rank(
         ValueError: see `truncate`.
     """
     W, G = weight.detach().float(), gram.float()
-    power = _energy(W, G)
+    power = energy(W, G)
 
     def error(product: Tensor, rest: Tensor) -> float:
-        squared = _energy(product + rest - W, G) + noise * float(rest.square().sum(dtype=torch.float64))
+        squared = energy(product + rest - W, G) + noise * float(rest.square().sum(dtype=torch.float64))
         return (squared / power) ** 0.5 if power > 0 else 0.0
 
     whole = quantize(W)
@@ -140,8 +142,3 @@ def low_rank(
                 break
             last, target, metric = now, W - rest, G
     return best
-
-
-def _energy(D: Tensor, G: Tensor) -> float:
-    """Return `tr(D G D^T)`, summed in float64."""
-    return max(0.0, float(((D @ G) * D).sum(dtype=torch.float64)))

@@ -11,6 +11,8 @@ from quantdit.calibration.kmeans import assign, kmeans
 from quantdit.formats import FORMATS, QSpec
 from quantdit.qtensor import QTensor
 
+ENERGY_BLOCK = 1024
+
 
 def quantize_weight(
     weight: Tensor,
@@ -92,13 +94,25 @@ def _refine_scale(q: QTensor, weight: Tensor, gram: Tensor) -> QTensor:
     return QTensor(q.spec, **{**q.tensors(), "scale": scale})
 
 
+def energy(weight: Tensor, gram: Tensor) -> float:
+    """Return `tr(W G W^T)`, not negative: the squared norm of the outputs of weight W `[out, in]`.
+
+    G `[in, in]`, the Gram matrix of the inputs, is symmetric, so blocks of columns p, q < p count twice and half of the product
+    is enough. It is computed in the weight's dtype and summed in float64.
+    """
+    gram, total = gram.to(weight.dtype), 0.0
+    for start in range(0, len(gram), ENERGY_BLOCK):
+        part = slice(start, start + ENERGY_BLOCK)
+        projected = weight[:, part] @ gram[part, part]
+        projected.addmm_(weight[:, :start], gram[:start, part], alpha=2)
+        total += float(projected.mul_(weight[:, part]).sum(dtype=torch.float64))
+    return max(0.0, total)  # rounding can leave a tiny negative one of a layer that is reproduced exactly
+
+
 def output_error(delta: Tensor, weight: Tensor, gram: Tensor) -> float:
     """Return rel_rmse of the layer's output, `sqrt(tr(D G D^T) / tr(W G W^T))`.
 
     D is the weight error `[out, in]`, W the weight, G the Gram matrix `[in, in]` of the inputs.
     """
-    gram = gram.double()
-    delta, weight = delta.double(), weight.double()
-    power = float(((weight @ gram) * weight).sum())
-    # Rounding can leave a tiny negative error of a layer that is reproduced exactly.
-    return (max(0.0, float(((delta @ gram) * delta).sum())) / power) ** 0.5 if power > 0 else 0.0
+    power = energy(weight, gram)
+    return (energy(delta, gram) / power) ** 0.5 if power > 0 else 0.0

@@ -12,6 +12,8 @@ from torch import Tensor
 
 GOLDEN = (5**0.5 - 1) / 2
 SAMPLED_ROWS = 64  # rows kept of each update
+CHUNK = 4096  # rows added at once: what is converted and sorted out at a time
+BLOCK = 1280  # columns of the Gram matrix summed at once
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,12 @@ class Stats:
     def centred_gram(self) -> Tensor:
         """Return `sum (x - mean) (x - mean)^T` `[k, k]`: what is left of output errors once the bias takes up their mean."""
         mean = self.mean.double()
-        centred = (self.gram.double() - torch.outer(mean, mean) * self.count).float()
+        centred = torch.empty_like(self.gram)
+        for rows, sums, m in zip(*(t.split(BLOCK) for t in (centred, self.gram, mean)), strict=True):
+            rows.copy_(sums.double().addr_(m, mean, alpha=-self.count))
         # What float32 lost of the sums, or inputs that hardly vary would leave a matrix that is not positive.
-        return centred + torch.eye(len(mean)) * (2.0**-23 * float(self.gram.diagonal().sum()))
+        centred.diagonal().add_(2.0**-23 * float(self.gram.diagonal().sum()))
+        return centred
 
     @property
     def rms(self) -> float:
@@ -62,25 +67,40 @@ def init(width: int, buckets: int) -> Stats:
 def update(stats: Stats, x: Tensor, bucket: int) -> Stats:
     """Return `stats` with the rows x `[..., k]` of one timestep bucket added.
 
+    The Gram matrix is added to where it is: what is returned takes the place of `stats`, whose own `gram` is no longer its sum.
+
     Raises:
-        ValueError: x has a NaN or an infinity.
+        ValueError: x has a NaN or an infinity; nothing is added then.
     """
-    x = x.detach().reshape(-1, x.shape[-1]).float()
-    peak = x.abs().amax(dim=0)
-    if not bool(torch.isfinite(peak).all()):
-        raise ValueError(f"{int((~torch.isfinite(peak)).sum())} of {x.shape[1]} input channels are NaN or infinite")
-    absmax = stats.absmax.clone()
-    absmax[bucket] = torch.maximum(absmax[bucket], peak)
-    sample = x[_spread(len(x), len(stats.rows))]
+    x = x.detach().reshape(-1, x.shape[-1])
+    absmax, total = stats.absmax.clone(), stats.total.clone()
+    for part in x.split(CHUNK):
+        absmax[bucket] = torch.maximum(absmax[bucket], part.float().abs().amax(dim=0))
+    finite = torch.isfinite(absmax[bucket])
+    if not bool(finite.all()):
+        raise ValueError(f"{int((~finite).sum())} of {x.shape[1]} input channels are NaN or infinite")
+    for part in x.split(CHUNK):
+        part = part.float()
+        total += part.sum(dim=0)
+        _add_products(stats.gram, part)
+    sample = x[_spread(len(x), len(stats.rows))].float()
     return replace(
         stats,
         count=stats.count + len(x),
-        total=stats.total + x.sum(dim=0),
-        gram=stats.gram.addmm(x.T, x),
+        total=total,
         absmax=absmax,
         rows=torch.cat([stats.rows, sample]),
         row_buckets=torch.cat([stats.row_buckets, torch.full((len(sample),), bucket)]),
     )
+
+
+def _add_products(gram: Tensor, x: Tensor) -> None:
+    """Add `x^T x` to `gram` `[k, k]`: its upper half, block row by block row, and the same again below the diagonal."""
+    width = len(gram)
+    for start in range(0, width, BLOCK):
+        end = min(start + BLOCK, width)
+        gram[start:end, start:].addmm_(x[:, start:end].T, x[:, start:])
+        gram[end:, start:end] = gram[start:end, end:].T
 
 
 def _spread(count: int, start: int) -> Tensor:

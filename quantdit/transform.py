@@ -18,6 +18,7 @@ from quantdit.formats import Field
 
 KINDS = ("none", "hadamard", "outlier")
 NAMES = ("premultiplier", "rotation1", "permutation", "rotation2")
+GRAM_ROWS = 1024  # transformed at once
 ORTHONORMAL_TOLERANCE = 1e-4  # of R^T R; rounding a block of 128 to float32 leaves 1e-6
 
 
@@ -107,8 +108,18 @@ def weight_back(t: Transform, transformed: Tensor) -> Tensor:
 
 
 def gram(t: Transform, G: Tensor) -> Tensor:
-    """Return `T^T G T`: from the Gram matrix `[k, k]` of inputs x that of `apply(t, x)`."""
-    return apply(t, apply(t, G).T)
+    """Return `T^T G T`: from the Gram matrix `[k, k]` of inputs x that of `apply(t, x)`.
+
+    The columns of `G T` are replaced by those of `T^T G T`, which are its rows as well, so that no third matrix is needed.
+    """
+    if t.identity:
+        return G
+    product = torch.empty_like(G)
+    for rows, given in zip(product.split(GRAM_ROWS), G.split(GRAM_ROWS), strict=True):
+        rows.copy_(apply(t, given))
+    for columns in product.split(GRAM_ROWS, dim=1):
+        columns.copy_(apply(t, columns.T.contiguous()).T)
+    return product
 
 
 def tensors(t: Transform) -> dict[str, Tensor]:

@@ -79,12 +79,15 @@ def test_weight_back_inverts(kind: str, smoothed: bool, width: int):
 
 
 @CASES
-def test_gram_is_that_of_transformed_rows(kind: str, smoothed: bool):
+def test_gram_is_that_of_transformed_rows(monkeypatch: pytest.MonkeyPatch, kind: str, smoothed: bool):
     t = made(kind, 192, smoothed)
     x = random(300, 192)
-    rotated = transform.apply(t, x)
-    expected = rotated.T @ rotated
-    assert float((transform.gram(t, x.T @ x) - expected).norm() / expected.norm()) <= 1e-5
+    rotated, gram = transform.apply(t, x), x.T @ x
+    expected, given = rotated.T @ rotated, gram.clone()
+    for rows in (50, 1024):
+        monkeypatch.setattr(transform, "GRAM_ROWS", rows)
+        assert float((transform.gram(t, gram) - expected).norm() / expected.norm()) <= 1e-5
+        assert torch.equal(gram, given)
 
 
 @CASES

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from quantdit.calibration.gptq import gptq, inverse_factor, rtn
+from quantdit.calibration import gptq as error_feedback
+from quantdit.calibration import quantize
+from quantdit.calibration.gptq import descend, factor, gptq, rtn
 from quantdit.calibration.grids import GRIDS, Grid
-from quantdit.calibration.quantize import output_error, quantize_weight
+from quantdit.calibration.quantize import energy, output_error, quantize_weight
 from quantdit.formats import FORMATS
 from quantdit.qtensor import QTensor, check_values
 
@@ -95,10 +97,37 @@ def test_codes_are_those_of_the_paper(width: int, group: int, fit: Callable):
     assert not torch.equal(codes, rtn(W, H.diagonal(), grid, group)[0])
 
 
+def test_act_order_is_the_paper_of_sorted_columns():
+    W, H = random(3, 200, seed=4) * 3, correlated_gram(200)
+    order = H.diagonal().argsort(descending=True)
+    expected = by_the_paper(W[:, order], H[order][:, order], lattice(3), 200, DAMP)
+    assert np.array_equal(gptq(W, H, lattice(3), 200, DAMP, act_order=True)[0][:, order].numpy(), expected)
+
+
+@pytest.mark.parametrize("width", [1, 31, 33, 160])
+def test_descent_is_that_of_single_columns(monkeypatch: pytest.MonkeyPatch, width: int):
+    """Against float64, the whole slope anew at every column; blocks that do not divide the width."""
+    monkeypatch.setattr(error_feedback, "DESCENT_BLOCK", 70)
+    W, H = random(3, width, seed=width) * 3, correlated_gram(width)
+    codes, groups = rtn(W, H.diagonal(), lattice(3), width)
+    w, h, v = W.double(), H.double(), codes.double() - 8
+    for _ in range(2):
+        for i in range(width):
+            best = v[:, i] - (v - w) @ h[:, i] / h[i, i]
+            assert bool((((best % 1) - 0.5).abs() > 1e-5).all()), "choose another seed"
+            v[:, i] = best.round().clamp(-8, 7)
+    made = descend(codes, W, H, lattice(3), groups, width, 2)
+    assert torch.equal(made.double() - 8, v)
+    assert width == 1 or not torch.equal(made, codes)
+
+
 def test_inputs_are_left_alone():
     W, H = random(4, 64), correlated_gram(64)
     before = W.clone(), H.clone()
-    gptq(W, H, lattice(4), 32)
+    codes, groups = gptq(W, H, lattice(4), 32)
+    given = codes.clone()
+    descend(codes, W, H, lattice(4), groups, 32, 2)
+    assert torch.equal(codes, given)
     rtn(W, H.diagonal(), lattice(4), 32)
     assert torch.equal(W, before[0])
     assert torch.equal(H, before[1])
@@ -106,28 +135,30 @@ def test_inputs_are_left_alone():
 
 @pytest.mark.parametrize("damp", [1e-3, 0.01, 1.0])
 @pytest.mark.parametrize("width", [1, 7, 64])
-def test_inverse_factor_is_numpy_s(width: int, damp: float):
-    """U^T U = (H + damp mean(diag H) 1)^-1, U upper triangular with a positive diagonal: unique, so equal to numpy's.
+def test_factor_is_numpy_s(width: int, damp: float):
+    """R R^T = H + damp mean(diag H) 1, R upper triangular with a positive diagonal: unique, so numpy's of the reversed matrix.
 
-    Computed in float64, whose errors the condition number (at most max / (damp mean)) magnifies, and rounded to float32.
+    Cholesky in float32 is exact for a matrix off by at most (k + 1) u sqrt(h_ii h_jj) (Higham 2002, theorem 10.3); rounding is
+    not one-sided, and sqrt(k) of it is seen.
     """
     H = correlated_gram(width)
     h = H.double().numpy()
     damped = h + damp * h.diagonal().mean() * np.eye(width)
-    expected = np.linalg.cholesky(np.linalg.inv(damped)).T
-    U = inverse_factor(H, damp)
-    assert U.dtype == torch.float32
-    assert torch.equal(U, U.triu())
-    assert bool((U.diagonal() > 0).all())
-    tolerance = (2.0**-24 + 10 * width * np.linalg.cond(damped) * 2.0**-52) * np.abs(expected).max()
-    assert np.abs(U.double().numpy() - expected).max() <= tolerance
-    assert tolerance < 1e-6 * np.abs(expected).max()
+    R = factor(H, damp)
+    assert R.dtype == torch.float32
+    assert torch.equal(R, R.triu())
+    assert bool((R.diagonal() > 0).all())
+    r, size = R.double().numpy(), np.sqrt(np.outer(damped.diagonal(), damped.diagonal()))
+    unit = 4 * (width + 1) ** 0.5 * 2.0**-24
+    assert (np.abs(r @ r.T - damped) <= unit * size).all()
+    expected = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+    assert np.abs(r - expected).max() <= unit * np.linalg.cond(damped) * np.abs(expected).max()
 
 
-def test_inverse_factor_ignores_the_number_of_rows():
-    """A multiple of H gives a multiple of U: codes do not depend on it. By powers of two, so exactly."""
+def test_factor_ignores_the_number_of_rows():
+    """A multiple of H gives a multiple of R: codes do not depend on it. By powers of two, so exactly."""
     H, W = correlated_gram(64), random(4, 64) * 3
-    assert torch.equal(inverse_factor(H * 64, DAMP) * 8, inverse_factor(H, DAMP))
+    assert torch.equal(factor(H * 64, DAMP), factor(H, DAMP) * 8)
     assert torch.equal(gptq(W, H * 64, lattice(4), 64)[0], gptq(W, H, lattice(4), 64)[0])
 
 
@@ -151,9 +182,10 @@ def test_dead_inputs_are_rounded_and_move_nothing():
     assert not torch.equal(codes[:, ~dead], plain[:, ~dead])
     W[:, dead] = W[:, dead].flip(0) * 1.5
     assert torch.equal(gptq(W, H, lattice(6), 160)[0][:, ~dead], codes[:, ~dead])
-    U = inverse_factor(H, DAMP)
-    assert torch.equal(U[dead], torch.diag(U.diagonal())[dead])
-    assert bool(torch.isfinite(U).all())
+    R = factor(H, DAMP)
+    assert torch.equal(R[dead], torch.diag(R.diagonal())[dead])
+    assert torch.equal(R[:, dead], torch.diag(R.diagonal())[:, dead])
+    assert bool(torch.isfinite(R).all())
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 63])
@@ -294,8 +326,8 @@ def test_the_channel_scale_after_gptq_is_the_best_for_its_codes(name: str):
         delta = (scale[:, None] * q.decode8().float() - W).double()
         return ((delta @ H.double()) * delta).sum(dim=1)
 
-    for factor in (0.99, 1.01):
-        assert bool((row_errors(q.scale * factor) > row_errors(q.scale)).all())
+    for times in (0.99, 1.01):
+        assert bool((row_errors(q.scale * times) > row_errors(q.scale)).all())
 
 
 def test_fp8_and_int8_rtn_is_nearest():
@@ -326,6 +358,16 @@ def test_output_error_is_that_of_outputs():
     assert output_error(delta, W, 100 * x.T @ x) == pytest.approx(expected, rel=1e-12)
     assert output_error(torch.zeros_like(W), W, x.T @ x) == 0
     assert output_error(delta, W, torch.zeros(24, 24)) == 0
+
+
+def test_energy_is_half_of_a_product(monkeypatch: pytest.MonkeyPatch):
+    """Integers, so that all sums are exact; blocks that do not divide the width."""
+    W = torch.randint(-9, 10, (7, 24), generator=torch.Generator().manual_seed(0)).float()
+    x = torch.randint(-9, 10, (30, 24), generator=torch.Generator().manual_seed(1)).float()
+    expected = float((x @ W.T).square().sum())
+    for block in (1, 10, 24, 1024):
+        monkeypatch.setattr(quantize, "ENERGY_BLOCK", block)
+        assert energy(W, x.T @ x) == energy(W, (x.T @ x).double()) == expected
 
 
 @pytest.mark.parametrize("seed", range(8))

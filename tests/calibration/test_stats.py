@@ -51,6 +51,30 @@ def test_merge_is_the_update_with_both():
     assert_same(stats.merge(stats.merge(a, b), c), stats.merge(a, stats.merge(b, c)))
 
 
+@pytest.mark.parametrize(("chunk", "block"), [(7, 5), (40, 12), (4096, 1)])
+def test_chunks_and_blocks_only_save_time(monkeypatch: pytest.MonkeyPatch, chunk: int, block: int):
+    """Rows added a few at a time, half of the Gram matrix block by block and mirrored: the same sums."""
+    parts = [(integers(30, WIDTH, seed=i), i) for i in range(BUCKETS)]
+    whole = collect(*parts)
+    monkeypatch.setattr(stats, "CHUNK", chunk)
+    monkeypatch.setattr(stats, "BLOCK", block)
+    assert_same(collect(*parts), whole)
+    assert torch.equal(collect(*parts).total, whole.total)
+    assert torch.equal(collect(*parts).gram, whole.gram.T)
+    assert torch.equal(collect(*parts).centred_gram, whole.centred_gram)
+
+
+def test_a_refused_update_adds_nothing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stats, "CHUNK", 4)
+    old = collect((integers(30, WIDTH), 0))
+    copies = [t.clone() for t in (old.gram, old.total, old.absmax)]
+    x = integers(9, WIDTH, seed=1)
+    x[8, 0] = math.inf
+    with pytest.raises(ValueError, match="1 of 12"):
+        stats.update(old, x, 1)
+    assert all(torch.equal(a, b) for a, b in zip((old.gram, old.total, old.absmax), copies, strict=True))
+
+
 def test_updates_of_one_bucket_add_up():
     x = integers(33, WIDTH)
     whole, halves = collect((x, 1)), collect((x[:20], 1), (x[20:], 1))
@@ -60,12 +84,15 @@ def test_updates_of_one_bucket_add_up():
 
 
 def test_the_past_is_not_changed():
+    """Apart from the Gram matrix, which `update` adds to in place."""
     old = collect((integers(30, WIDTH), 0))
-    copies = [t.clone() for t in (old.gram, old.absmax, old.rows)]
+    copies = [t.clone() for t in (old.gram, old.total, old.absmax, old.rows)]
     x = integers(30, WIDTH, seed=1) * 5
-    stats.update(old, x, 0)
     stats.merge(old, collect((x, 0)))
-    assert all(torch.equal(a, b) for a, b in zip((old.gram, old.absmax, old.rows), copies, strict=True))
+    assert torch.equal(old.gram, copies[0])
+    new = stats.update(old, x, 0)
+    assert new.gram is old.gram
+    assert all(torch.equal(a, b) for a, b in zip((old.total, old.absmax, old.rows), copies[1:], strict=True))
     kept = collect((x, 0))
     rows = kept.rows.clone()
     x.zero_()  # what is kept of the rows is a copy
