@@ -114,10 +114,10 @@ def compare_models(reference: Reference, pipeline, source: Source, picture: Path
 def _sample(pipeline, source: Source, sampling: Sampling) -> Model:
     name = source.label
     images = generate(pipeline, sampling.samples, sampling.seed, sampling.steps, sampling.guidance, description=name)
-    files = sorted((source.folder / "transformer").glob("*.safetensors"))
-    stored = sum(f.stat().st_size for f in files)
+    folder = source.part("transformer")
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if checkpoint.quant_layers(pipeline.transformer):
-        return Model(name, images, stored, size_of(pipeline.transformer, files[0])["bits_per_weight"])
+        return Model(name, images, stored, size_of(pipeline.transformer, folder)["bits_per_weight"])
     values = sum(t.numel() for t in pipeline.transformer.state_dict().values())
     return Model(name, images, stored, round(8 * stored / values, 2))
 
