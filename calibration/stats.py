@@ -83,7 +83,7 @@ def update(stats: Stats, x: Tensor, bucket: int) -> Stats:
         part = part.float()
         total += part.sum(dim=0)
         _add_products(stats.gram, part)
-    sample = x[_spread(len(x), len(stats.rows))].float()
+    sample = x[spread(len(x), len(stats.rows))].float()
     return replace(
         stats,
         count=stats.count + len(x),
@@ -103,16 +103,16 @@ def _add_products(gram: Tensor, x: Tensor) -> None:
         gram[end:, start:end] = gram[start:end, end:].T
 
 
-def _spread(count: int, start: int) -> Tensor:
-    """Return up to SAMPLED_ROWS of `count` row numbers, ascending, evenly spread whatever the period of the rows.
+def spread(count: int, start: int, limit: int = SAMPLED_ROWS) -> Tensor:
+    """Return up to `limit` of `count` row numbers, ascending, evenly spread whatever the period of the rows.
 
-    One from each of SAMPLED_ROWS equal parts, its place there the next multiple of the golden ratio: any fixed stride can meet
+    One from each of `limit` equal parts, its place there the next multiple of the golden ratio: any fixed stride can meet
     the same token of every image.
     """
-    if count <= SAMPLED_ROWS:
+    if count <= limit:
         return torch.arange(count)
-    part = torch.arange(SAMPLED_ROWS, dtype=torch.float64)
-    return ((part + (part + start) * GOLDEN % 1) * count / SAMPLED_ROWS).long().unique()
+    part = torch.arange(limit, dtype=torch.float64)
+    return ((part + (part + start) * GOLDEN % 1) * count / limit).long().unique()
 
 
 def merge(a: Stats, b: Stats) -> Stats:
