@@ -185,7 +185,7 @@ def _describe(value: object, tensors: dict[str, Tensor], numbers: dict[int, str]
     if isinstance(value, Tensor):
         if id(value) not in numbers:
             numbers[id(value)] = str(len(tensors))
-            plain = torch.view_as_real(value) if value.dtype in _COMPLEX else value
+            plain = torch.view_as_real(value.resolve_conj()) if value.dtype in _COMPLEX else value
             # A copy: views of one storage are not written twice, and a view would write its whole storage.
             tensors[numbers[id(value)]] = plain.detach().to("cpu", copy=True).contiguous()
         return ["complex" if value.dtype in _COMPLEX else "tensor", numbers[id(value)]]
@@ -196,8 +196,9 @@ def _describe(value: object, tensors: dict[str, Tensor], numbers: dict[int, str]
         return [kind, [_describe(v, tensors, numbers) for v in value]]
     if value is None or isinstance(value, bool | int | float | str):
         return ["value", value]
+    kind = "dict with keys that are no texts" if isinstance(value, dict) else type(value).__name__
     raise ValueError(
-        f"a call with an argument of type {type(value).__name__} cannot be kept; quantdit keeps tensors, numbers, texts, and"
+        f"a call with an argument of type {kind} cannot be kept; quantdit keeps tensors, numbers, texts, and"
         " lists, tuples and dictionaries of them"
     )
 

@@ -27,6 +27,10 @@ class Enough(Exception):
     """Ends a forward pass once what was asked for is known."""
 
 
+# What a transformer may raise whose blocks are stood in for.
+_FAILURES = (AttributeError, TypeError, IndexError, KeyError, RuntimeError)
+
+
 @dataclass(frozen=True)
 class Link:
     """One block.
@@ -57,6 +61,25 @@ class Link:
         return cls(content["path"], fed, tuple(content["passed"]), content["single"], tuple(content["needs"]))
 
 
+@dataclass(frozen=True)
+class _Ran:
+    """A block that has just run.
+
+    Attributes:
+        call: its arguments.
+        began: the versions of each argument's tensors when it began.
+        outputs: what it returned.
+        versions: of the outputs' tensors when it ended.
+        copies: of the outputs, since what comes behind may change them in place.
+    """
+
+    call: Call
+    began: dict[Key, tuple[int, ...]]
+    outputs: Outputs
+    versions: tuple[int, ...]
+    copies: Outputs
+
+
 def outputs_of(output: object) -> Outputs:
     """Return what a block returned as a tuple.
 
@@ -73,12 +96,13 @@ def observe(transformer: nn.Module, paths: Sequence[str], call: Call) -> list[Li
     """Return the chain of the blocks at `paths`, in running order, by making one call of the transformer.
 
     Raises:
-        Unchained: a block that never runs or runs twice, or arguments that cannot be had from the block before alone.
+        Unchained: a block that never runs or runs twice, or arguments, or an output of the transformer, that cannot be had from
+            the block before alone.
     """
     links: list[Link] = []
-    latest: tuple[Call, Outputs, tuple[int, ...]] | None = None
+    latest: _Ran | None = None
     ends: dict[int, Outputs] = {}  # what the last block of each finished list returned
-    arrival: tuple[Call, tuple[tuple[Key, int], ...] | None, tuple[int, ...]] | None = None
+    arrival: tuple[Call, dict, tuple[tuple[Key, int], ...] | None, tuple[int, ...]] | None = None
     replaying = False
 
     def replayed(path: str, pending: Call) -> tuple[int, ...]:
@@ -87,7 +111,7 @@ def observe(transformer: nn.Module, paths: Sequence[str], call: Call) -> list[Li
         replaying = True
         try:
             for needs in dict.fromkeys(((), tuple(ends))):
-                recorded = {len(links) - 1: latest[1]} | {number: ends[number] for number in needs}
+                recorded = {len(links) - 1: latest.copies} | {number: ends[number] for number in needs}
                 found = _replayed(transformer, links, call, recorded, path)
                 if _equal((found.args, found.kwargs), (pending.args, pending.kwargs)):
                     return needs
@@ -103,13 +127,14 @@ def observe(transformer: nn.Module, paths: Sequence[str], call: Call) -> list[Li
             if any(link.path == path for link in links):
                 raise Unchained(f"block {path} runs more than once in a call")
             pending = Call(args, kwargs, call.bucket)
+            began = {key: _versions(pending.argument(key)) for key in _keys(pending)}
             if latest is None:
-                arrival = pending, (), ()
+                arrival = pending, began, (), ()
                 return
             if path.rpartition(".")[0] != links[-1].path.rpartition(".")[0]:
-                ends[len(links) - 1] = latest[1]
-            fed = _fed(*latest, pending)
-            arrival = pending, fed, replayed(path, pending) if fed is None else ()
+                ends[len(links) - 1] = latest.copies
+            fed = _fed(latest, pending)
+            arrival = pending, began, fed, replayed(path, pending) if fed is None else ()
 
         return hook
 
@@ -117,9 +142,10 @@ def observe(transformer: nn.Module, paths: Sequence[str], call: Call) -> list[Li
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
             nonlocal latest
             outputs = outputs_of(output)
-            pending, fed, needs = arrival
+            pending, began, fed, needs = arrival
             links.append(Link(path, fed, _passed(pending, outputs), not isinstance(output, tuple), needs))
-            latest = pending, outputs, _versions((pending.args, pending.kwargs, outputs))
+            copies = tuple(None if tensor is None else tensor.clone() for tensor in outputs)
+            latest = _Ran(pending, began, outputs, _versions(outputs), copies)
 
         return hook
 
@@ -129,12 +155,18 @@ def observe(transformer: nn.Module, paths: Sequence[str], call: Call) -> list[Li
             block = transformer.get_submodule(path)
             handles.append(block.register_forward_pre_hook(before(path), with_kwargs=True))
             handles.append(block.register_forward_hook(after(path), with_kwargs=True))
-        run_call(transformer, call)
+        output = run_call(transformer, call)
     finally:
         for handle in handles:
             handle.remove()
     if missing := set(paths) - {link.path for link in links}:
         raise Unchained(f"block {min(missing)} never runs")
+    try:
+        again = last_output(transformer, links, call, latest.copies)
+    except _FAILURES as error:
+        raise Unchained(f"the way from the last block to the output cannot be run without the blocks ({error})") from error
+    if not _equal(*([leaf for leaf in _leaves(value) if isinstance(leaf, Tensor)] for value in (again, output))):
+        raise Unchained("the output needs more than what its last block returned (a long skip connection?)")
     return links
 
 
@@ -219,30 +251,35 @@ def _replayed(transformer: nn.Module, links: Sequence[Link], call: Call, recorde
     try:
         with _standing_in(transformer, links, recorded):
             return first_call(transformer, path, call)
-    except (AttributeError, TypeError, IndexError, KeyError, RuntimeError) as error:
+    except _FAILURES as error:
         raise Unchained(f"the way to block {path} cannot be run without the blocks before it ({error})") from error
 
 
-def _fed(given: Call, outputs: Outputs, versions: tuple[int, ...], call: Call) -> tuple[tuple[Key, int], ...] | None:
+def _keys(call: Call) -> tuple[Key, ...]:
+    return (*range(len(call.args)), *call.kwargs)
+
+
+def _fed(ran: _Ran, call: Call) -> tuple[tuple[Key, int], ...] | None:
     """Return which arguments of `call` are outputs of the block before; None if there are others that have changed."""
+    given = ran.call
     if len(given.args) != len(call.args) or given.kwargs.keys() != call.kwargs.keys():
         return None
-    if _versions((given.args, given.kwargs, outputs)) != versions:
+    if _versions(ran.outputs) != ran.versions:
         return None  # something was changed in place in between
     fed: list[tuple[Key, int]] = []
-    for key in (*range(len(call.args)), *call.kwargs):
-        value, before = call.argument(key), given.argument(key)
-        number = next((n for n, output in enumerate(outputs) if output is not None and output is value), None)
+    for key in _keys(call):
+        value = call.argument(key)
+        number = next((n for n, output in enumerate(ran.outputs) if output is not None and output is value), None)
         if number is not None:
             fed.append((key, number))
-        elif not _same(value, before):
-            return None
+        elif not _same(value, given.argument(key)) or _versions(value) != ran.began[key]:
+            return None  # another one, or changed in place by the block or behind it
     return tuple(fed)
 
 
 def _passed(call: Call, outputs: Outputs) -> tuple[Key | None, ...]:
     """Return for each output the argument that it updates: the first one not yet taken of the same shape."""
-    keys = [key for key in (*range(len(call.args)), *call.kwargs) if isinstance(call.argument(key), Tensor)]
+    keys = [key for key in _keys(call) if isinstance(call.argument(key), Tensor)]
     passed: list[Key | None] = []
     for output in outputs:
         fitting = None
@@ -281,6 +318,10 @@ def _same(a: object, b: object) -> bool:
 def _equal(a: object, b: object) -> bool:
     x, y = list(_leaves(a)), list(_leaves(b))
     return len(x) == len(y) and all(
-        isinstance(v, Tensor) and u.shape == v.shape and torch.equal(u, v) if isinstance(u, Tensor) else u == v
+        _equal_tensors(u, v) if isinstance(u, Tensor) and isinstance(v, Tensor) else not isinstance(v, Tensor) and u == v
         for u, v in zip(x, y, strict=True)
     )
+
+
+def _equal_tensors(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
