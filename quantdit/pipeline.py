@@ -102,35 +102,65 @@ def load_pipeline(
     if index is None and ((folder / "config.json").exists() or (folder / "transformer" / "config.json").exists()):
         return _load_bare(Source(model, folder, _bare_parts(folder), (folder / "config.json").exists()), dtype, memory_budget)
     if index is None or not isinstance(index.get("_class_name"), str):
-        raise ValueError(f"{folder} is no diffusers pipeline: it has no model_index.json naming a pipeline class")
+        raise ValueError(
+            f"{folder} is no diffusers model: it has neither a model_index.json naming a pipeline class nor the config.json of a"
+            " transformer; give the folder that holds one of them"
+        )
     cls = _pipeline_class(index["_class_name"], folder)
     found = tuple(name for name in PARTS if isinstance(index.get(name), list) and index[name][-1] is not None)
     if not found:
         raise ValueError(f"{folder}: {index['_class_name']} has no transformer; quantdit quantizes diffusion transformers")
     source = Source(model, folder, found, memory_budget=memory_budget)
-    parts = _transformers(source, dtype, memory_budget, always=False)
+    budget = memory_budget if memory_budget is not None else int(DEFAULT_MEMORY * physical_memory())
+    transformers = _transformers(source, dtype, budget, always=False)
+    offloaded = _text_encoders(folder, index, budget // 4)
+    parts = transformers | offloaded
     try:
         with warnings.catch_warnings():
             # The newest diffusers says `dtype` and warns of `torch_dtype`; the older ones know only the latter.
             warnings.simplefilter("ignore", FutureWarning)
-            pipeline = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **parts)
+            pipeline = cls.from_pretrained(
+                folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **parts, **offloaded
+            )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise ValueError(f"{folder}: {cls.__name__} cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    return (pipeline if any(is_streamed(p) for p in parts.values()) else pipeline.to(device)), source
+    stays = offloaded or any(is_streamed(t) for t in transformers.values())
+    return (pipeline if stays else pipeline.to(device)), source
 
 
 def _load_bare(source: Source, dtype: torch.dtype, memory_budget: int | None):
-    return BareTransformer(**_transformers(source, dtype, memory_budget, always=True)), source
+    budget = memory_budget if memory_budget is not None else int(DEFAULT_MEMORY * physical_memory())
+    return BareTransformer(**_transformers(source, dtype, budget, always=True)), source
+
+
+def _text_encoders(folder: Path, index: dict, room: int) -> dict[str, nn.Module]:
+    """Return the text encoders that take more than `room` bytes as float32, most of their layers left on the disk.
+
+    They keep the dtype they are stored in. Prompts are encoded once, so the time of reading them matters little.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, entry in index.items():
+        paths = sorted((folder / name).glob("*.safetensors")) if isinstance(entry, list) and entry[0] == "transformers" else []
+        if sum(_numbers(path) for path in paths) * torch.float32.itemsize > room:
+            import transformers
+
+            options = {"device_map": "auto", "max_memory": {"cpu": room}, "local_files_only": True, "use_safetensors": True}
+            found[name] = getattr(transformers, entry[1]).from_pretrained(folder / name, torch_dtype="auto", **options).eval()
+    return found
+
+
+def _numbers(path: Path) -> int:
+    with files.open_weights(path) as file:
+        return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 - not a mapping
 
 
 def _bare_parts(folder: Path) -> tuple[str, ...]:
     return tuple(name for name in PARTS if (folder / name / "config.json").exists()) or PARTS[:1]
 
 
-def _transformers(source: Source, dtype: torch.dtype, memory_budget: int | None, always: bool) -> dict[str, nn.Module]:
+def _transformers(source: Source, dtype: torch.dtype, budget: int, always: bool) -> dict[str, nn.Module]:
     """Return the transformers that diffusers' own loader is not to load: quantized ones, ones that are streamed, or all."""
-    budget = memory_budget if memory_budget is not None else int(DEFAULT_MEMORY * physical_memory())
     parts: dict[str, nn.Module] = {}
     for name in source.parts:
         folder = source.part(name)
@@ -261,7 +291,9 @@ def _download(model: str, hub: str) -> Path:
         return Path(snapshot_download(hub, ignore_patterns=["*.bin", "*.ckpt", "*.pth", "*.onnx", "*.msgpack"]))
     except Exception as error:  # the hub's transport raises errors of whatever library it is built on
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        folder = hub.split("/")[1]
         raise ValueError(
-            f"cannot fetch {hub} ({reason}). Where there is a network, run: hf download {hub} --local-dir {hub.split('/')[1]};"
-            f" copy that folder here and give it as --model PATH/{hub.split('/')[1]}"
+            f"cannot fetch {hub} ({reason}). Where there is a network, run: hf download {hub} --local-dir {folder}; copy that folder"
+            f" here and give it as --model PATH/{folder}, or to calibrate with --weights PATH/{folder}. To measure time, memory and"
+            " size without the weights: quantdit calibrate --random-weights"
         ) from error

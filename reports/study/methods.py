@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 import quantdit
 from quantdit import recipe
-from quantdit.compiler import Settings, calibrate
+from quantdit.compiler import Settings, Target, calibrate
 from quantdit.evaluation.picture import side_by_side
 from quantdit.pipeline import load_pipeline
 from quantdit.recipe import Recipe
@@ -31,6 +32,8 @@ NEAREST = {"method": "rtn", "bias_correction": False}
 FIXED = NEAREST | {"table": "gaussian"}
 PLAIN = {"act_order": False, "descent": 0, "bias_correction": False}
 FP8 = {"activation_format": "fp8"}
+# Widths chosen layer by layer, in as many bytes as the preset takes; w2 has nothing narrower to choose.
+MIXED = {"weight": recipe.AUTO}
 
 # bits, method, changes to every quantizing rule of the preset. No change: the preset itself.
 METHODS: tuple[tuple[str, str, dict], ...] = (
@@ -39,6 +42,8 @@ METHODS: tuple[tuple[str, str, dict], ...] = (
     ("w2a16", "preset", {}),
     ("w4a16", "preset", {}),
     ("w4a4", "preset", {}),
+    ("w4a8", "mixed precision", MIXED),
+    ("w3a8", "mixed precision", MIXED),
     ("w4a8", "round to nearest", NEAREST),
     ("w4a8", "fixed Gaussian table, no data", FIXED),
     ("w4a8", "int4 g64", {"weight": "int4", "group_size": 64}),
@@ -101,13 +106,14 @@ def changed(bits: str, changes: dict) -> Recipe:
     return Recipe(bits, tuple(rules))
 
 
-def make_row(bits: str, method: str, changes: dict, work: Path, output: Path) -> dict:
-    """Calibrate, sample with every seed, measure."""
+def make_row(bits: str, method: str, changes: dict, preset_bits: float, work: Path, output: Path) -> dict:
+    """Calibrate, sample with every seed, measure; mixed precision gets `preset_bits` a weight."""
     folder = work / "candidate"
     shutil.rmtree(folder, ignore_errors=True)
     pipeline, source = load_pipeline(measure.MODEL)
     settings = Settings(guidance=measure.GUIDANCE, seed=SEED)
-    report = calibrate(pipeline, source, changed(bits, changes), folder, settings, overwrite=True)
+    target = Target(size_budget=preset_bits / 16) if changes.get("weight") == recipe.AUTO else None
+    report = calibrate(pipeline, source, changed(bits, changes), folder, settings, overwrite=True, target=target)
     pipeline, _ = load_pipeline(str(folder))
     reference, features = measure.load_reference(work)
     images = measure.sample(pipeline)
@@ -152,8 +158,9 @@ def main() -> None:
     for bits, method, changes in METHODS:
         if (bits, method) in done or (args.only and bits != args.only):
             continue
+        preset_bits = next((r["bits_per_weight"] for r in rows if (r["bits"], r["method"]) == (bits, "preset")), math.nan)
         with torch.no_grad():
-            rows.append(make_row(bits, method, changes, args.work, args.output))
+            rows.append(make_row(bits, method, changes, preset_bits, args.work, args.output))
         measure.write_rows(rows, args.output)
         print(f"{bits} {method}: {rows[-1]['psnr']['mean']:.2f} dB at {rows[-1]['bits_per_weight']:.3f} bits", flush=True)
 

@@ -4,7 +4,8 @@
 leaves one safetensors file a row: the images, and the facts of the row as metadata. `measure.py` turns these into `peers.jsonl`.
 
 Every peer quantizes the linears inside the blocks. Where the package can mix, the modulation and embedder linears get
-max(X, 4) bits, weight only, as in quantdit's presets ("aligned"); where it cannot, the note says what they get instead.
+max(X, 4) bits, weight only ("aligned"); quantdit's presets give them X bits, and so do the rows marked "all". Where the package
+cannot mix, the note says what they get instead.
 """
 
 from __future__ import annotations
@@ -287,7 +288,7 @@ def _bitsandbytes_int8(linear: nn.Linear) -> nn.Module:
     return layer.to("cpu")
 
 
-def auto_round(model: Model, bits: int, group_size: int) -> list[Tensor]:
+def auto_round(model: Model, bits: int, group_size: int, side_bits: int = 4) -> list[Tensor]:
     """AutoRound, block after block by the call it offers to other compilers, each on inputs from quantized blocks before it.
 
     Its own command for diffusion models wants a text prompt and a hub's data set. 200 steps, its default, on 512 samples.
@@ -304,7 +305,7 @@ def auto_round(model: Model, bits: int, group_size: int) -> list[Tensor]:
             wrapper,
             tokenizer="none",  # asked for, never used: the samples are given
             scheme=QuantizationScheme(bits=bits, group_size=group_size, sym=False, data_type="int"),
-            layer_config={name: {"bits": max(bits, 4), "group_size": 64} for name in side},
+            layer_config={name: {"bits": side_bits, "group_size": max(group_size, 64)} for name in side},
             device_map="cpu",
             amp=False,
             enable_torch_compile=False,
@@ -351,6 +352,7 @@ def _block_samples(model: Model, block: nn.Module, count: int = 512) -> list:
     return samples
 
 
+ALL = "the modulation and embedder linears at X bits too"
 U8 = {"scale_dtype": "uint8"}
 INTX = "IntxWeightOnlyConfig"
 DYNAMIC = "Int8DynamicActivationIntxWeightConfig"
@@ -375,6 +377,7 @@ QUANTO_A8 = f"{QUANTO_NOTE}; one static scale per activation, from its own calib
 OPAQUE_NOTE = "aligned; scale and zero point in the model's dtype, here float32"
 BNB_INT8 = "side linears int8 as well; without AVX-512 it multiplies in floating point, and leaves activations alone"
 ROUND_NOTE = "aligned; asymmetric, packed as auto_gptq: float16 scales; driven block by block through quantize_block"
+ROUND_ALL = ROUND_NOTE.replace("aligned", ALL)
 
 
 def _sdnq(method: str, bits: str, group: int | str, weights: str, note: str = "aligned; scales in 8 bits", **options):
@@ -453,6 +456,8 @@ PEERS: dict[str, Peer] = {
             _sdnq("uint4 g64 u8 hadamard", "w4a16", 64, "uint4", use_hadamard=True, **U8),
             _sdnq("uint3 g64 u8 hadamard", "w3a16", 64, "uint3", use_hadamard=True, **U8),
             _sdnq("uint2 g32 u8 hadamard", "w2a16", 32, "uint2", use_hadamard=True, **U8),
+            _sdnq("uint2 g64 u8 hadamard, all", "w2a16", 64, "uint2", ALL, side="uint2", use_hadamard=True, **U8),
+            _sdnq("uint3 g64 u8 hadamard, all", "w3a16", 64, "uint3", ALL, side="uint3", use_hadamard=True, **U8),
             _sdnq("uint4 codebook u8", "w4a16", "auto", "uint4", use_codebook=True, **U8),
             _sdnq("uint4 g32 u8", "w4a16", 32, "uint4", **U8),
             _sdnq("uint4 g32 u8 matmul hadamard", "w4a8", 32, "uint4", EXACT, **HADAMARD_MATMUL, **U8),
@@ -544,6 +549,8 @@ PEERS: dict[str, Peer] = {
             Configuration("g64", "w3a16", 64, {"bits": 3, "group_size": 64}, ROUND_NOTE),
             Configuration("g32", "w2a16", 32, {"bits": 2, "group_size": 32}, ROUND_NOTE),
             Configuration("g32", "w4a16", 32, {"bits": 4, "group_size": 32}, ROUND_NOTE),
+            Configuration("g96, all", "w2a16", 96, {"bits": 2, "group_size": 96, "side_bits": 2}, ROUND_ALL),
+            Configuration("g96, all", "w3a16", 96, {"bits": 3, "group_size": 96, "side_bits": 3}, ROUND_ALL),
         ),
     ),
 }
