@@ -168,8 +168,10 @@ def _check_plausible(config: dict, tensors: int, where: Path) -> None:
             )
 
 
-def build_on_meta(config: dict, folder: Path) -> nn.Module:
-    """Build the full-precision transformer that a config.json describes; parameters on the meta device, buffers computed.
+def build_on_meta(config: dict, folder: Path, compute_buffers: bool = True) -> nn.Module:
+    """Build the full-precision transformer that a config.json describes, parameters on the meta device.
+
+    Buffers are computed, such as tables of positions, which can take half a minute, or put on the meta device too.
 
     Raises:
         CheckpointError: not a model class of diffusers, or one that cannot be built from this config.
@@ -183,7 +185,7 @@ def build_on_meta(config: dict, folder: Path) -> nn.Module:
         raise CheckpointError(f"{where}: diffusers {version('diffusers')} has no model class {config.get('_class_name')!r}")
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False) if compute_buffers else torch.device("meta"):
             return cls.from_config(plain)
     except Exception as error:  # a model class may fail on a hostile config in any way
         raise CheckpointError(f"{where}: {cls.__name__} cannot be built from it: {error}") from error

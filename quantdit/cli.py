@@ -164,9 +164,7 @@ def _models(args: argparse.Namespace) -> int:
     from quantdit.models.aliases import ALIASES
 
     rows = [("name", "size", "embedded", "transformer", "hub id", "what it makes")]
-    rows += [
-        (name, a.parameters, "no" if a.hub else "yes", a.transformer, a.hub or "-", a.about) for name, a in ALIASES.items()
-    ]
+    rows += [(name, a.parameters, "no" if a.hub else "yes", a.transformer, a.hub or "-", a.about) for name, a in ALIASES.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     for name, size, *texts, about in rows:
         cells = [name.ljust(widths[0]), size.rjust(widths[1]), *(t.ljust(w) for t, w in zip(texts, widths[2:], strict=True))]

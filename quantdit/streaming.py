@@ -72,7 +72,7 @@ def need_of(folder: Path, dtype: torch.dtype) -> Need:
 
     The largest layer's Gram matrix counts GRAM_COPIES times: what it is made into (rotated, damped, factorized) lives beside it.
     """
-    transformer = build_on_meta(read_json(folder / "config.json"), folder)
+    transformer = build_on_meta(read_json(folder / "config.json"), folder, compute_buffers=False)
     sizes = {name: t.numel() * dtype.itemsize for name, t in transformer.named_parameters()}
     inside = _inside(transformer)
     outside = sum(size for name, size in sizes.items() if not name.startswith(inside))
