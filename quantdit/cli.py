@@ -92,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--steps", type=_positive, help="sampling steps (20)")
     data.add_argument("--guidance", type=_finite, help="guidance scale (the pipeline's own default)")
     data.add_argument("--seed", type=_seed, default=0, help="(%(default)s)")
-    data.add_argument("--timesteps", type=_count, default=0, help="of the steps, how many to keep, evenly spread; 0: all")
+    data.add_argument("--timesteps", type=_count, default=0, help="of the steps, how many to keep; 0: all")
+    data.add_argument("--timestep-choice", choices=("even", "salience"), default="even", help="which to keep (%(default)s)")
     data.add_argument("--tokens", type=_count, default=0, help="tokens of each call to make statistics of; 0: all")
     data.add_argument("--prompts", type=Path, metavar="FILE", help="text file, one prompt a line (the built-in list)")
     data.add_argument("--height", type=_positive, help="of a sample, in pixels")
@@ -230,7 +231,9 @@ def _settings(args: argparse.Namespace, bare: bool):
     from quantdit.models.aliases import ALIASES
     from quantdit.sampling import Settings
 
-    given = {key: getattr(args, key) for key in ("samples", "steps", "guidance", "seed", "timesteps", "tokens")}
+    given = {
+        key: getattr(args, key) for key in ("samples", "steps", "guidance", "seed", "timesteps", "timestep_choice", "tokens")
+    }
     given |= {key: getattr(args, key) for key in ("height", "width", "frames")}
     if args.prompts:
         given["prompts"] = tuple(line for line in args.prompts.read_text().splitlines() if line.strip())

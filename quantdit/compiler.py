@@ -9,7 +9,7 @@ import resource
 import time
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from quantdit.calibration import allocate, capture, sensitivity
 from quantdit.calibration import calls as call_files
 from quantdit.calibration.allocate import Option
 from quantdit.calibration.calls import StoredCalls
+from quantdit.calibration.salience import salient_calls
 from quantdit.formats import QSpec
 from quantdit.layer_spec import LayerSpec, layer_fields
 from quantdit.linear import QuantLinear, weight_bits
@@ -235,7 +236,7 @@ def _jobs(
                 settings.steps,
                 settings.buckets,
                 work / "calls",
-                settings.timesteps,
+                settings.timesteps if settings.timestep_choice == "even" else 0,
             )
     jobs = {}
     for part, transformer in transformers.items():
@@ -251,7 +252,18 @@ def _jobs(
             streams.get(part),
             settings.tokens,
         )
+        if settings.timestep_choice == "salience" and settings.samples and settings.timesteps:
+            jobs[part] = _salient(jobs[part], settings.timesteps)
     return jobs
+
+
+def _salient(job: Job, count: int) -> Job:
+    """Return the job with the calls of its most salient timesteps alone."""
+    links = block_by_block.links_of(job)
+    if not links:
+        raise ValueError("the transformer's blocks have no order to choose timesteps by; use --timestep-choice even")
+    with job.loaded(links[0].path):
+        return replace(job, calls=salient_calls(job.transformer, links[0].path, job.calls, count))
 
 
 def _quantize_to_target(job: Job, options: dict[str, dict[str, LayerPlan]], target: Target) -> tuple[Made, dict]:

@@ -16,6 +16,7 @@ from quantdit.pipeline import BareTransformer, sampling_arguments
 # Images of a pipeline without an autoencoder are small; latents of one at a time are large enough.
 BATCH = 32
 SMALL = Size(1, 1, 16, 16, 32)
+TIMESTEP_CHOICES = ("even", "salience")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Settings:
         seed: of the noise, and of everything else that is random.
         guidance: guidance scale; None for the pipeline's own.
         buckets: parts of a trajectory that statistics are kept of.
-        timesteps: how many of the steps are kept, evenly spread; 0 for all.
+        timesteps: how many of the steps are kept; 0 for all.
+        timestep_choice: which: `even` (evenly spread) or `salience` (S2Q-VDiT's; calibration/salience.py).
         tokens: rows of each call that statistics are made of, evenly spread; 0 for all.
         height: of a sample, in pixels; None for the pipeline's own.
         width: of a sample, in pixels.
@@ -43,12 +45,24 @@ class Settings:
     guidance: float | None = None
     buckets: int = 10
     timesteps: int = 0
+    timestep_choice: str = "even"
     tokens: int = 0
     height: int | None = None
     width: int | None = None
     frames: int | None = None
     prompts: tuple[str, ...] = ()
     latent: Size = SMALL
+
+    def __post_init__(self) -> None:
+        """Check what the command line does not.
+
+        Raises:
+            ValueError: an unknown choice of timesteps, or one without a number.
+        """
+        if self.timestep_choice not in TIMESTEP_CHOICES:
+            raise ValueError(f"timestep choice {self.timestep_choice!r} is unknown; use one of {', '.join(TIMESTEP_CHOICES)}")
+        if self.timestep_choice != "even" and not self.timesteps:
+            raise ValueError("choosing timesteps by salience needs their number: --timesteps 8")
 
 
 def sample(pipeline: object, settings: Settings, adapters: Mapping[str, Adapter]) -> None:
