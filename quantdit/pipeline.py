@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+import operator
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quantdit import checkpoint, files, streaming
-from quantdit.models.aliases import locate
+from quantdit.models.aliases import ALIASES, locate
 from quantdit.streaming import is_streamed
 
 # Pipelines of ours; every other class is diffusers' own.
@@ -96,11 +98,18 @@ def load_pipeline(
             that is too small.
     """
     _check_device(device)
-    place = weights if weights is not None else locate(model)
+    place = locate(model)
+    if weights is not None:
+        if not weights.is_dir():
+            raise ValueError(f"{weights} is no folder; --weights takes the folder of a pipeline, or of its transformer")
+        place = weights
     folder = place if isinstance(place, Path) else _download(model, place)
     index = files.read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else None
     if index is None and ((folder / "config.json").exists() or (folder / "transformer" / "config.json").exists()):
-        return _load_bare(Source(model, folder, _bare_parts(folder), (folder / "config.json").exists()), dtype, memory_budget)
+        bare = (folder / "config.json").exists()
+        source = Source(model, folder, _bare_parts(folder), bare, memory_budget=memory_budget)
+        _check_class(source, weights)
+        return _load_bare(source, dtype, memory_budget)
     if index is None or not isinstance(index.get("_class_name"), str):
         raise ValueError(
             f"{folder} is no diffusers model: it has neither a model_index.json naming a pipeline class nor the config.json of a"
@@ -111,6 +120,7 @@ def load_pipeline(
     if not found:
         raise ValueError(f"{folder}: {index['_class_name']} has no transformer; quantdit quantizes diffusion transformers")
     source = Source(model, folder, found, memory_budget=memory_budget)
+    _check_class(source, weights)
     budget = memory_budget if memory_budget is not None else int(DEFAULT_MEMORY * physical_memory())
     transformers = _transformers(source, dtype, budget, always=False)
     offloaded = _text_encoders(folder, index, budget // 4)
@@ -119,9 +129,7 @@ def load_pipeline(
         with warnings.catch_warnings():
             # The newest diffusers says `dtype` and warns of `torch_dtype`; the older ones know only the latter.
             warnings.simplefilter("ignore", FutureWarning)
-            pipeline = cls.from_pretrained(
-                folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **parts, **offloaded
-            )
+            pipeline = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **parts)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise ValueError(f"{folder}: {cls.__name__} cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
@@ -155,6 +163,20 @@ def _numbers(path: Path) -> int:
         return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 - not a mapping
 
 
+def _check_class(source: Source, weights: Path | None) -> None:
+    """Refuse weights of another class than the known model that they are said to be of."""
+    if weights is None or source.name not in ALIASES:
+        return
+    expected = ALIASES[source.name].transformer
+    for name in source.parts:
+        found = files.read_json(source.part(name) / "config.json").get("_class_name")
+        if found != expected:
+            raise ValueError(
+                f"{source.part(name)} holds a {found}, but {source.name} is a {expected}; give that model's weights, or this"
+                " folder alone as --model"
+            )
+
+
 def _bare_parts(folder: Path) -> tuple[str, ...]:
     return tuple(name for name in PARTS if (folder / name / "config.json").exists()) or PARTS[:1]
 
@@ -162,6 +184,7 @@ def _bare_parts(folder: Path) -> tuple[str, ...]:
 def _transformers(source: Source, dtype: torch.dtype, budget: int, always: bool) -> dict[str, nn.Module]:
     """Return the transformers that diffusers' own loader is not to load: quantized ones, ones that are streamed, or all."""
     parts: dict[str, nn.Module] = {}
+    needs: dict[str, streaming.Need] = {}
     for name in source.parts:
         folder = source.part(name)
         if checkpoint.is_quantized(folder):
@@ -169,16 +192,20 @@ def _transformers(source: Source, dtype: torch.dtype, budget: int, always: bool)
             continue
         if not any(folder.glob("*.safetensors")):
             raise ValueError(f"{folder} has no safetensors weights, and pickled ones (.bin) are not read: they can run any code")
-        need = streaming.need_of(folder, dtype)
+        needs[name] = streaming.need_of(folder, dtype)
+    if not needs:
+        return parts
+    need = functools.reduce(operator.add, needs.values())
+    if need.resident > budget and need.streamed > budget:
+        raise ValueError(
+            f"a memory budget of {in_gib(budget)} is too small for {source.label}: a block at a time needs about"
+            f" {in_gib(need.streamed)}; give at least --memory-budget {in_gib(need.streamed)}"
+        )
+    for name in needs:
         if need.resident > budget:
-            if need.streamed > budget:
-                raise ValueError(
-                    f"a memory budget of {in_gib(budget)} is too small for {source.label}: a block at a time needs about"
-                    f" {in_gib(need.streamed)}; give at least --memory-budget {in_gib(need.streamed)}"
-                )
-            parts[name] = streaming.skeleton(folder, dtype)
+            parts[name] = streaming.skeleton(source.part(name), dtype)
         elif always:
-            parts[name] = streaming.whole(folder, dtype)
+            parts[name] = streaming.whole(source.part(name), dtype)
     return parts
 
 
@@ -200,7 +227,7 @@ def sampling_arguments(
     Raises:
         ValueError: the pipeline takes neither.
     """
-    accepted = inspect.signature(type(pipeline).__call__).parameters
+    accepted = _accepted(pipeline)
     if "class_labels" in accepted:
         known = pipeline.transformer.config.num_embeds_ada_norm
         bad = [c for c in classes or () if not 0 <= c < known]
@@ -220,9 +247,19 @@ def sampling_arguments(
     raise ValueError(f"{type(pipeline).__name__} takes neither class_labels nor prompt; quantdit cannot sample from it")
 
 
+def _accepted(pipeline: object) -> Collection[str]:
+    """Return the names of what the pipeline takes when it is called."""
+    if isinstance(pipeline, BareTransformer):
+        raise ValueError(
+            "this folder has a transformer and no pipeline around it, so nothing can be sampled from it; put the transformer into"
+            " a copy of its pipeline's folder"
+        )
+    return inspect.signature(type(pipeline).__call__).parameters
+
+
 def makes_clips(pipeline: object) -> bool:
     """Tell whether a pipeline makes clips rather than images: such a one takes a number of frames."""
-    return not {"num_frames", "video_length"}.isdisjoint(inspect.signature(type(pipeline).__call__).parameters)
+    return not {"num_frames", "video_length"}.isdisjoint(_accepted(pipeline))
 
 
 def generate(
@@ -243,7 +280,7 @@ def generate(
     from tqdm import tqdm
 
     arguments = sampling_arguments(pipeline, count, prompts, classes)
-    accepted = inspect.signature(type(pipeline).__call__).parameters
+    accepted = _accepted(pipeline)
     extra = {"guidance_scale": guidance} if guidance is not None and "guidance_scale" in accepted else {}
     images = []
     with tqdm(total=count, desc=description, unit="clip" if makes_clips(pipeline) else "image") as bar:

@@ -61,10 +61,20 @@ def whole(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of memory that calibrating a transformer takes: with all its weights there, or with a block at a time."""
+    """Bytes of memory that calibrating a transformer takes: with all its weights there, or with a block at a time.
+
+    `work` of both is no weights: a second transformer needs it no second time.
+    """
 
     resident: int
     streamed: int
+    work: int = 0
+
+    def __add__(self, other: Need) -> Need:
+        """Return what two transformers need that are worked on in turn."""
+        work = max(self.work, other.work)
+        pairs = ((self.resident, other.resident), (self.streamed, other.streamed))
+        return Need(*(a - self.work + b - other.work + work for a, b in pairs), work)
 
 
 def need_of(folder: Path, dtype: torch.dtype) -> Need:
@@ -84,7 +94,7 @@ def need_of(folder: Path, dtype: torch.dtype) -> Need:
     width = max((m.in_features for m in transformer.modules() if isinstance(m, nn.Linear)), default=0)
     work = PROCESS_BYTES + GRAM_COPIES * 4 * width**2
     # The block being quantized, and its weights once more in other forms.
-    return Need(sum(sizes.values()) + work, outside + 2 * max(blocks.values(), default=0) + work)
+    return Need(sum(sizes.values()) + work, outside + 2 * max(blocks.values(), default=0) + work, work)
 
 
 def _inside(transformer: nn.Module) -> tuple[str, ...]:
@@ -117,8 +127,8 @@ class Stream:
     def loaded(self, path: str) -> Iterator[nn.Module]:
         """Have the module at `path` in memory while the body runs."""
         module = self.transformer.get_submodule(path)
-        self.load(path)
         try:
+            self.load(path)
             yield module
         finally:
             self.drop(path)
@@ -126,7 +136,7 @@ class Stream:
     @contextmanager
     def following(self, paths: Sequence[str]) -> Iterator[None]:
         """Load each of these modules when it is called and drop it afterwards, while the body runs."""
-        handles = []
+        handles, users = [], {path: self._users.get(path, 0) for path in paths}
         for path in paths:
             module = self.transformer.get_submodule(path)
             # First of the hooks before, last of those after, so that the others find it loaded.
@@ -138,7 +148,8 @@ class Stream:
             for handle in handles:
                 handle.remove()
             for path in paths:
-                self._users[path] = min(1, self._users.get(path, 0))
+                # A pass that Ctrl-C ended has not dropped the block it was in.
+                self._users[path] = users[path] + 1
                 self.drop(path)
 
     def load(self, path: str) -> None:
