@@ -175,7 +175,7 @@ def _models(args: argparse.Namespace) -> int:
 
 def _calibrate(args: argparse.Namespace) -> int:
     from quantdit import inspection, recipe
-    from quantdit.compiler import REPORT, Target, calibrate
+    from quantdit.compiler import ALREADY, REPORT, Target, calibrate
     from quantdit.pipeline import BareTransformer
     from quantdit.work_folder import clear_disk_errors
 
@@ -192,13 +192,17 @@ def _calibrate(args: argparse.Namespace) -> int:
         if scratch is not None:
             shutil.rmtree(scratch)
     size, seconds = report["size"], report["seconds"]
-    errors = [layer.get("rel_rmse", layer.get("weight_rel_rmse")) for layer in report["layers"].values()]
+    layers = report["layers"].values()
+    kind = "rel_rmse" if all("rel_rmse" in layer for layer in layers) else "weight_rel_rmse"
+    errors = [layer[kind] for layer in layers]
     if "warning" in report:
         print(f"quantdit: warning: {report['warning']}", file=sys.stderr)
+    if report.get(ALREADY):
+        print(f"{args.output} is finished already, by a run of the same settings; --overwrite calibrates again")
     memory = report["memory"]
     print(
         f"{args.output}: {len(errors)} layers at {size['bits_per_weight']:.2f} bits a weight, {size['file_bytes'] / 1e6:.2f} MB,"
-        f" mean rel_rmse {sum(errors) / max(1, len(errors)):.4f}, {sum(seconds.values()):.0f} s, at most"
+        f" mean {kind} {sum(errors) / max(1, len(errors)):.4f}, {sum(seconds.values()):.0f} s, at most"
         f" {memory['peak_bytes'] / 2**30:.1f} GiB of memory; report in {args.output / REPORT}"
     )
     if target is not None:
@@ -210,9 +214,10 @@ def _open(args: argparse.Namespace, scratch: Path | None):
     """Return the pipeline to calibrate, or its bare transformer, and its source."""
     from dataclasses import replace
 
+    from quantdit import work_folder
     from quantdit.models.aliases import ALIASES, transformer_config
     from quantdit.pipeline import load_pipeline
-    from quantdit.random_weights import write_random_transformer
+    from quantdit.random_weights import open_scratch, write_random_transformer
 
     _quiet()
     if scratch is None:
@@ -220,6 +225,8 @@ def _open(args: argparse.Namespace, scratch: Path | None):
     alias = ALIASES.get(args.model)
     if alias is None or not alias.hub:
         raise ValueError(f"--random-weights needs a known model that is not embedded, got {args.model!r}; see quantdit models")
+    work_folder.check_output(args.output, args.overwrite or args.resume)
+    open_scratch(scratch, {"model": args.model, "seed": args.seed})
     for number, part in enumerate(alias.transformers):
         write_random_transformer(transformer_config(args.model), scratch / part, args.seed + number)
     pipeline, source = load_pipeline(args.model, device=args.device, weights=scratch, memory_budget=args.memory_budget)
@@ -236,7 +243,7 @@ def _settings(args: argparse.Namespace, bare: bool):
     }
     given |= {key: getattr(args, key) for key in ("height", "width", "frames")}
     if args.prompts:
-        given["prompts"] = tuple(line for line in args.prompts.read_text().splitlines() if line.strip())
+        given["prompts"] = tuple(_prompts(args.prompts))
     wanted = {}
     if args.model in ALIASES:
         known = ALIASES[args.model].cpu if args.device == "cpu" else ALIASES[args.model].gpu
@@ -245,12 +252,22 @@ def _settings(args: argparse.Namespace, bare: bool):
     return Settings(**{**wanted, **{key: value for key, value in given.items() if value is not None}})
 
 
+def _prompts(path: Path) -> list[str]:
+    try:
+        prompts = [line for line in path.read_text().splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text file: {error}") from error
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt; write one a line")
+    return prompts
+
+
 def _generate(args: argparse.Namespace) -> int:
     from quantdit.evaluation.clips import write_clips
     from quantdit.evaluation.picture import side_by_side
     from quantdit.pipeline import generate, makes_clips, sampling_arguments
 
-    prompts = [line for line in args.prompts.read_text().splitlines() if line.strip()] if args.prompts else args.prompt
+    prompts = _prompts(args.prompts) if args.prompts else args.prompt
     pipeline, source = _load(args.model, args.device)
     clips = makes_clips(pipeline)
     _check_suffix(args.output, clips)
@@ -333,7 +350,7 @@ def _count(text: str) -> int:
 
 
 def _bytes(text: str) -> int:
-    found = re.fullmatch(r"([0-9.]+) *([KMGT]?)(i?)B?", text)
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(?:([KMGT])(i?))?B?", text)
     if found is None or not (value := float(found[1])) > 0:
         raise argparse.ArgumentTypeError(f"a size is a number with a unit, such as 8GiB or 500MB, got {text!r}")
     return int(value * (1024 if found[3] else 1000) ** (" KMGT".index(found[2] or " ")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import platform
 import resource
@@ -30,10 +31,11 @@ from quantdit.linear import QuantLinear, weight_bits
 from quantdit.models import adapter as adapters
 from quantdit.pipeline import Source
 from quantdit.recipe import LayerPlan, Recipe
-from quantdit.sampling import Settings, sample
+from quantdit.sampling import Settings, check, sample
 from quantdit.streaming import Stream
 
 REPORT = "calibration_report.json"
+ALREADY = "already_finished"
 DEFAULTS = Settings()
 HALF = 2  # bytes of a weight in 16 bits
 RANDOM_WARNING = "RANDOM WEIGHTS: this checkpoint measures time, memory and size; its pictures mean nothing"
@@ -82,7 +84,8 @@ def calibrate(
 
     Work goes on in `OUTPUT.partial` beside the output and is renamed at the end, so the final name never holds half a model.
     Each finished block is stored there; `resume=True` continues after the last one. The same source, recipe, settings, target
-    and versions give the same bytes of `transformer/`. A recipe with `auto` weights needs a target.
+    and versions give the same bytes of `transformer/`. A recipe with `auto` weights needs a target. If `resume=True` finds the
+    output finished by a run of the same, its report is returned with ALREADY in it.
 
     Raises:
         ValueError: output not empty, a recipe that does not fit, NaN or infinite weights or activations (the layer is named),
@@ -123,6 +126,9 @@ def calibrate(
     if resume and work_folder.is_finished(output, identity):
         work_folder.publish(output.with_name(f"{output.name}.partial"), output, identity)
         return files.read_json(output / REPORT)
+    if resume and not overwrite and (report := _finished_before(output, source, identity)) is not None:
+        return report | {ALREADY: True}
+    check(pipeline, settings)
     partial = work_folder.open_partial(output, identity, resume, overwrite)
     if resume and work_folder.is_finished(partial, identity):
         work_folder.publish(partial, output, identity)
@@ -140,7 +146,8 @@ def calibrate(
             made[part], extra["allocation"] = _quantize_to_target(job, options[part], target)
     quantized = time.perf_counter()
 
-    work_folder.copy_rest(source.folder, partial, {*source.parts, REPORT} | ({"config.json"} if source.bare else set()))
+    if not source.bare:
+        work_folder.copy_rest(source.folder, partial, {*source.parts, REPORT})
     for part, job in jobs.items():
         read = job.stream.read if job.stream is not None else None
         checkpoint.write_transformer(transformers[part], partial / part, plan_recipe.to_dict(), provenance, read)
@@ -164,7 +171,7 @@ def calibrate(
         },
         "blocks": {part: block_by_block.describe_chain(job) for part, job in jobs.items()},
         "model_rel_rmse": made[first].drift,
-        "size": _added([size_of(t, partial / part) for part, t in transformers.items()]),
+        "size": added([size_of(t, partial / part) for part, t in transformers.items()]),
         **extra,
         "layers": {
             name if part == first else f"{part}.{name}": layer
@@ -179,6 +186,16 @@ def calibrate(
     files.write_json(partial / REPORT, report)
     work_folder.publish(partial, output, identity)
     return report
+
+
+def _finished_before(output: Path, source: Source, identity: dict) -> dict | None:
+    """Return the report of an output that is the whole result of a run of this identity, else None."""
+    try:
+        report = files.read_json(output / REPORT)
+        same = {key: report.get(key) for key in identity} == json.loads(json.dumps(identity))
+        return report if same and report.get("sha256") == files.digest(output / source.parts[0]) else None
+    except (files.CheckpointError, OSError):
+        return None
 
 
 def size_of(transformer: nn.Module, folder: Path) -> dict:
@@ -199,7 +216,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _added(sizes: list[dict]) -> dict:
+def added(sizes: list[dict]) -> dict:
     """Return the sizes of several transformers as one."""
     total = {key: sum(size[key] for size in sizes) for key in sizes[0]}
     bits = sum(size["bits_per_weight"] * size["quantized_weights"] for size in sizes)

@@ -8,9 +8,14 @@ from collections.abc import Collection
 from pathlib import Path
 
 from quantdit import checkpoint, files
-from quantdit.compiler import REPORT, size_of
+from quantdit.compiler import REPORT, added, size_of
 from quantdit.formats import FORMATS
 from quantdit.linear import QuantLinear, weight_bits
+from quantdit.pipeline import PARTS
+
+# What the report says of a layer.
+WITH_DATA = {"rel_rmse", "weight_only_rel_rmse", "rms", "activation_absmax", "weight_histogram", "spec"}
+WITHOUT_DATA = {"weight_rel_rmse", "weight_histogram", "spec"}
 
 
 def describe(folder: Path) -> str:
@@ -22,18 +27,18 @@ def describe(folder: Path) -> str:
     Raises:
         files.CheckpointError: the folder is no quantdit checkpoint or is damaged.
     """
-    transformer, report = _read(folder)
-    layers = checkpoint.quant_layers(transformer)
+    layers, report, size = _read(folder)
     width = max((len(name) for name in layers), default=5)
     row = "{:<{width}}  {:>13}  {:<14}{:>7}  {:<22}  {:<14}{:>9}  {:>8}"
-    lines = [row.format("layer", "shape", "format", "bits/w", "transform", "act", "rel_rmse", "J (rms)", width=width)]
+    # Without calibration data only the error of the weights themselves is known.
+    error = "of weight" if report and not _has_data(report) else "rel_rmse"
+    lines = [row.format("layer", "shape", "format", "bits/w", "transform", "act", error, "J (rms)", width=width)]
     for name, layer in layers.items():
         entry, s = report.get(name, {}), layer.spec
         form = s.format if s.group_size == s.in_features else f"{s.format} g{s.group_size}"
         cells = (name, f"{s.out_features}x{s.in_features}", form, f"{weight_bits(layer):.3f}", _transform(layer))
-        measured = (_number(entry.get("rel_rmse"), ".5f"), _number(entry.get("rms"), ".3f"))
+        measured = (_number(_error(entry) if entry else None, ".5f"), _number(entry.get("rms"), ".3f"))
         lines.append(row.format(*cells, str(layer.layer_spec.activation), *measured, width=width))
-    size = size_of(transformer, folder / "transformer")
     lines.append(
         f"{len(layers)} layers, {size['quantized_weights']:,} weights at {size['bits_per_weight']:.3f} bits with scales,"
         f" {size['dense_values']:,} dense values, file {size['file_bytes'] / 1e6:.2f} MB"
@@ -107,7 +112,7 @@ def plot(folder: Path, path: Path) -> None:
         files.CheckpointError: as `describe`, or the folder has no calibration report to draw.
         ValueError: matplotlib is not installed.
     """
-    transformer, report = _read(folder)
+    layers, report, _ = _read(folder)
     if not report:
         raise files.CheckpointError(f"{folder / REPORT} is missing, so there is nothing to draw; calibrate again to get one")
     try:
@@ -117,19 +122,19 @@ def plot(folder: Path, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    layers = checkpoint.quant_layers(transformer)
-    by_error = sorted(layers, key=lambda name: report[name]["rel_rmse"])
+    by_error = sorted(layers, key=lambda name: _error(report[name]))
     shown = [by_error[0], by_error[len(by_error) // 2], by_error[-1]]
     allocation = _allocation(folder, layers.keys())
-    heights = (1, 1.2, 1.1, 1.2) if allocation else (1, 1.2, 1.1)
-    figure = plt.figure(figsize=(15, 16 if allocation else 12), layout="constrained")
+    heights = (1, 1.2, *((1.1,) if _has_data(report) else ()), *((1.2,) if allocation else ()))
+    figure = plt.figure(figsize=(15, 4 * len(heights)), layout="constrained")
     grid = figure.add_gridspec(len(heights), 3, height_ratios=heights)
     for column, (name, title) in enumerate(zip(shown, ("smallest", "median", "largest"), strict=True)):
         _plot_weights(figure.add_subplot(grid[0, column]), layers[name], report[name], f"{title} error: {_short(name)}")
     _plot_errors(figure.add_subplot(grid[1, :]), report)
-    _plot_activations(figure.add_subplot(grid[2, :]), report)
+    if _has_data(report):
+        _plot_activations(figure.add_subplot(grid[2, :]), report)
     if allocation:
-        _plot_allocation(figure.add_subplot(grid[3, :]), allocation)
+        _plot_allocation(figure.add_subplot(grid[len(heights) - 1, :]), allocation)
     figure.suptitle(f"{folder.name}: what each layer was given and what it cost")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part.png")
@@ -159,9 +164,14 @@ def _plot_weights(axis, layer: QuantLinear, entry: dict, title: str) -> None:
 def _plot_errors(axis, report: dict) -> None:
     names = list(report)
     places = range(len(names))
-    axis.bar(places, [report[n]["rel_rmse"] for n in names], color="#4c78a8", label="with quantized activations")
-    axis.plot(places, [report[n]["weight_only_rel_rmse"] for n in names], ".", color="#e45756", label="weights alone")
-    axis.set(ylabel="rel_rmse of the layer's output", xlim=(-0.7, len(names) - 0.3))
+    has_data = _has_data(report)
+    label = "with quantized activations" if has_data else "of the weights themselves: there was no calibration data"
+    axis.bar(places, [_error(report[n]) for n in names], color="#4c78a8", label=label)
+    if has_data:
+        axis.plot(places, [report[n]["weight_only_rel_rmse"] for n in names], ".", color="#e45756", label="weights alone")
+    axis.set(
+        ylabel="rel_rmse of the layer's output" if has_data else "rel_rmse of the layer's weight", xlim=(-0.7, len(names) - 0.3)
+    )
     axis.set_xticks(places, [_short(n) for n in names], rotation=90, fontsize=6)
     axis.legend(fontsize=8)
     axis.grid(axis="y", alpha=0.3)
@@ -217,19 +227,35 @@ def _short(name: str) -> str:
     return name.replace("transformer_blocks.", "").replace("timestep_embedder.", "t_")
 
 
-def _read(folder: Path):
+def _read(folder: Path) -> tuple[dict[str, QuantLinear], dict[str, dict], dict]:
+    """Return the quantized layers of all transformers, their reports (none without a report), and the size of it all."""
     if not (folder / "transformer").is_dir():
         raise files.CheckpointError(f"{folder} has no transformer folder; give the folder that quantdit calibrate wrote")
-    transformer = checkpoint.read_transformer(folder / "transformer")
+    layers: dict[str, QuantLinear] = {}
+    sizes = []
+    for part in PARTS:
+        if (folder / part).is_dir():
+            transformer = checkpoint.read_transformer(folder / part)
+            sizes.append(size_of(transformer, folder / part))
+            prefix = "" if part == PARTS[0] else f"{part}."
+            layers |= {f"{prefix}{name}": layer for name, layer in checkpoint.quant_layers(transformer).items()}
     report = files.read_json(folder / REPORT).get("layers") if (folder / REPORT).exists() else {}
-    known = {"rel_rmse", "weight_only_rel_rmse", "rms", "activation_absmax", "weight_histogram", "spec"}
-    names = checkpoint.quant_layers(transformer).keys()
-    whole = isinstance(report, dict) and all(isinstance(entry, dict) and entry.keys() >= known for entry in report.values())
-    if not whole or (report and report.keys() != names):
+    whole = isinstance(report, dict) and all(
+        isinstance(entry, dict) and any(entry.keys() >= known for known in (WITH_DATA, WITHOUT_DATA)) for entry in report.values()
+    )
+    if not whole or (report and report.keys() != layers.keys()):
         raise files.CheckpointError(
             f"{folder / REPORT} does not fit the checkpoint; remove it (inspect works without) or calibrate again"
         )
-    return transformer, report
+    return layers, report, added(sizes)
+
+
+def _has_data(report: dict[str, dict]) -> bool:
+    return all(entry.keys() >= WITH_DATA for entry in report.values())
+
+
+def _error(entry: dict) -> float:
+    return entry.get("rel_rmse", entry.get("weight_rel_rmse"))
 
 
 def _allocation(folder: Path, names: Collection[str]) -> dict | None:

@@ -7,6 +7,7 @@ for outliers find some. The pictures of such a model mean nothing.
 from __future__ import annotations
 
 import math
+import shutil
 import zlib
 from pathlib import Path
 
@@ -14,11 +15,27 @@ import torch
 from torch import Tensor
 
 from quantdit.checkpoint import build_on_meta
-from quantdit.files import write_json, write_tensors
+from quantdit.files import read_json, write_json, write_tensors
 
 TAIL = 5  # degrees of freedom
 OUTLIER_EVERY, OUTLIER_SCALE = 256, 8.0
 TABLE_BITS = 16
+MARK = ".made-up.json"
+
+
+def open_scratch(folder: Path, identity: dict) -> None:
+    """Begin a folder for made-up weights, or go on with one of the same identity (the model, the seed).
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    mark = folder / MARK
+    if folder.exists() and not (mark.exists() and read_json(mark) == identity):
+        if not folder.is_dir() or (not mark.exists() and any(p.name != f"{MARK}.part" for p in folder.iterdir())):
+            raise ValueError(f"{folder} is where made-up weights would go, but holds something else; move it away")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(mark, identity)
 
 
 def write_random_transformer(config: dict, folder: Path, seed: int) -> None:

@@ -65,6 +65,25 @@ class Settings:
             raise ValueError("choosing timesteps by salience needs their number: --timesteps 8")
 
 
+def check(pipeline: object, settings: Settings) -> None:
+    """Refuse, before any work is done, what the pipeline cannot sample.
+
+    Raises:
+        ValueError: prompts for a model of classes; prompts or a size in pixels for a transformer without a pipeline.
+    """
+    if not settings.samples:
+        return
+    if not isinstance(pipeline, BareTransformer):
+        sampling_arguments(pipeline, settings.samples, settings.prompts or None)
+        return
+    for name in ("prompts", "height", "width", "frames"):
+        if getattr(settings, name):
+            raise ValueError(
+                f"--{name} means nothing to a transformer without its pipeline, whose inputs are made up; leave it out, or give"
+                " the whole pipeline's folder"
+            )
+
+
 def sample(pipeline: object, settings: Settings, adapters: Mapping[str, Adapter]) -> None:
     """Let the transformers be called as they are when `settings.samples` images or clips are made; nothing is returned."""
     from tqdm import tqdm

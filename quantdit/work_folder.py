@@ -21,16 +21,25 @@ WORK = "work"
 FINISHED = "finished"
 
 
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse an output that is there already.
+
+    Raises:
+        ValueError: a file, or a folder that is not empty and not to be overwritten.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is a file; give a folder")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise ValueError(f"output {output} is not empty; choose another folder or pass --overwrite")
+
+
 def open_partial(output: Path, identity: dict, resume: bool, overwrite: bool) -> Path:
     """Return the work folder, fresh or holding the blocks of an interrupted run of the same identity.
 
     Raises:
         ValueError: the output or the work folder holds something else, or a run of another identity.
     """
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is a file; give a folder")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise ValueError(f"output {output} is not empty; choose another folder or pass --overwrite")
+    check_output(output, overwrite)
     partial = output.with_name(output.name + ".partial")
     state = partial / STATE
     stored = json.loads(json.dumps(identity))
