@@ -14,8 +14,9 @@ demo: $(VENV)/eval.done
 	$(BIN)/quantdit inspect $(OUT)/fashion-dit-w4a8 --plot $(OUT)/fashion-dit-w4a8-layers.png
 	$(BIN)/quantdit evaluate fashion-dit $(OUT)/fashion-dit-w4a8 --samples 64 --output $(OUT)/fashion-dit-w4a8-drift
 
+# A process for each core, each with one thread: threads that wait for each other spin.
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .

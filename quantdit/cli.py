@@ -187,7 +187,10 @@ def _calibrate(args: argparse.Namespace) -> int:
     scratch = args.output.with_name(f"{args.output.name}.random") if args.random_weights else None
     with clear_disk_errors(args.output):
         pipeline, source = _open(args, scratch)
-        settings = _settings(args, bare=isinstance(pipeline, BareTransformer))
+        bare = isinstance(pipeline, BareTransformer)
+        if bare and not args.random_weights:
+            print(f"quantdit: note: {source.folder} has no pipeline, only a transformer: conditions are made up", file=sys.stderr)
+        settings = _settings(args, bare)
         report = calibrate(pipeline, source, plan, args.output, settings, args.resume, args.overwrite, target)
         if scratch is not None:
             shutil.rmtree(scratch)

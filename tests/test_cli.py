@@ -60,7 +60,7 @@ def test_version(cli):
         ("calibrate", "--model", "x", "--output", "y", "--bits", "w4a8", "--recipe", "r.toml"),
         ("calibrate", "--bits", "w4a8", "--output", "y"),
         ("calibrate", "--model", "x", "--bits", "w4a8"),
-        ("calibrate", "--model", "x", "--bits", "w4a8", "--output", "y", "--samples", "0"),
+        ("calibrate", "--model", "x", "--bits", "w4a8", "--output", "y", "--samples", "-1"),
         ("calibrate", "--model", "x", "--bits", "w4a8", "--output", "y", "--steps", "-1"),
         ("calibrate", "--model", "x", "--bits", "w4a8", "--output", "y", "--steps", "many"),
         ("calibrate", "--model", "x", "--bits", "w4a8", "--output", "y", "--seed", "1.5"),
@@ -224,7 +224,7 @@ def _index(**values: object):
     "damage",
     [
         _empty,
-        lambda f: (f / "model_index.json").unlink(),
+        lambda f: [(f / name).unlink() for name in ("model_index.json", "transformer/config.json")],
         lambda f: (f / "model_index.json").write_text("{"),
         lambda f: (f / "model_index.json").write_text("[]"),
         lambda f: (f / "model_index.json").write_text("{}"),
@@ -244,7 +244,7 @@ def _index(**values: object):
         _index(transformer=3),
     ],
     ids=[
-        "empty", "no-index", "index-cut", "index-list", "index-empty",
+        "empty", "nothing-known", "index-cut", "index-list", "index-empty",
         "no-transformer", "no-config", "config-empty", "no-weights", "weights-garbage", "no-scheduler",
         "future-class", "class-string", "class-module", "class-model", "class-number",
         "future-transformer", "foreign-transformer", "transformer-number",

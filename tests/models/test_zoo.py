@@ -1,4 +1,4 @@
-"""Every transformer class end to end, without a pipeline: calibrate, save, load, the same outputs; streamed or not, the same bytes."""
+"""Every transformer class end to end without a pipeline: calibrate, save, load, same outputs; streamed or not, same bytes."""
 
 from __future__ import annotations
 
