@@ -134,7 +134,8 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Mod
                 f"{weights}: sha256 is {got[:12]}..., the config says {str(quantization.get('sha256'))[:12]}...;"
                 " the file was damaged or changed, copy it again"
             )
-        state = {key: opened[key].get_tensor(key) for key in sorted(opened)}
+        # Copies: how a mapped tensor lies in its file decides which routine multiplies with it, and so the last bits.
+        state = {key: opened[key].get_tensor(key).clone() for key in sorted(opened)}
     layers = quant_layers(model)
     for name, layer in layers.items():
         fields = {f: state[f"{name}.{f}"] for f in FIELDS if f in layer._buffers}
