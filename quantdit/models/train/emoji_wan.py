@@ -26,16 +26,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from quantdit.models.pixel_wan import encode_text, with_positions
 from quantdit.models.train.emoji_clips import FRAMES, MOTIONS, SIZE, caption, held_out, read_archives, render
+from quantdit.models.train.state import learning_rate, restore, save_atomic, training_state
 
 WIDTH, HEADS, BLOCKS, PATCH = 256, 4, 4, (2, 8, 8)
 TEXT_WIDTH = 384
@@ -44,6 +43,7 @@ SAMPLER_SHIFT = 3.0
 LEAST_SIGMA = 0.2
 EXAMPLES, COMPONENTS, GAIN, TEXT_RIDGE = 1024, 192, 0.5, 0.02  # of `start`
 EMA_DECAY = 0.999
+WARM_UP = 200
 CAPTION_DROPOUT = 0.1
 SAVE_SECONDS = 180
 LOG_STEPS = 50
@@ -131,12 +131,6 @@ def flow_loss(
     return ((clip - x) / w.clamp_min(LEAST_SIGMA)).square().mean()
 
 
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up over 200 steps, constant, then a half cosine to 1 % over the last `decay` steps."""
-    left = min(1.0, max(0, args.steps - step) / args.decay)
-    return args.lr * min(1.0, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 - math.cos(math.pi * left)))
-
-
 def captions(labels: list[str]) -> dict[str, tuple[int, int]]:
     """Return every prompt of the clips, and which thing and motion it asks for."""
     words = enumerate(MOTIONS.values())
@@ -164,32 +158,6 @@ def encode_all(labels: list[str], path: Path) -> dict[str, torch.Tensor]:
         states |= dict(zip(part, encode_text(part).half(), strict=True))
     save_atomic(states, path)
     return states
-
-
-def save_atomic(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    part = path.with_suffix(".part")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, part)
-    os.replace(part, path)
-
-
-def training_state(model: torch.nn.Module, ema: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, step: int) -> dict:
-    state = {f"ema.{k}": v for k, v in ema.items()}
-    for name, p in model.named_parameters():
-        state[f"model.{name}"] = p.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            state[f"{moment}.{name}"] = optimizer.state[p][moment]
-    state["step"] = torch.tensor(step)
-    return state
-
-
-def restore(state: dict, model: torch.nn.Module, ema: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> int:
-    step = int(state["step"])
-    for name, p in model.named_parameters():
-        p.data.copy_(state[f"model.{name}"])
-        ema[name].copy_(state[f"ema.{name}"])
-        moments = {m: state[f"{m}.{name}"].clone() for m in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
-    return step
 
 
 class Clips:
@@ -272,7 +240,7 @@ def main() -> None:
         shape = (args.batch, FRAMES) if whole else (args.batch * FRAMES // PATCH[0], PATCH[0])
         loss = flow_loss(model, *clips.batch(shape[0], generator, shape[1]), generator)
         for group in optimizer.param_groups:
-            group["lr"] = group["part"] * learning_rate(step, args)
+            group["lr"] = group["part"] * learning_rate(step, args.lr, args.steps, WARM_UP, args.decay)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -285,7 +253,7 @@ def main() -> None:
             row = {
                 "step": step + 1,
                 "loss": round(mean, 5),
-                "lr": round(learning_rate(step, args), 8),
+                "lr": round(learning_rate(step, args.lr, args.steps, WARM_UP, args.decay), 8),
                 "seconds": round(seconds, 1),
             }
             losses.clear()

@@ -16,18 +16,19 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import math
-import os
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+from quantdit.models.train.state import learning_rate, restore, save_atomic, training_state
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 NULL_CLASS = 10
 WIDTH, HEADS, BLOCKS, PATCH, SIZE = 192, 3, 6, 4, 28
 EMA_DECAY = 0.9995
+WARM_UP = 300
 LABEL_DROPOUT = 0.1
 
 
@@ -67,38 +68,6 @@ def flow_loss(model: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor, gen
     s = sigma[:, None, None, None]
     prediction = model((1 - s) * x + s * noise, timestep=sigma * 1000, class_labels=labels).sample
     return (prediction - (noise - x)).square().mean()
-
-
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up over 300 steps, constant, then a half cosine to 1 % over the last `decay` steps."""
-    left = min(1.0, max(0, args.steps - step) / args.decay)
-    return args.lr * min(1.0, (step + 1) / 300) * (0.01 + 0.99 * 0.5 * (1 - math.cos(math.pi * left)))
-
-
-def save_atomic(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    part = path.with_suffix(".part")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, part, metadata)
-    os.replace(part, path)
-
-
-def training_state(model: torch.nn.Module, ema: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, step: int) -> dict:
-    state = {f"ema.{k}": v for k, v in ema.items()}
-    for name, p in model.named_parameters():
-        state[f"model.{name}"] = p.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            state[f"{moment}.{name}"] = optimizer.state[p][moment]
-    state["step"] = torch.tensor(step)
-    return state
-
-
-def restore(state: dict, model: torch.nn.Module, ema: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> int:
-    step = int(state["step"])
-    for name, p in model.named_parameters():
-        p.data.copy_(state[f"model.{name}"])
-        ema[name].copy_(state[f"ema.{name}"])
-        moments = {m: state[f"{m}.{name}"].clone() for m in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
-    return step
 
 
 def evaluate(model: torch.nn.Module, ema: dict[str, torch.Tensor], images: torch.Tensor, labels: torch.Tensor) -> float:
@@ -159,7 +128,7 @@ def main() -> None:
         x = images[pick].float() / 127.5 - 1
         loss = flow_loss(model, x, labels[pick].masked_fill(drop, NULL_CLASS), generator)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+            group["lr"] = learning_rate(step, args.lr, args.steps, WARM_UP, args.decay)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
