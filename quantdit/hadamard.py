@@ -39,20 +39,3 @@ def random_sign(width: int, seed: int) -> Tensor:
     """Return `[width]` int8 of +1 and -1, the same for the same seed and width."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + width)
     return (torch.randint(0, 2, (width,), generator=generator, dtype=torch.int8) * 2 - 1).to(torch.int8)
-
-
-def rotate(x: Tensor, sign: Tensor, block: int) -> Tensor:
-    """Return `x R` for x `[..., width]` float, in x's dtype; sign `[width]` int8."""
-    h = hadamard(block, x.dtype, str(x.device))
-    return ((x * sign.to(x.dtype)).unflatten(-1, (-1, block)) @ h).flatten(-2)
-
-
-def rotate_back(x: Tensor, sign: Tensor, block: int) -> Tensor:
-    """Return `x R^T`, the inverse of `rotate`."""
-    h = hadamard(block, x.dtype, str(x.device))
-    return (x.unflatten(-1, (-1, block)) @ h).flatten(-2) * sign.to(x.dtype)
-
-
-def rotate_gram(gram: Tensor, sign: Tensor, block: int) -> Tensor:
-    """Return `R^T G R` for a Gram matrix `[width, width]` of unrotated inputs."""
-    return rotate(rotate(gram, sign, block).T, sign, block)

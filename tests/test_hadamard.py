@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantdit.hadamard import block_size, hadamard, random_sign, rotate, rotate_back, rotate_gram
+from quantdit import transform
+from quantdit.hadamard import block_size, hadamard, random_sign
+from quantdit.transform import Transform
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -70,7 +72,8 @@ def test_rotate_is_the_product_with_the_explicit_matrix(width: int, block: int, 
     matrix = explicit(width, sign, block)
     bound = (block + 2) * unit_roundoff(dtype) * x.double().unflatten(-1, (-1, block)).norm(dim=-1)
     bound = bound.repeat_interleave(block, dim=-1)
-    for rotated, expected in ((rotate(x, sign, block), matrix), (rotate_back(x, sign, block), matrix.T)):
+    t = Transform(sign, block)
+    for rotated, expected in ((transform.apply(t, x), matrix), (transform.weight_back(t, x), matrix.T)):
         assert rotated.dtype == dtype
         assert rotated.shape == x.shape
         assert bool(((rotated.double() - x.double() @ expected).abs() <= 2 * bound).all())  # the product expected rounds as well
@@ -82,9 +85,10 @@ def test_rotate_back_undoes_rotate_exactly_on_small_integers(dtype: torch.dtype)
     """Of -1, 0, 1 in blocks of 16 all sums are multiples of 1/4 up to 4, and on the way back of 1/16 up to 16: 8 bits suffice."""
     x = torch.randint(-1, 2, (7, 96), generator=torch.Generator().manual_seed(0)).to(dtype)
     sign = random_sign(96, 1)
-    rotated = rotate(x, sign, 16)
+    t = Transform(sign, 16)
+    rotated = transform.apply(t, x)
     assert torch.equal(rotated.double(), x.double() @ explicit(96, sign, 16))
-    assert torch.equal(rotate_back(rotated, sign, 16), x)
+    assert torch.equal(transform.weight_back(t, rotated), x)
     assert not torch.equal(rotated, x)
 
 
@@ -92,16 +96,18 @@ def test_rotation_keeps_the_product_of_inputs_and_weights():
     """(x R)(w R)^T = x w^T; each side's sums are off by (k + block) u |x| |w| at most, in float64."""
     x, w, sign = random(9, 192, seed=1), random(11, 192, seed=2), random_sign(192, 5)
     bound = 4 * (192 + 64) * unit_roundoff(torch.float64) * x.norm(dim=1)[:, None] * w.norm(dim=1)
-    assert bool(((rotate(x, sign, 64) @ rotate(w, sign, 64).T - x @ w.T).abs() <= bound).all())
+    t = Transform(sign, 64)
+    assert bool(((transform.apply(t, x) @ transform.apply_to_weight(t, w).T - x @ w.T).abs() <= bound).all())
 
 
 @pytest.mark.parametrize(("width", "block"), [(12, 4), (192, 64)])
 def test_rotate_gram_is_that_of_rotated_inputs(width: int, block: int):
     """R^T G R, entry by entry below 2 (rows + 2 block) u |column| |column|, all in float64."""
     x, sign = random(50, width, seed=3), random_sign(width, 2)
-    gram = rotate_gram(x.T @ x, sign, block)
+    t = Transform(sign, block)
+    gram = transform.gram(t, x.T @ x)
     matrix = explicit(width, sign, block)
-    rotated = rotate(x, sign, block)
+    rotated = transform.apply(t, x)
     norms = (x.T @ x).trace()  # bounds every product of two column norms, rotated or not
     tolerance = 2 * (50 + 2 * block) * unit_roundoff(torch.float64) * float(norms)
     torch.testing.assert_close(gram, matrix.T @ (x.T @ x) @ matrix, rtol=0, atol=tolerance)
@@ -112,7 +118,7 @@ def test_rotate_gram_is_that_of_rotated_inputs(width: int, block: int):
 def test_a_rotation_spreads_one_outlier_over_its_block_only():
     x = torch.zeros(1, 128)
     x[0, 70] = 8.0
-    rotated = rotate(x, random_sign(128, 0), 64)
+    rotated = transform.apply(Transform(random_sign(128, 0), 64), x)
     assert torch.equal(rotated[0, :64], torch.zeros(64))
     assert torch.equal(rotated[0, 64:].abs(), torch.ones(64))
 

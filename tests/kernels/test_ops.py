@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quantdit import transform
 from quantdit.formats import FORMATS, QSpec
-from quantdit.hadamard import random_sign, rotate
+from quantdit.hadamard import random_sign
 from quantdit.kernels import ops
 from quantdit.qtensor import spec_fields
 
@@ -157,14 +157,15 @@ def test_what_the_fake_refuses_the_op_refuses(case: str):
         getattr(QUANTDIT, op)(*arguments)
 
 
-def test_rotate_is_that_of_hadamard():
+def test_rotate_is_that_of_transform():
     x, sign = random(2, 3, 48), random_sign(48, 1)
-    assert torch.equal(QUANTDIT.rotate(x, sign, 16), rotate(x, sign, 16))
+    assert torch.equal(QUANTDIT.rotate(x, sign, 16), transform.apply(transform.Transform(sign, 16), x))
 
 
 def test_rotate_takes_smoothing_in_the_same_tensor():
     x, premultiplier = random(2, 3, 48), random_sign(48, 1) / (random(48).abs() + 0.1)
-    expected = rotate(x * premultiplier.abs(), premultiplier.sign(), 16)
+    signs = transform.Transform(premultiplier.sign().to(torch.int8), 16)
+    expected = transform.apply(signs, x * premultiplier.abs())
     # Two multiplications by numbers of which one is +-1, in any order, round the same.
     assert torch.equal(QUANTDIT.rotate(x, premultiplier, 16), expected)
     assert torch.equal(transform.apply(transform.Transform(premultiplier, 16), x), expected)
