@@ -16,6 +16,7 @@ from quantdit.calibration.hqq import hqq_zero_point
 from quantdit.calibration.levels import cells, gaussian, histogram, lloyd_max, prefix_sums, table_error
 from quantdit.calibration.twinlog import twin_log, twin_log_paper
 from quantdit.formats import FORMATS, QSpec
+from quantdit.formats.float8 import LARGEST
 
 Params = tuple[Tensor, ...]
 
@@ -207,9 +208,9 @@ def int8_grid(weight: Tensor, importance: Tensor, group_size: int, format: str, 
 def fp8_grid(weight: Tensor, importance: Tensor, group_size: int, format: str, table: str) -> Grid:
     """OCP e4m3 per channel; the cast rounds to nearest even."""
     return Grid(
-        _channel_scale(weight, 448),
+        _channel_scale(weight, LARGEST),
         fit=lambda w, h: (),
-        encode=lambda w, p: w.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8),
+        encode=lambda w, p: w.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8),
         value=lambda codes, p: codes.view(torch.float8_e4m3fn).float(),
         fields=lambda groups: {},
     )
@@ -252,7 +253,7 @@ def _fit_table(points: Tensor, mass: Tensor, levels: int, table: str, element: t
     best_error = torch.full((len(fitted),), torch.inf, dtype=torch.float64)
     best_entries, best_unit = fitted, peak[:, 0]
     for i in range(PLACES):
-        unit = peak / (PAIR_LIMIT // 2 - i if element == torch.int8 else 448 * 2 ** (-i / PLACES))
+        unit = peak / (PAIR_LIMIT // 2 - i if element == torch.int8 else LARGEST * 2 ** (-i / PLACES))
         entries = (fitted / unit).round() if element == torch.int8 else (fitted / unit).to(element).double()
         error = table_error(points, prefix, entries * unit)
         better = error < best_error

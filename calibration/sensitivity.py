@@ -26,7 +26,7 @@ from quantdit.calibration.chain import run_call
 from quantdit.calibration.layer import Quantized, quantize_layer
 from quantdit.calibration.stats import Stats
 from quantdit.formats import FORMATS, QSpec
-from quantdit.layer_spec import LayerSpec, layer_fields
+from quantdit.layer_spec import LayerSpec, stored_bytes
 from quantdit.recipe import LayerPlan
 
 STATISTICS_CALLS = 20
@@ -165,7 +165,7 @@ def _all_widths(plans: Mapping[str, LayerPlan], squared: Mapping[str, float], sp
             rows = like.out_features if plan.rule.table_rows == "channel" and weight.startswith("table") else 1
             q = QSpec(weight, like.out_features, like.in_features, plan.group_size, rows)
             spec = replace(specs[middle], weight=q)
-        size = sum(math.prod(f.shape) * f.dtype.itemsize for f in layer_fields(spec).values())
+        size = stored_bytes(spec)
         result[weight] = {"bytes": size, "error": float(f"{error**0.5:.6g}"), "measured": weight in squared}
     return result
 

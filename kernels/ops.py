@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quantdit import transform
 from quantdit.formats import FORMATS, QSpec
+from quantdit.formats.float8 import LARGEST
 from quantdit.kernels import cpu
 from quantdit.transform import Transform
 
@@ -151,8 +152,8 @@ def _(
 def _quantize_tokens_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     _check_tokens("quantize_tokens_fp8", x, 8, 0)
     x = x.float().contiguous()
-    scale = x.abs().amax(dim=1) / 448
-    return (x / _not_zero(scale)[:, None]).clamp_(-448, 448).to(torch.float8_e4m3fn), scale
+    scale = x.abs().amax(dim=1) / LARGEST
+    return (x / _not_zero(scale)[:, None]).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
 
 
 @torch.library.register_fake("quantdit::quantize_tokens_fp8")

@@ -252,8 +252,9 @@ def _hand_on(job: Job, links: list[Link], number: int, calls: StoredCalls, mine:
     is_needed = any(number in link.needs for link in links)
     if is_needed:
         (ends / _number(number)).mkdir(parents=True, exist_ok=True)
+    block = job.transformer.get_submodule(links[number].path)
     for i, call in enumerate(mine):
-        outputs = chain.outputs_of(capture.run_block(job.transformer.get_submodule(links[number].path), call))
+        outputs = chain.outputs_of(capture.run_block(block, call))
         if is_needed:
             call_files.save_outputs(ends / _number(number) / _file(i), outputs)
         if replayed:

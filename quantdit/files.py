@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,6 +34,18 @@ def open_weights(path: Path):
         raise CheckpointError(f"{path} is missing; copy the whole folder, or calibrate again") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a source's weight or bias with NaN or infinite entries.
+
+    Raises:
+        CheckpointError: naming the layer.
+    """
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        count = int((~torch.isfinite(tensor)).sum())
+        layer, _, kind = name.rpartition(".")
+        raise CheckpointError(f"layer {layer}: {count} values of its {kind} are NaN or infinite; the source is damaged")
 
 
 def weight_files(folder: Path) -> list[Path]:

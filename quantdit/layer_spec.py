@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -131,6 +132,11 @@ def layer_fields(spec: LayerSpec) -> dict[str, Field]:
         expected["up"] = Field(torch.bfloat16, (out, spec.rank))
         expected["down"] = Field(torch.bfloat16, (spec.rank, width))
     return expected
+
+
+def stored_bytes(spec: LayerSpec) -> int:
+    """Return the bytes of all tensors that a layer stores besides its bias."""
+    return sum(math.prod(field.shape) * field.dtype.itemsize for field in layer_fields(spec).values())
 
 
 def decodes_to_fp8(format: str) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quantdit.checkpoint import build_on_meta
-from quantdit.files import CheckpointError, open_weights, read_json, tensor_files
+from quantdit.files import CheckpointError, check_finite, open_weights, read_json, tensor_files
 from quantdit.linear import QuantLinear
 from quantdit.models.adapter import adapter_for
 
@@ -164,8 +164,9 @@ class Stream:
         self._users[path] = max(0, self._users.get(path, 0) - 1)
         if self._users[path]:
             return
+        kept = tuple(f"{shared}." for shared in self.shared)
         for name in self._names(path, on_meta=False):
-            if name in self.files and not name.startswith(tuple(f"{path}." for path in self.shared)):
+            if name in self.files and not name.startswith(kept):
                 module, tensors, leaf = self._place(name)
                 tensors[leaf] = _like(tensors[leaf], tensors[leaf].to("meta"))
                 if isinstance(module, QuantLinear):
@@ -197,10 +198,8 @@ class Stream:
             tensor = stored.clone() if quantized or not stored.is_floating_point() else stored.to(self.dtype, copy=True)
         if tensor.shape != tensors[leaf].shape:
             raise CheckpointError(f"{path}: tensor {name} is {tuple(tensor.shape)}, expected {tuple(tensors[leaf].shape)}")
-        if not quantized and not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
-            layer, _, kind = name.rpartition(".")
-            raise CheckpointError(f"layer {layer}: {count} values of its {kind} are NaN or infinite; the source is damaged")
+        if not quantized:
+            check_finite(name, tensor)
         return tensor
 
     def _names(self, path: str, on_meta: bool) -> list[str]:
