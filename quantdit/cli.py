@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ERROR",
         help="choose each layer's weight bits for the smallest size whose model_rel_rmse is at most this (0.05: 5 %%)",
     )
-    sub.add_argument("--output", type=Path, required=True, help="folder to write")
+    sub.add_argument("--output", type=Path, help="folder to write (MODEL-BITS, here)")
     weights = sub.add_mutually_exclusive_group()
     weights.add_argument(
         "--weights", type=Path, metavar="DIR", help="where the model lies: its whole pipeline, or its transformer alone"
@@ -184,13 +184,14 @@ def _calibrate(args: argparse.Namespace) -> int:
     if args.size_budget is not None or args.max_drift is not None:
         target = Target(args.size_budget, args.max_drift)
         plan = recipe.with_auto(plan) if args.bits is not None else plan
+    if args.output is None:
+        args.output = Path(f"{Path(args.model).resolve().name}-{args.bits if args.bits is not None else args.recipe.stem}")
     scratch = args.output.with_name(f"{args.output.name}.random") if args.random_weights else None
     with clear_disk_errors(args.output):
         pipeline, source = _open(args, scratch)
-        bare = isinstance(pipeline, BareTransformer)
-        if bare and not args.random_weights:
+        if isinstance(pipeline, BareTransformer) and not args.random_weights:
             print(f"quantdit: note: {source.folder} has no pipeline, only a transformer: conditions are made up", file=sys.stderr)
-        settings = _settings(args, bare)
+        settings = _settings(args, pipeline)
         report = calibrate(pipeline, source, plan, args.output, settings, args.resume, args.overwrite, target)
         if scratch is not None:
             shutil.rmtree(scratch)
@@ -236,22 +237,24 @@ def _open(args: argparse.Namespace, scratch: Path | None):
     return pipeline, replace(source, random_weights=True)
 
 
-def _settings(args: argparse.Namespace, bare: bool):
+def _settings(args: argparse.Namespace, pipeline: object):
     """Return what is sampled: what the user said, else what suits the model, else the defaults."""
     from quantdit.models.aliases import ALIASES
-    from quantdit.sampling import Settings
+    from quantdit.pipeline import BareTransformer
+    from quantdit.sampling import SIZES, Settings, takes
 
     given = {
         key: getattr(args, key) for key in ("samples", "steps", "guidance", "seed", "timesteps", "timestep_choice", "tokens")
     }
-    given |= {key: getattr(args, key) for key in ("height", "width", "frames")}
+    given |= {size: getattr(args, size) for size in SIZES}
     if args.prompts:
         given["prompts"] = tuple(_prompts(args.prompts))
     wanted = {}
     if args.model in ALIASES:
         known = ALIASES[args.model].cpu if args.device == "cpu" else ALIASES[args.model].gpu
         wanted = {"samples": known.prompts, "steps": known.steps, "guidance": known.guidance}
-        wanted |= {"latent": known.latent} if bare else {key: getattr(known, key) for key in ("height", "width", "frames")}
+        wanted |= {size: getattr(known, size) for size in SIZES if takes(pipeline, size)}
+        wanted |= {"latent": known.latent} if isinstance(pipeline, BareTransformer) else {}
     return Settings(**{**wanted, **{key: value for key, value in given.items() if value is not None}})
 
 

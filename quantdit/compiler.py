@@ -26,12 +26,12 @@ from quantdit.calibration.allocate import Option
 from quantdit.calibration.calls import StoredCalls
 from quantdit.calibration.salience import salient_calls
 from quantdit.formats import QSpec
-from quantdit.layer_spec import LayerSpec, layer_fields
+from quantdit.layer_spec import LayerSpec, stored_bytes
 from quantdit.linear import QuantLinear, weight_bits
 from quantdit.models import adapter as adapters
 from quantdit.pipeline import Source
 from quantdit.recipe import LayerPlan, Recipe
-from quantdit.sampling import Settings, check, sample
+from quantdit.sampling import Settings, conditions, sample
 from quantdit.streaming import Stream
 
 REPORT = "calibration_report.json"
@@ -106,7 +106,9 @@ def calibrate(
         raise ValueError(f"recipe {plan_recipe.name} leaves every layer dense, so there is nothing to quantize")
     for part, transformer in transformers.items():
         _check_target(plan_recipe, options[part], target, transformer)
-        _check_weights(transformer)
+        for name, tensor in transformer.state_dict().items():
+            if tensor.device.type != "meta":
+                files.check_finite(name, tensor)
     if target is not None and (len(transformers) > 1 or any(streaming.is_streamed(t) for t in transformers.values())):
         raise ValueError(
             "choosing the layers' weights needs one transformer, in memory as a whole: give a larger --memory-budget,"
@@ -116,7 +118,7 @@ def calibrate(
         "quantdit": quantdit.__version__,
         "source": source.label,
         "source_sha256": _source_digest(source),
-        "calibration": asdict(settings),
+        "calibration": asdict(settings) | {"conditions": conditions(pipeline, settings)},
     }
     if source.random_weights:
         provenance["random_weights"] = True
@@ -128,7 +130,6 @@ def calibrate(
         return files.read_json(output / REPORT)
     if resume and not overwrite and (report := _finished_before(output, source, identity)) is not None:
         return report | {ALREADY: True}
-    check(pipeline, settings)
     partial = work_folder.open_partial(output, identity, resume, overwrite)
     if resume and work_folder.is_finished(partial, identity):
         work_folder.publish(partial, output, identity)
@@ -408,16 +409,7 @@ def _bytes(linear: nn.Linear, plan: LayerPlan) -> int:
     """Return the stored bytes of a layer so planned, without what only calibration can tell (such as a rank)."""
     q = QSpec(plan.rule.weight, linear.out_features, linear.in_features, plan.group_size)
     block = hadamard.block_size(linear.in_features) if plan.rule.rotation == "hadamard" else 1
-    spec = LayerSpec(q, rotation="hadamard", block=block) if block > 1 else LayerSpec(q)
-    return sum(math.prod(field.shape) * field.dtype.itemsize for field in layer_fields(spec).values())
-
-
-def _check_weights(transformer: nn.Module) -> None:
-    for name, weight in transformer.state_dict().items():
-        if weight.device.type != "meta" and weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
-            count = int((~torch.isfinite(weight)).sum())
-            layer, _, kind = name.rpartition(".")
-            raise ValueError(f"layer {layer}: {count} values of its {kind} are NaN or infinite; the source is damaged")
+    return stored_bytes(LayerSpec(q, rotation="hadamard", block=block) if block > 1 else LayerSpec(q))
 
 
 def _source_digest(source: Source) -> str:

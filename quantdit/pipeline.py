@@ -8,7 +8,7 @@ import math
 import operator
 import os
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +24,11 @@ PIPELINES = {"PixelDiTPipeline": "quantdit.models.pixel_dit", "PixelWanPipeline"
 
 # What a pipeline calls its transformers; Wan 2.2 has two experts.
 PARTS = ("transformer", "transformer_2")
+# A size of a sample -> what pipelines call it.
+SIZES = {"height": ("height",), "width": ("width",), "frames": ("num_frames", "video_length")}
 DEFAULT_MEMORY = 0.8  # of the machine's
 
+# Written for quantdit, and of its licence. The order is fixed: a calibration with n samples takes the first n.
 PROMPTS = (
     "a red bicycle leaning against a stone wall in the rain",
     "two otters floating on their backs in a green river",
@@ -104,12 +107,13 @@ def load_pipeline(
             raise ValueError(f"{weights} is no folder; --weights takes the folder of a pipeline, or of its transformer")
         place = weights
     folder = place if isinstance(place, Path) else _download(model, place)
+    budget = memory_budget if memory_budget is not None else int(DEFAULT_MEMORY * physical_memory())
     index = files.read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else None
     if index is None and ((folder / "config.json").exists() or (folder / "transformer" / "config.json").exists()):
         bare = (folder / "config.json").exists()
         source = Source(model, folder, _bare_parts(folder), bare, memory_budget=memory_budget)
         _check_class(source, weights)
-        return _load_bare(source, dtype, memory_budget)
+        return BareTransformer(**_transformers(source, dtype, budget, always=True)), source
     if index is None or not isinstance(index.get("_class_name"), str):
         raise ValueError(
             f"{folder} is no diffusers model: it has neither a model_index.json naming a pipeline class nor the config.json of a"
@@ -121,7 +125,6 @@ def load_pipeline(
         raise ValueError(f"{folder}: {index['_class_name']} has no transformer; quantdit quantizes diffusion transformers")
     source = Source(model, folder, found, memory_budget=memory_budget)
     _check_class(source, weights)
-    budget = memory_budget if memory_budget is not None else int(DEFAULT_MEMORY * physical_memory())
     transformers = _transformers(source, dtype, budget, always=False)
     offloaded = _text_encoders(folder, index, budget // 4)
     parts = transformers | offloaded
@@ -135,11 +138,6 @@ def load_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     stays = offloaded or any(is_streamed(t) for t in transformers.values())
     return (pipeline if stays else pipeline.to(device)), source
-
-
-def _load_bare(source: Source, dtype: torch.dtype, memory_budget: int | None):
-    budget = memory_budget if memory_budget is not None else int(DEFAULT_MEMORY * physical_memory())
-    return BareTransformer(**_transformers(source, dtype, budget, always=True)), source
 
 
 def _text_encoders(folder: Path, index: dict, room: int) -> dict[str, nn.Module]:
@@ -168,6 +166,12 @@ def _check_class(source: Source, weights: Path | None) -> None:
     if weights is None or source.name not in ALIASES:
         return
     expected = ALIASES[source.name].transformer
+    missing = [name for name in ALIASES[source.name].transformers if name not in source.parts]
+    if missing:
+        raise ValueError(
+            f"{source.folder} has no {missing[0]}, which {source.name} has as well; give a folder with all its transformers,"
+            " or this one as --model to quantize what it has"
+        )
     for name in source.parts:
         found = files.read_json(source.part(name) / "config.json").get("_class_name")
         if found != expected:
@@ -227,7 +231,7 @@ def sampling_arguments(
     Raises:
         ValueError: the pipeline takes neither.
     """
-    accepted = _accepted(pipeline)
+    accepted = accepted_arguments(pipeline)
     if "class_labels" in accepted:
         known = pipeline.transformer.config.num_embeds_ada_norm
         bad = [c for c in classes or () if not 0 <= c < known]
@@ -247,8 +251,8 @@ def sampling_arguments(
     raise ValueError(f"{type(pipeline).__name__} takes neither class_labels nor prompt; quantdit cannot sample from it")
 
 
-def _accepted(pipeline: object) -> Collection[str]:
-    """Return the names of what the pipeline takes when it is called."""
+def accepted_arguments(pipeline: object) -> Mapping[str, inspect.Parameter]:
+    """Return what the pipeline takes when it is called, by name."""
     if isinstance(pipeline, BareTransformer):
         raise ValueError(
             "this folder has a transformer and no pipeline around it, so nothing can be sampled from it; put the transformer into"
@@ -259,7 +263,18 @@ def _accepted(pipeline: object) -> Collection[str]:
 
 def makes_clips(pipeline: object) -> bool:
     """Tell whether a pipeline makes clips rather than images: such a one takes a number of frames."""
-    return not {"num_frames", "video_length"}.isdisjoint(_accepted(pipeline))
+    return not accepted_arguments(pipeline).keys().isdisjoint(SIZES["frames"])
+
+
+def seeded_batches(arguments: Mapping[str, list], count: int, seed: int, batch: int) -> Iterator[dict]:
+    """Yield what to call a pipeline with for each batch: its part of the arguments, and a generator for each image or clip.
+
+    Image or clip i has the seed `seed * 2^20 + i`.
+    """
+    for start in range(0, count, batch):
+        end = min(start + batch, count)
+        generators = [torch.Generator().manual_seed(seed * 2**20 + i) for i in range(start, end)]
+        yield {key: values[start:end] for key, values in arguments.items()} | {"generator": generators}
 
 
 def generate(
@@ -275,23 +290,20 @@ def generate(
 ) -> Tensor:
     """Sample `count` images `[n, c, h, w]` or, from a video pipeline, clips `[n, f, c, h, w]`; float32 in [-1, 1].
 
-    Image or clip i has its own seed, `seed * 2^20 + i`, so it does not depend on the batch it is sampled in.
+    Image or clip i does not depend on the batch it is sampled in (`seeded_batches`).
     """
     from tqdm import tqdm
 
     arguments = sampling_arguments(pipeline, count, prompts, classes)
-    accepted = _accepted(pipeline)
+    accepted = accepted_arguments(pipeline)
     extra = {"guidance_scale": guidance} if guidance is not None and "guidance_scale" in accepted else {}
     images = []
     with tqdm(total=count, desc=description, unit="clip" if makes_clips(pipeline) else "image") as bar:
-        for start in range(0, count, batch):
-            part = {k: v[start : start + batch] for k, v in arguments.items()}
-            n = len(next(iter(part.values())))
-            generators = [torch.Generator().manual_seed(seed * 2**20 + i) for i in range(start, start + n)]
-            output = pipeline(**part, **extra, generator=generators, num_inference_steps=steps, output_type="np")
+        for part in seeded_batches(arguments, count, seed, batch):
+            output = pipeline(**part, **extra, num_inference_steps=steps, output_type="np")
             pixels = torch.from_numpy(output.frames if hasattr(output, "frames") else output.images)
             images.append(pixels.movedim(-1, -3).float() * 2 - 1)
-            bar.update(n)
+            bar.update(len(pixels))
     return torch.cat(images)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from quantdit.models.adapter import Adapter, Size
 from quantdit.models.synthetic import TRAIN_STEPS, latent_of, moved_inputs, prediction, synthetic_inputs
-from quantdit.pipeline import BareTransformer, sampling_arguments
+from quantdit.pipeline import SIZES, BareTransformer, accepted_arguments, sampling_arguments, seeded_batches
 
 # Images of a pipeline without an autoencoder are small; latents of one at a time are large enough.
 BATCH = 32
@@ -65,23 +64,32 @@ class Settings:
             raise ValueError("choosing timesteps by salience needs their number: --timesteps 8")
 
 
-def check(pipeline: object, settings: Settings) -> None:
-    """Refuse, before any work is done, what the pipeline cannot sample.
+def takes(pipeline: object, size: str) -> bool:
+    """Return whether a pipeline lets one choose a size of SIZES."""
+    return not isinstance(pipeline, BareTransformer) and not accepted_arguments(pipeline).keys().isdisjoint(SIZES[size])
+
+
+def conditions(pipeline: object, settings: Settings) -> dict[str, list]:
+    """Return the `prompt` or the `class_labels` of all samples, none for made-up ones. Refuses what the pipeline cannot sample.
 
     Raises:
-        ValueError: prompts for a model of classes; prompts or a size in pixels for a transformer without a pipeline.
+        ValueError: prompts for a model of classes; a size that the pipeline does not let one choose; either of them for a
+            transformer without a pipeline.
     """
     if not settings.samples:
-        return
+        return {}
     if not isinstance(pipeline, BareTransformer):
-        sampling_arguments(pipeline, settings.samples, settings.prompts or None)
-        return
+        for name in SIZES:
+            if getattr(settings, name) is not None and not takes(pipeline, name):
+                raise ValueError(f"{type(pipeline).__name__} makes samples of one size; leave out --{name}")
+        return sampling_arguments(pipeline, settings.samples, settings.prompts or None)
     for name in ("prompts", "height", "width", "frames"):
         if getattr(settings, name):
             raise ValueError(
                 f"--{name} means nothing to a transformer without its pipeline, whose inputs are made up; leave it out, or give"
                 " the whole pipeline's folder"
             )
+    return {}
 
 
 def sample(pipeline: object, settings: Settings, adapters: Mapping[str, Adapter]) -> None:
@@ -95,14 +103,11 @@ def sample(pipeline: object, settings: Settings, adapters: Mapping[str, Adapter]
                     trajectory(getattr(pipeline, part), adapter, settings, number)
                 bar.update(1)
             return
-        arguments = sampling_arguments(pipeline, settings.samples, settings.prompts or None)
+        arguments = conditions(pipeline, settings)
         batch = 1 if getattr(pipeline, "vae", None) is not None else BATCH
-        for start in range(0, settings.samples, batch):
-            part = {key: values[start : start + batch] for key, values in arguments.items()}
-            count = len(next(iter(part.values())))
-            generators = [torch.Generator().manual_seed(settings.seed * 2**20 + i) for i in range(start, start + count)]
-            pipeline(**part, **_options(pipeline, settings), generator=generators, num_inference_steps=settings.steps)
-            bar.update(count)
+        for part in seeded_batches(arguments, settings.samples, settings.seed, batch):
+            pipeline(**part, **_options(pipeline, settings), num_inference_steps=settings.steps)
+            bar.update(len(part["generator"]))
 
 
 def trajectory(transformer: nn.Module, adapter: Adapter, settings: Settings, number: int) -> Tensor:
@@ -150,12 +155,10 @@ def _scheduler(kind: str):
 
 def _options(pipeline: object, settings: Settings) -> dict:
     """Return the arguments that this pipeline takes: sizes, guidance, and no decoding where there is an autoencoder."""
-    wanted = {
+    wanted = {argument: getattr(settings, size) for size, arguments in SIZES.items() for argument in arguments}
+    wanted |= {
         "guidance_scale": settings.guidance,
-        "height": settings.height,
-        "width": settings.width,
-        "num_frames": settings.frames,
         "output_type": "latent" if getattr(pipeline, "vae", None) is not None else "np",
     }
-    accepted = inspect.signature(type(pipeline).__call__).parameters
+    accepted = accepted_arguments(pipeline)
     return {key: value for key, value in wanted.items() if value is not None and key in accepted}

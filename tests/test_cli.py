@@ -59,7 +59,6 @@ def test_version(cli):
         ("calibrate", "--model", "x", "--output", "y"),
         ("calibrate", "--model", "x", "--output", "y", "--bits", "w4a8", "--recipe", "r.toml"),
         ("calibrate", "--bits", "w4a8", "--output", "y"),
-        ("calibrate", "--model", "x", "--bits", "w4a8"),
         ("calibrate", "--model", "x", "--bits", "w4a8", "--output", "y", "--samples", "-1"),
         ("calibrate", "--model", "x", "--bits", "w4a8", "--output", "y", "--steps", "-1"),
         ("calibrate", "--model", "x", "--bits", "w4a8", "--output", "y", "--steps", "many"),

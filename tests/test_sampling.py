@@ -205,6 +205,30 @@ def test_settings_that_the_user_gives(calibrate, small_alias, tiny_wan: Path, tm
     assert found["latent"]["frames"] == 3
 
 
+def test_output_is_named_after_model_and_bits(cli, tiny_wan: Path, small_alias, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text(RECIPE)
+    ran = cli("calibrate", "--model", "wan-1.3b", "--weights", tiny_wan, "--bits", "w8a16", "--samples", "0")
+    assert ran.code == 0 and ran.out.startswith("wan-1.3b-w8a16:"), ran.err
+    assert cli("calibrate", "--model", tiny_wan, "--recipe", "mine.toml", "--samples", "0").code == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"mine.toml", "wan-1.3b-w8a16", "tiny-mine"}
+
+
+def test_classes_and_prompts_are_recorded(calibrate, pixel_dit: Path, tiny_wan: Path, tmp_path: Path):
+    assert calibrate(pixel_dit, "--samples", "3", "--steps", "1", output="dit").code == 0
+    assert calibration(tmp_path / "dit")["conditions"].keys() == {"class_labels"}
+    assert len(set(calibration(tmp_path / "dit")["conditions"]["class_labels"])) == 3
+    assert calibrate(tiny_wan, "--samples", "1", "--steps", "1", output="wan").code == 0
+    assert calibration(tmp_path / "wan")["conditions"] == {}
+
+
+@pytest.mark.parametrize("size", ["--height", "--width", "--frames"])
+def test_size_that_a_pipeline_does_not_let_one_choose_is_refused(calibrate, pixel_dit: Path, tmp_path: Path, size: str):
+    ran = calibrate(pixel_dit, size, "64")
+    assert ran.code == 1 and f"leave out {size}" in ran.error and "PixelDiTPipeline" in ran.error
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_default_settings_of_an_unknown_folder(calibrate, tiny_wan: Path, monkeypatch: pytest.MonkeyPatch):
     from quantdit import compiler
 

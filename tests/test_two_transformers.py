@@ -112,6 +112,7 @@ def test_whole_pipeline(calibrate, cli, tiny_wan: Path, tmp_path: Path):
     report = check_both(tiny_wan, tmp_path / "out")
     found = report["provenance"]["calibration"]
     assert found["prompts"] == ["a bat moving left", " a red bat "] and (found["height"], found["frames"]) == (32, 5)
+    assert found["conditions"] == {"prompt": found["prompts"][: found["samples"]]}
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in tiny_wan.iterdir()} | {REPORT}
     ran = cli("inspect", tmp_path / "out")
     assert ran.code == 0, ran.err
@@ -140,6 +141,16 @@ def test_transformers_without_their_pipeline(calibrate, bare: Path, tmp_path: Pa
     assert ran.code == 0, ran.err
     check_both(bare, tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {*PARTS, REPORT}
+
+
+def test_known_model_with_one_of_its_two_is_refused(calibrate, bare: Path, tmp_path: Path):
+    """Quantizing half a model without a word would be found out much later."""
+    half = tmp_path / "half"
+    shutil.copytree(bare / "transformer", half / "transformer")
+    for folder in (half, half / "transformer"):
+        ran = calibrate("wan2.2-a14b", "--weights", folder)
+        assert ran.code == 1 and "no transformer_2" in ran.error and "--model" in ran.error
+    assert calibrate(half, "--samples", "0").code == 0
 
 
 def test_streamed_gives_the_bytes_of_resident(calibrate, bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
