@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # A folder `kernels/` in the current directory must not shadow the package of that name (diffusers imports it).
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test lint bench bench-scaling study study-peers clean
+.PHONY: demo test lint bench bench-scaling emoji-wan study study-peers clean
 
 demo: $(VENV)/eval.done
 	$(BIN)/quantdit calibrate --model fashion-dit --bits w4a8 --output $(OUT)/fashion-dit-w4a8 --overwrite
@@ -24,6 +24,10 @@ lint: $(VENV)/test.done
 
 bench: $(VENV)/test.done
 	$(BIN)/python -m quantdit.bench --output reports/bench/cpu-linear.jsonl
+
+# The embedded video model quantized: figures, a sheet of frames, the clips moving. About a quarter of an hour.
+emoji-wan: $(VENV)/eval.done
+	$(BIN)/python reports/emoji_wan.py
 
 # Hours: calibrations of 0.3, 1.3 and 14 billion weights, made up. Keeps the rows that are there.
 bench-scaling: $(VENV)/eval.done

@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -39,28 +39,65 @@ MODELS = (Model("0.3B", 6, 4480, 26, 26), Model("1.3B", 12, 8960, 30, 30), Model
 METHODS = {"rtn": {"samples": 0}, "gptq": {"samples": 2, "steps": 4, "guidance": 5.0}}
 
 
+def config_of(model: Model) -> dict:
+    """Return the transformer's config.json."""
+    from quantdit.models.aliases import transformer_config
+
+    return transformer_config("wan-1.3b") | {"num_attention_heads": model.heads, "ffn_dim": model.ffn, "num_layers": model.run}
+
+
+def settings_of(method: str):
+    """Return what is sampled."""
+    from quantdit.models.adapter import Size
+    from quantdit.sampling import Settings
+
+    return Settings(seed=0, latent=Size(1, 5, 16, 16, 512), **METHODS[method])
+
+
 def run(model: Model, method: str) -> dict:
     """Calibrate one model to w4a8 in this process; returns the row."""
-    import torch
-
     from quantdit import recipe
-    from quantdit.compiler import Settings, calibrate
-    from quantdit.models.adapter import Size
-    from quantdit.models.aliases import transformer_config
+    from quantdit.compiler import calibrate
     from quantdit.pipeline import load_pipeline
     from quantdit.random_weights import write_random_transformer
+
+    with tempfile.TemporaryDirectory(dir=os.environ.get("SCALING_WORK")) as work:
+        write_random_transformer(config_of(model), Path(work) / "model", 0)
+        # Streamed whatever its size, so that all rows are made in one way.
+        budget = min(BUDGET, need(model).resident - 1)
+        pipeline, source = load_pipeline(str(Path(work) / "model"), memory_budget=budget)
+        report = calibrate(pipeline, source, recipe.from_bits("w4a8"), Path(work) / "out", settings_of(method))
+    return row(model, method, report, f"python reports/bench/scaling.py --only {model.name}/{method}")
+
+
+def reported(model: Model, method: str, output: Path) -> dict:
+    """Return the row of a calibration that `quantdit calibrate --model wan-1.3b --random-weights` made of the same model.
+
+    Raises:
+        ValueError: it was made of another model, or sampled otherwise.
+    """
+    report = json.loads((output / "calibration_report.json").read_text())
+    given, wanted = report["provenance"], json.loads(json.dumps(asdict(settings_of(method))))
+    same = all(given["calibration"][key] == wanted[key] for key in ("samples", "seed", *((METHODS[method].keys()) - {"samples"})))
+    made = (given["source"], given.get("random_weights"), report["recipe"]["name"], report["memory"]["streamed"], model.name)
+    if not same or made != ("wan-1.3b", True, "w4a8", True, "1.3B"):
+        raise ValueError(f"{output} is no {model.name}/{method}: {made}, {given['calibration']}")
+    return row(model, method, report, "quantdit calibrate --model wan-1.3b --random-weights --bits w4a8 --memory-budget 6GiB")
+
+
+def need(model: Model):
+    """Return the estimate of the memory, from the config alone."""
+    import torch
+
     from quantdit.streaming import need_of
 
-    config = transformer_config("wan-1.3b")
-    config |= {"num_attention_heads": model.heads, "ffn_dim": model.ffn, "num_layers": model.run}
-    settings = Settings(seed=0, latent=Size(1, 5, 16, 16, 512), **METHODS[method])
-    with tempfile.TemporaryDirectory(dir=os.environ.get("SCALING_WORK")) as work:
-        write_random_transformer(config, Path(work) / "model", 0)
-        need = need_of(Path(work) / "model", torch.float32)
-        # Streamed whatever its size, so that all rows are made in one way.
-        budget = min(BUDGET, need.resident - 1)
-        pipeline, source = load_pipeline(str(Path(work) / "model"), memory_budget=budget)
-        report = calibrate(pipeline, source, recipe.from_bits("w4a8"), Path(work) / "out", settings)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config_of(model)))
+        return need_of(Path(folder), torch.float32)
+
+
+def row(model: Model, method: str, report: dict, command: str) -> dict:
+    """Return what is kept of a calibration's report."""
     seconds = report["seconds"]
     per_block = seconds["quantize"] / model.run
     fixed = seconds["write"] / model.run * model.blocks
@@ -77,11 +114,11 @@ def run(model: Model, method: str) -> dict:
         "seconds_whole_model": round(whole, 1),
         "extrapolated": model.run < model.blocks,
         "peak_bytes": report["memory"]["peak_bytes"],
-        "estimated_bytes": need.streamed,
+        "estimated_bytes": need(model).streamed,
         "bits_per_weight": report["size"]["bits_per_weight"],
         "cores": len(os.sched_getaffinity(0)),
         "machine": f"{_cpu()}, {platform.platform()}",
-        "command": f"python reports/bench/scaling.py --only {model.name}/{method}",
+        "command": command,
     }
 
 
@@ -135,11 +172,12 @@ def main() -> None:
     """Make the rows that are missing, each in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="one row, such as 1.3B/rtn; it is printed")
+    parser.add_argument("--reported", type=Path, metavar="OUTPUT", help="with --only: take the row from a calibration's output")
     args = parser.parse_args()
     wanted = [(model, method) for model in MODELS for method in METHODS]
     if args.only:
         model, method = next(pair for pair in wanted if f"{pair[0].name}/{pair[1]}" == args.only)
-        print(json.dumps(run(model, method)))
+        print(json.dumps(reported(model, method, args.reported) if args.reported else run(model, method)))
         return
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
     for model, method in wanted:
