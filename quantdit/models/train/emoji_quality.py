@@ -21,7 +21,7 @@ from quantdit.models.train.emoji_clips import FRAMES, MOTIONS, THINGS, caption, 
 LEAST_SCORE = 0.5
 LEAST_CONTRAST = 0.12  # of the data range 2; what generated backgrounds stay below
 ANGLES, RADII = 64, 8
-WAY, LEAP, SWELLING, TURN = 13.5, 9.5, math.log(3.0), 2 * math.pi * (FRAMES - 1) / FRAMES  # means of emoji_clips.paths
+WAY, LEAP, SWELLING, TURN = 14.0, 10.0, math.log(3.0), 2 * math.pi * (FRAMES - 1) / FRAMES  # means of emoji_clips.paths
 
 
 def foreground(clips: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,8 @@ The shift towards noise suits clips, whose frames say much the same (Esser et al
 wide spread is for the last steps of the sampler, whose prediction is the clip that one sees.
 One caption in ten is dropped to the empty one, for classifier-free guidance.
 
-Three steps of four are on many short slices, of one patch in time, instead of a few whole clips: at the same cost they show more
-things and, since the model is told the time, as much of the motions; whole clips teach it to keep to one course. The last steps,
-of falling learning rate, are half of each.
+Every other step is on many short slices, of one patch in time, instead of a few whole clips: at the same cost they show more
+things and, since the model is told the time, as much of the motions; whole clips teach it to keep to one course.
 
 The weights begin where small data teaches them slowly (`start`): the first and last layer pass on the principal components of
 the clips' patches, and the first layer of the text whitens MiniLM's token states, of whose variance the words for a direction
@@ -33,7 +32,7 @@ import torch
 from safetensors.torch import load_file
 
 from quantdit.models.pixel_wan import encode_text, with_positions
-from quantdit.models.train.emoji_clips import FRAMES, MOTIONS, SIZE, caption, held_out, read_archives, render
+from quantdit.models.train.emoji_clips import FRAMES, MOTIONS, SIZE, THINGS, caption, held_out, read_archives, render
 from quantdit.models.train.state import learning_rate, restore, save_atomic, training_state
 
 WIDTH, HEADS, BLOCKS, PATCH = 256, 4, 4, (2, 8, 8)
@@ -138,11 +137,11 @@ def captions(labels: list[str]) -> dict[str, tuple[int, int]]:
 
 
 def demo_prompts(labels: list[str]) -> list[str]:
-    """Return 32 prompts, four of each motion, all things different; one of each four is a pair that training leaves out."""
+    """Return 32 prompts, four of each motion, each thing in two of them; one of each four is a pair that training leaves out."""
     phrases = [phrases[0] for phrases in MOTIONS.values()]
     chosen = []
     for m, phrase in enumerate(phrases):
-        things = [(m + k) % len(MOTIONS) + len(MOTIONS) * k for k in range(4)]
+        things = [(m + 3 * k) % len(THINGS) for k in range(4)]
         chosen += [caption(labels[thing], phrase) for thing in things]
     return chosen
 
@@ -236,7 +235,7 @@ def main() -> None:
     began = saved = time.time()
     for step in range(done, args.steps):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        whole = step % (4 if step < args.steps - args.decay else 2) == 0
+        whole = step % 2 == 0
         shape = (args.batch, FRAMES) if whole else (args.batch * FRAMES // PATCH[0], PATCH[0])
         loss = flow_loss(model, *clips.batch(shape[0], generator, shape[1]), generator)
         for group in optimizer.param_groups:
