@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quantdit import checkpoint, files
+from quantdit import checkpoint, files, memory
 from quantdit.calibration import calls as call_files
 from quantdit.calibration import capture, chain
 from quantdit.calibration.calls import StoredCall, StoredCalls
@@ -218,6 +218,7 @@ def _walk_chain(
             yield _unit(job, link.path, number, names, mine)
             with job.timed("propagate"):
                 _hand_on(job, links, number, calls, mine, inputs)
+        memory.give_back()
 
 
 def _first_inputs(job: Job, first: Link, calls: StoredCalls, folder: Path) -> None:

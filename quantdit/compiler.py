@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import platform
-import resource
 import time
 from collections import Counter
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 import quantdit
-from quantdit import block_by_block, checkpoint, files, hadamard, recipe, streaming, work_folder
+from quantdit import block_by_block, checkpoint, files, hadamard, memory, recipe, streaming, work_folder
 from quantdit.block_by_block import Job, Made
 from quantdit.calibration import allocate, capture, sensitivity
 from quantdit.calibration import calls as call_files
@@ -167,7 +166,7 @@ def calibrate(
         "seconds_of_quantize": {stage: round(spent, 1) for stage, spent in seconds.items()},
         "memory": {
             "budget_bytes": source.memory_budget,
-            "peak_bytes": peak_memory(),
+            "peak_bytes": memory.peak(),
             "streamed": any(job.stream is not None for job in jobs.values()),
         },
         "blocks": {part: block_by_block.describe_chain(job) for part, job in jobs.items()},
@@ -210,11 +209,6 @@ def size_of(transformer: nn.Module, folder: Path) -> dict:
         "bits_per_weight": round(stored / max(1, weights_count), 4),
         "dense_values": sum(t.numel() for t in transformer.state_dict().values()) - _own_values(transformer),
     }
-
-
-def peak_memory() -> int:
-    """Return the largest resident size of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def added(sizes: list[dict]) -> dict:

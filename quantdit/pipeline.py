@@ -6,7 +6,6 @@ import functools
 import inspect
 import math
 import operator
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantdit import checkpoint, files, streaming
+from quantdit import checkpoint, files, memory, streaming
 from quantdit.models.aliases import ALIASES, locate
 from quantdit.streaming import is_streamed
 
@@ -107,7 +106,7 @@ def load_pipeline(
             raise ValueError(f"{weights} is no folder; --weights takes the folder of a pipeline, or of its transformer")
         place = weights
     folder = place if isinstance(place, Path) else _download(model, place)
-    budget = memory_budget if memory_budget is not None else int(DEFAULT_MEMORY * physical_memory())
+    budget = memory_budget if memory_budget is not None else int(DEFAULT_MEMORY * memory.physical())
     index = files.read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else None
     if index is None and ((folder / "config.json").exists() or (folder / "transformer" / "config.json").exists()):
         bare = (folder / "config.json").exists()
@@ -202,8 +201,8 @@ def _transformers(source: Source, dtype: torch.dtype, budget: int, always: bool)
     need = functools.reduce(operator.add, needs.values())
     if need.resident > budget and need.streamed > budget:
         raise ValueError(
-            f"a memory budget of {in_gib(budget)} is too small for {source.label}: a block at a time needs about"
-            f" {in_gib(need.streamed)}; give at least --memory-budget {in_gib(need.streamed)}"
+            f"a memory budget of {memory.in_gib(budget)} is too small for {source.label}: a block at a time needs about"
+            f" {memory.in_gib(need.streamed)}; give at least --memory-budget {memory.in_gib(need.streamed)}"
         )
     for name in needs:
         if need.resident > budget:
@@ -211,16 +210,6 @@ def _transformers(source: Source, dtype: torch.dtype, budget: int, always: bool)
         elif always:
             parts[name] = streaming.whole(source.part(name), dtype)
     return parts
-
-
-def in_gib(size: int) -> str:
-    """Return a size as `2.5GiB`, rounded up."""
-    return f"{math.ceil(size / 2**30 * 10) / 10:g}GiB"
-
-
-def physical_memory() -> int:
-    """Return the bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def sampling_arguments(

@@ -17,8 +17,9 @@ from quantdit import files, streaming
 from quantdit.checkpoint import CheckpointError
 from quantdit.compiler import REPORT
 from quantdit.files import WEIGHTS, tensor_files
+from quantdit.memory import in_gib
 from quantdit.models.adapter import adapter_for
-from quantdit.pipeline import in_gib, load_pipeline
+from quantdit.pipeline import load_pipeline
 from quantdit.streaming import GRAM_COPIES, PROCESS_BYTES, Stream, need_of, skeleton, whole
 
 BLOCKS = ("transformer_blocks.0", "transformer_blocks.1")

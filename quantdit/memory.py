@@ -1,0 +1,34 @@
+"""Memory of the machine and of this process, in bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import resource
+
+
+def physical() -> int:
+    """Return the memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak() -> int:
+    """Return the largest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_gib(size: int) -> str:
+    """Return a size as `2.5GiB`, rounded up."""
+    return f"{math.ceil(size / 2**30 * 10) / 10:g}GiB"
+
+
+def give_back() -> None:
+    """Return to the system what was freed: glibc keeps freed tensors of up to 32 MiB, in pieces, for gigabytes after some blocks.
+
+    Does nothing where the C library is another one.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return
