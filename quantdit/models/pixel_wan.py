@@ -31,7 +31,7 @@ class PixelWanPipeline(DiffusionPipeline):
 
     The transformer is given `sigma = timestep / 1000` and predicts the clean clip, not the velocity: a patch of noise has more
     dimensions than a small model has width, a patch of a picture has not (Li and He 2025, arXiv 2511.13720). The sampler
-    needs the velocity, which follows as `(x - clip) / sigma`. Three channels of its input say where and when a pixel is: Wan's
+    needs the velocity, which follows as `(x - clip) / sigma`. Five channels of its input say where and when a pixel is: Wan's
     rotary embedding tells only how far two patches lie apart, and a word such as "left" is about the frame.
 
     Prompts whose embeddings lie in the folder's `prompts.safetensors` (key: the prompt, value `[16, 384]` float16) need nothing
@@ -165,7 +165,10 @@ class PixelWanPipeline(DiffusionPipeline):
 
 
 def with_positions(x: Tensor, times: Tensor | None = None) -> Tensor:
-    """Append three channels to clips `[n, c, f, h, w]`: each pixel's time, row and column, -1 at the first and 1 at the last.
+    """Append five channels to clips `[n, c, f, h, w]`: each pixel's time t, row y and column x, and the products t y and t x.
+
+    Each of t, y and x is -1 at the first and 1 at the last. A thing that moves left is where -t x is large: with the products
+    there, a direction is one more factor, where without them a small model learned the axis and never the sign.
 
     Args:
         x: the clips.
@@ -173,7 +176,8 @@ def with_positions(x: Tensor, times: Tensor | None = None) -> Tensor:
     """
     time, row, column = (torch.linspace(-1, 1, length, dtype=x.dtype, device=x.device) for length in x.shape[2:])
     time = time.expand(len(x), -1) if times is None else times
-    axes = (time[:, None, :, None, None], row[:, None], column)
+    time = time[:, None, :, None, None]
+    axes = (time, row[:, None], column, time * row[:, None], time * column)
     return torch.cat([x, *(axis.expand(len(x), 1, *x.shape[2:]) for axis in axes)], 1)
 
 

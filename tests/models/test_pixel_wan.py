@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch_size=(2, 4, 4),
         num_attention_heads=2,
         attention_head_dim=32,
-        in_channels=6,
+        in_channels=8,
         out_channels=3,
         text_dim=384,
         freq_dim=64,
@@ -81,10 +81,11 @@ def test_the_transformer_is_told_where_and_when_a_pixel_is() -> None:
 
     x = torch.randn(2, 3, 4, 5, 6)
     told = with_positions(x)
-    assert torch.equal(told[:, :3], x) and told.shape == (2, 6, 4, 5, 6)
+    assert torch.equal(told[:, :3], x) and told.shape == (2, 8, 4, 5, 6)
     for channel, (last, axis) in enumerate(((4, 2), (5, 3), (6, 4))):
         ramp = told[:, 3 + channel].movedim(axis - 1, 0).flatten(1)
         assert torch.equal(ramp, torch.linspace(-1, 1, last)[:, None].expand_as(ramp))
+    assert torch.equal(told[:, 6], told[:, 3] * told[:, 4]) and torch.equal(told[:, 7], told[:, 3] * told[:, 5])
 
 
 def test_guidance_leads_away_from_the_negative_prompt(pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
