@@ -5,9 +5,19 @@ Letters: m, n, k = tokens, out, in. The ops live in `torch.ops.quantdit`:
     rotate(x, premultiplier, block)                            (x * premultiplier) H, block-Hadamard (transform.py)
     quantize_tokens(x, bits, group_size, affine, static_scale) codes of each token on its int8 grid, and the grid's scales
     quantize_tokens_fp8(x)                                     the same in e4m3
+    rotate_quantize(x, premultiplier, block, format, ...)      rotate, then quantize_tokens or quantize_tokens_fp8
+    modulate_quantize(x, shift, modulation, eps, ...)          layer norm and AdaLN modulation, then rotate_quantize
     decode8(data, multiplier, offset, codebook, ...)           any stored weight -> I [n, k]
     gemm_w8a8(codes, token_scale, weight, scale, bias, dtype)  token_scale[m] scale[n] (codes I^T)[m, n] + bias
+    gemm_w4a8(codes, token_scale, data, ..., scale, bias)      gemm_w8a8 of decode8, of any stored format
     gemm_w8a16(x, weight, scale, bias)                         x (scale I)^T + bias
+    gemm_w4a16(x, data, ..., scale, bias)                      (x I^T) scale + bias, of any stored format
+
+What may follow a product, in float32 (`thin` [m, r], `up` [n, r], `gate` [images, n], `residual` [m, n]):
+
+    y -> residual + gate * activation(y + thin up^T)
+
+On CUDA the ops go to triton_ops/dispatch.py, which is imported by the first call.
 """
 
 from __future__ import annotations
@@ -30,27 +40,42 @@ _library.define(
 )
 _library.define("quantize_tokens_fp8(Tensor x) -> (Tensor, Tensor)")
 _library.define(
+    "rotate_quantize(Tensor x, Tensor premultiplier, int block, str format, int bits, int group_size=0,"
+    " Tensor? static_scale=None) -> (Tensor, Tensor)"
+)
+_library.define(
+    "modulate_quantize(Tensor x, Tensor shift, Tensor modulation, float eps, Tensor premultiplier, int block, str format,"
+    " int bits, int group_size=0, Tensor? static_scale=None) -> (Tensor, Tensor)"
+)
+_STORED = "Tensor data, Tensor? multiplier, Tensor? offset, Tensor? codebook, str format, int group_size"
+_AFTER = 'Tensor? thin=None, Tensor? up=None, str activation="none", Tensor? gate=None, Tensor? residual=None'
+_library.define(
     "decode8(Tensor data, Tensor? multiplier, Tensor? offset, Tensor? codebook,"
     " str format, int in_features, int group_size) -> Tensor"
 )
 _library.define(
-    "gemm_w8a8(Tensor codes, Tensor token_scale, Tensor weight, Tensor scale, Tensor? bias, ScalarType dtype) -> Tensor"
+    "gemm_w8a8(Tensor codes, Tensor token_scale, Tensor weight, Tensor scale, Tensor? bias, ScalarType dtype,"
+    f" {_AFTER}) -> Tensor"
+)
+_library.define(
+    f"gemm_w4a8(Tensor codes, Tensor token_scale, {_STORED}, Tensor scale, Tensor? bias, ScalarType dtype, {_AFTER}) -> Tensor"
 )
 _library.define("gemm_w8a16(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor")
+_library.define(f"gemm_w4a16(Tensor x, {_STORED}, Tensor scale, Tensor? bias, {_AFTER}) -> Tensor")
 
 _EVERYWHERE = "CompositeExplicitAutograd"
 
 
 # x :: [..., k] float, premultiplier :: [k] int8 or f32  ->  [..., k] like x
 @torch.library.impl(_library, "rotate", _EVERYWHERE)
-def _rotate(x: Tensor, premultiplier: Tensor, block: int) -> Tensor:
-    _check_rotate(x, premultiplier, block)
+def rotate_reference(x: Tensor, premultiplier: Tensor, block: int) -> Tensor:
+    check_rotate(x, premultiplier, block)
     return transform.apply(Transform(premultiplier, block), x)
 
 
 @torch.library.register_fake("quantdit::rotate")
 def _(x: Tensor, premultiplier: Tensor, block: int) -> Tensor:
-    _check_rotate(x, premultiplier, block)
+    check_rotate(x, premultiplier, block)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -69,8 +94,8 @@ def quantize_tokens_reference(
 
     Ties go to even. A token of zeros has scale 0.
     """
-    _check_tokens("quantize_tokens", x, bits, group_size)
-    _check_static(static_scale, affine)
+    check_tokens("quantize_tokens", x, bits, group_size)
+    check_static(static_scale, affine)
     x = x.float().contiguous()
     top = 2**bits - 1 if affine else 2 ** (bits - 1) - 1
     if group_size:
@@ -141,16 +166,16 @@ def _not_zero(scale: Tensor) -> Tensor:
 def _(
     x: Tensor, bits: int, group_size: int = 0, affine: bool = False, static_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    _check_tokens("quantize_tokens", x, bits, group_size)
-    _check_static(static_scale, affine)
+    check_tokens("quantize_tokens", x, bits, group_size)
+    check_static(static_scale, affine)
     codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
     return codes, x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 # x :: [m, k] float  ->  codes :: [m, k] e4m3, scale :: [m] f32;  x ~= scale[:, None] * codes
 @torch.library.impl(_library, "quantize_tokens_fp8", _EVERYWHERE)
-def _quantize_tokens_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    _check_tokens("quantize_tokens_fp8", x, 8, 0)
+def quantize_tokens_fp8_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    check_tokens("quantize_tokens_fp8", x, 8, 0)
     x = x.float().contiguous()
     scale = x.abs().amax(dim=1) / LARGEST
     return (x / _not_zero(scale)[:, None]).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
@@ -158,14 +183,96 @@ def _quantize_tokens_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("quantdit::quantize_tokens_fp8")
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    _check_tokens("quantize_tokens_fp8", x, 8, 0)
+    check_tokens("quantize_tokens_fp8", x, 8, 0)
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
     return codes, x.new_empty(x.shape[0], dtype=torch.float32)
 
 
+# x :: [m, k] float, premultiplier :: [k]  ->  codes :: [m, k] int8 or e4m3, scale :: [m] f32
+@torch.library.impl(_library, "rotate_quantize", _EVERYWHERE)
+def rotate_quantize_reference(
+    x: Tensor,
+    premultiplier: Tensor,
+    block: int,
+    format: str,
+    bits: int,
+    group_size: int = 0,
+    static_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Define `rotate_quantize`: `rotate`, then codes of a format of ActivationSpec: `int`, `affine` or `fp8`."""
+    check_rotate_quantize(x, premultiplier, block, format, bits, group_size)
+    rotated = rotate_reference(x, premultiplier, block)
+    if format == "fp8":
+        return quantize_tokens_fp8_reference(rotated)
+    return quantize_tokens_reference(rotated, bits, group_size, format == "affine", static_scale)
+
+
+@torch.library.register_fake("quantdit::rotate_quantize")
+def _(
+    x: Tensor,
+    premultiplier: Tensor,
+    block: int,
+    format: str,
+    bits: int,
+    group_size: int = 0,
+    static_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    check_rotate_quantize(x, premultiplier, block, format, bits, group_size)
+    element = torch.float8_e4m3fn if format == "fp8" else torch.int8
+    return x.new_empty(x.shape, dtype=element), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+# x :: [m, k] float, shift, modulation :: [images, k]; m / images tokens of one image follow one another
+@torch.library.impl(_library, "modulate_quantize", _EVERYWHERE)
+def modulate_quantize_reference(
+    x: Tensor,
+    shift: Tensor,
+    modulation: Tensor,
+    eps: float,
+    premultiplier: Tensor,
+    block: int,
+    format: str,
+    bits: int,
+    group_size: int = 0,
+    static_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Define `modulate_quantize`: what AdaLN does before attention and feed-forward (DiT, arXiv 2212.09748), then the codes.
+
+    `norm(x) (1 + modulation) + shift` in float32 with a layer norm without weights, rounded to x's dtype.
+    """
+    check_modulate(x, shift, modulation)
+    normed = torch.nn.functional.layer_norm(x.float(), (x.shape[1],), eps=eps)
+    tokens = x.shape[0] // shift.shape[0]
+    y = normed * (1 + _of_tokens(modulation, tokens)) + _of_tokens(shift, tokens)
+    return rotate_quantize_reference(y.to(x.dtype), premultiplier, block, format, bits, group_size, static_scale)
+
+
+def _of_tokens(of_image: Tensor, tokens: int) -> Tensor:
+    return of_image.float().repeat_interleave(tokens, dim=0)
+
+
+@torch.library.register_fake("quantdit::modulate_quantize")
+def _(
+    x: Tensor,
+    shift: Tensor,
+    modulation: Tensor,
+    eps: float,
+    premultiplier: Tensor,
+    block: int,
+    format: str,
+    bits: int,
+    group_size: int = 0,
+    static_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    check_modulate(x, shift, modulation)
+    check_rotate_quantize(x, premultiplier, block, format, bits, group_size)
+    element = torch.float8_e4m3fn if format == "fp8" else torch.int8
+    return x.new_empty(x.shape, dtype=element), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
 # stored tensors of a QTensor  ->  I :: [n, k] int8 or e4m3
 @torch.library.impl(_library, "decode8", _EVERYWHERE)
-def _decode8(
+def decode8_reference(
     data: Tensor,
     multiplier: Tensor | None,
     offset: Tensor | None,
@@ -200,43 +307,192 @@ def _(
 # codes :: [m, k], weight :: [n, k] (int8 or e4m3), token_scale :: [m] f32, scale :: [n] f32, bias :: [n]  ->  [m, n] dtype
 @torch.library.impl(_library, "gemm_w8a8", _EVERYWHERE)
 def gemm_w8a8_reference(
-    codes: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    codes: Tensor,
+    token_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    thin: Tensor | None = None,
+    up: Tensor | None = None,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Define `gemm_w8a8`: float64 holds every sum of up to 2^39 int8 products exactly."""
-    _check_codes(codes, token_scale, weight, scale)
+    check_codes(codes, token_scale, weight, scale)
+    check_after(codes, weight.shape[0], thin, up, activation, gate, residual)
     product = codes.float().double() @ weight.float().double().T
-    return _epilogue(product.float() * scale, token_scale, bias, dtype)
+    return after_product(product.float() * scale, token_scale, bias, dtype, thin, up, activation, gate, residual)
 
 
 @torch.library.impl(_library, "gemm_w8a8", "CPU")
 def _gemm_w8a8_cpu(
-    codes: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    codes: Tensor,
+    token_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    thin: Tensor | None = None,
+    up: Tensor | None = None,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    _check_codes(codes, token_scale, weight, scale)
+    check_codes(codes, token_scale, weight, scale)
+    check_after(codes, weight.shape[0], thin, up, activation, gate, residual)
     if weight.dtype != torch.int8 or codes.dtype != torch.int8:
         product = torch.nn.functional.linear(codes.float(), weight.float()) * scale
     else:
         product = cpu.scaled_int8_product(codes, weight, scale)
-    return _epilogue(product, token_scale, bias, dtype)
+    return after_product(product, token_scale, bias, dtype, thin, up, activation, gate, residual)
 
 
-def _epilogue(product: Tensor, token_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    product *= token_scale[:, None]
+def after_product(
+    product: Tensor,
+    token_scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    thin: Tensor | None,
+    up: Tensor | None,
+    activation: str,
+    gate: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """Return what follows the product `[m, n]` float32, which is overwritten."""
+    if token_scale is not None:
+        product *= token_scale[:, None]
     if bias is not None:
         product += bias.float()
+    if thin is not None:
+        product += thin.float() @ up.float().T
+    if activation == "gelu_tanh":
+        product = torch.nn.functional.gelu(product, approximate="tanh")
+    if gate is not None:
+        product *= _of_tokens(gate, product.shape[0] // gate.shape[0])
+    if residual is not None:
+        product += residual.float()
     return product.to(dtype)
 
 
 @torch.library.register_fake("quantdit::gemm_w8a8")
-def _(codes: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    _check_codes(codes, token_scale, weight, scale)
+def _(
+    codes: Tensor,
+    token_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    thin: Tensor | None = None,
+    up: Tensor | None = None,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    check_codes(codes, token_scale, weight, scale)
+    check_after(codes, weight.shape[0], thin, up, activation, gate, residual)
     return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=dtype)
+
+
+# as gemm_w8a8, the weight as it is stored
+@torch.library.impl(_library, "gemm_w4a8", _EVERYWHERE)
+def gemm_w4a8_reference(
+    codes: Tensor,
+    token_scale: Tensor,
+    data: Tensor,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    codebook: Tensor | None,
+    format: str,
+    group_size: int,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    thin: Tensor | None = None,
+    up: Tensor | None = None,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Define `gemm_w4a8`."""
+    weight = decode8_reference(data, multiplier, offset, codebook, format, codes.shape[1], group_size)
+    return gemm_w8a8_reference(codes, token_scale, weight, scale, bias, dtype, thin, up, activation, gate, residual)
+
+
+@torch.library.register_fake("quantdit::gemm_w4a8")
+def _(
+    codes: Tensor,
+    token_scale: Tensor,
+    data: Tensor,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    codebook: Tensor | None,
+    format: str,
+    group_size: int,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    thin: Tensor | None = None,
+    up: Tensor | None = None,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    check_after(codes, data.shape[0], thin, up, activation, gate, residual)
+    return codes.new_empty((codes.shape[0], data.shape[0]), dtype=dtype)
+
+
+# x :: [m, k] float, the weight as it is stored  ->  [m, n] like x
+@torch.library.impl(_library, "gemm_w4a16", _EVERYWHERE)
+def gemm_w4a16_reference(
+    x: Tensor,
+    data: Tensor,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    codebook: Tensor | None,
+    format: str,
+    group_size: int,
+    scale: Tensor,
+    bias: Tensor | None,
+    thin: Tensor | None = None,
+    up: Tensor | None = None,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Define `gemm_w4a16`: integers times x in float32, scaled afterwards."""
+    check_after(x, data.shape[0], thin, up, activation, gate, residual)
+    weight = decode8_reference(data, multiplier, offset, codebook, format, x.shape[1], group_size)
+    product = torch.nn.functional.linear(x.float(), weight.float()) * scale
+    return after_product(product, None, bias, x.dtype, thin, up, activation, gate, residual)
+
+
+@torch.library.register_fake("quantdit::gemm_w4a16")
+def _(
+    x: Tensor,
+    data: Tensor,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    codebook: Tensor | None,
+    format: str,
+    group_size: int,
+    scale: Tensor,
+    bias: Tensor | None,
+    thin: Tensor | None = None,
+    up: Tensor | None = None,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    check_after(x, data.shape[0], thin, up, activation, gate, residual)
+    return x.new_empty((x.shape[0], data.shape[0]))
 
 
 # x :: [m, k] float, weight :: [n, k] int8 or e4m3, scale :: [n] f32, bias :: [n]  ->  [m, n] like x
 @torch.library.impl(_library, "gemm_w8a16", _EVERYWHERE)
-def _gemm_w8a16(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    _check_gemm("gemm_w8a16", x, weight, scale)
+def gemm_w8a16_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    check_gemm("gemm_w8a16", x, weight, scale)
     # The weight is scaled before the product: x I^T alone would overflow float16.
     dense = (weight.float() * scale[:, None]).to(x.dtype)
     return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
@@ -244,11 +500,11 @@ def _gemm_w8a16(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -
 
 @torch.library.register_fake("quantdit::gemm_w8a16")
 def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    _check_gemm("gemm_w8a16", x, weight, scale)
+    check_gemm("gemm_w8a16", x, weight, scale)
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-def _check_rotate(x: Tensor, premultiplier: Tensor, block: int) -> None:
+def check_rotate(x: Tensor, premultiplier: Tensor, block: int) -> None:
     torch._check(
         x.shape[-1] == premultiplier.shape[0],
         lambda: f"rotate: x has width {x.shape[-1]}, premultiplier {premultiplier.shape[0]}",
@@ -256,28 +512,79 @@ def _check_rotate(x: Tensor, premultiplier: Tensor, block: int) -> None:
     torch._check(x.shape[-1] % block == 0, lambda: f"rotate: block {block} does not divide the width {x.shape[-1]}")
 
 
-def _check_tokens(op: str, x: Tensor, bits: int, group_size: int) -> None:
+def check_tokens(op: str, x: Tensor, bits: int, group_size: int) -> None:
     torch._check(x.dim() == 2, lambda: f"{op}: x must be [m, k], got {tuple(x.shape)}")
     torch._check(2 <= bits <= 8, lambda: f"{op}: bits must be 2..8, got {bits}")
     divides = group_size == 0 or (group_size > 0 and x.shape[1] % group_size == 0)
     torch._check(divides, lambda: f"{op}: group size {group_size} does not divide the width {x.shape[1]}")
 
 
-def _check_static(static_scale: Tensor | None, affine: bool) -> None:
+def check_static(static_scale: Tensor | None, affine: bool) -> None:
     if static_scale is not None:
         torch._check(not affine, lambda: "quantize_tokens: static scales are for symmetric codes")
         got = tuple(static_scale.shape)
         torch._check(got == (1,), lambda: f"quantize_tokens: static_scale must be [1], got {got}")
 
 
-def _check_codes(codes: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor) -> None:
-    _check_gemm("gemm_w8a8", codes, weight, scale)
+def check_rotate_quantize(x: Tensor, premultiplier: Tensor, block: int, format: str, bits: int, group_size: int) -> None:
+    torch._check(format in ("int", "affine", "fp8"), lambda: f"rotate_quantize: unknown activation format {format!r}")
+    check_tokens("rotate_quantize", x, bits, group_size)
+    check_rotate(x, premultiplier, block)
+
+
+def check_modulate(x: Tensor, shift: Tensor, modulation: Tensor) -> None:
+    images = shift.shape[0]
+    fits = x.dim() == 2 and shift.shape == modulation.shape == (images, x.shape[1]) and x.shape[0] % images == 0
+    torch._check(fits, lambda: f"modulate_quantize: x {tuple(x.shape)} and shift {tuple(shift.shape)} do not go together")
+
+
+def check_after(
+    x: Tensor, n: int, thin: Tensor | None, up: Tensor | None, activation: str, gate: Tensor | None, residual: Tensor | None
+) -> None:
+    m = x.shape[0]
+    torch._check(activation in ("none", "gelu_tanh"), lambda: f"gemm: unknown activation {activation!r}")
+    torch._check((thin is None) == (up is None), lambda: "gemm: thin and up come together")
+    if thin is not None:
+        torch._check(thin.shape == (m, up.shape[1]) and up.shape[0] == n, lambda: "gemm: thin must be [m, r] and up [n, r]")
+    if gate is not None:
+        torch._check(gate.shape[1] == n and m % gate.shape[0] == 0, lambda: "gemm: gate must be [images, n], images dividing m")
+    if residual is not None:
+        torch._check(residual.shape == (m, n), lambda: "gemm: residual must be [m, n]")
+
+
+def check_codes(codes: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor) -> None:
+    check_gemm("gemm_w8a8", codes, weight, scale)
     known = codes.dtype in (torch.int8, torch.float8_e4m3fn)
     torch._check(known, lambda: f"gemm_w8a8: codes must be int8 or e4m3, got {codes.dtype}")
     torch._check(token_scale.shape == codes.shape[:1], lambda: "gemm_w8a8: one token_scale per token is needed")
 
 
-def _check_gemm(op: str, x: Tensor, weight: Tensor, scale: Tensor) -> None:
+def check_gemm(op: str, x: Tensor, weight: Tensor, scale: Tensor) -> None:
     torch._check(x.dim() == 2 and weight.dim() == 2, lambda: f"{op}: operands must be matrices")
     torch._check(x.shape[1] == weight.shape[1], lambda: f"{op}: k differs, {x.shape[1]} and {weight.shape[1]}")
     torch._check(scale.shape == weight.shape[:1], lambda: f"{op}: one scale per output channel is needed")
+
+
+def _on_cuda(name: str) -> Callable:
+    def run(*args, **kwargs):
+        # Only now: importing quantdit imports neither triton nor anything that touches a GPU.
+        from quantdit.kernels.triton_ops import dispatch
+
+        return getattr(dispatch, name)(*args, **kwargs)
+
+    return run
+
+
+ON_CUDA = (
+    "rotate",
+    "quantize_tokens",
+    "quantize_tokens_fp8",
+    "rotate_quantize",
+    "modulate_quantize",
+    "decode8",
+    "gemm_w8a8",
+    "gemm_w4a8",
+    "gemm_w4a16",
+)  # gemm_w8a16 is a product of 16 bits, which torch has
+for _name in ON_CUDA:
+    torch.library.impl(_library, _name, "CUDA")(_on_cuda(_name))

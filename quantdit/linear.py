@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import quantdit.kernels.ops  # noqa: F401 - defines torch.ops.quantdit
 from quantdit import transform
 from quantdit.kernels.cpu import version_of
+from quantdit.kernels.triton_ops import dispatch
 from quantdit.layer_spec import LayerSpec, layer_fields
 from quantdit.qtensor import FIELDS, QTensor
 from quantdit.timesteps import bucket_of, timestep_of
@@ -24,6 +25,7 @@ class QuantLinear(nn.Linear):
     `[out, in]` in the original space, which is what PEFT's LoRA needs.
 
     On CPU the decoded int8 matrix is kept after the first call (`cache_decoded`): one byte a weight, a quarter of float32.
+    On a GPU kernels/triton_ops/dispatch.py chooses the way, and nothing is kept.
     """
 
     def __init__(self, layer_spec: LayerSpec, bias: bool, device: torch.device | str = "cpu") -> None:
@@ -84,15 +86,7 @@ class QuantLinear(nn.Linear):
         stored = tuple((id(t), version_of(t)) for t in self._buffers.values())
         if self._decoded is not None and self._decoded[0] == stored:
             return self._decoded[1]
-        integers = torch.ops.quantdit.decode8(
-            self.data,
-            getattr(self, "multiplier", None),
-            getattr(self, "offset", None),
-            getattr(self, "codebook", None),
-            self.spec.format,
-            self.in_features,
-            self.spec.group_size,
-        )
+        integers = torch.ops.quantdit.decode8(*self._stored(), self.spec.format, self.in_features, self.spec.group_size)
         if self.cache_decoded and self.data.device.type == "cpu" and not torch.compiler.is_compiling():
             self._decoded = (stored, integers)
         return integers
@@ -103,18 +97,57 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x `[..., in]` to `[..., out]` in x's dtype."""
-        tokens = self._transformed(x.reshape(-1, self.in_features))
+        tokens = x.reshape(-1, self.in_features)
+        y = self._on_gpu(tokens) if dispatch.on_gpu(tokens) else self._on_cpu(tokens)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _on_cpu(self, x: Tensor) -> Tensor:
+        tokens = self._transformed(x)
         integers = self.decoded()
-        activation = self.layer_spec.activation
-        if activation.bits == 16:
+        if self.layer_spec.activation.bits == 16:
             y = torch.ops.quantdit.gemm_w8a16(tokens, integers, self.scale, self.bias)
         else:
             codes, token_scale = self._quantized(tokens)
             y = torch.ops.quantdit.gemm_w8a8(codes, token_scale, integers, self.scale, self.bias, x.dtype)
         if self.layer_spec.rank:
-            thin = nn.functional.linear(tokens, self.down.to(tokens.dtype))
-            y = y + nn.functional.linear(thin, self.up.to(tokens.dtype))
-        return y.reshape(*x.shape[:-1], self.out_features)
+            y = y + nn.functional.linear(self._thin(tokens), self.up.to(tokens.dtype))
+        return y
+
+    def _on_gpu(self, x: Tensor) -> Tensor:
+        """The same by the way that triton_ops/dispatch.py chooses; the low-rank branch is added in float32."""
+        op, s, a = torch.ops.quantdit, self.layer_spec, self.layer_spec.activation
+        way = dispatch.choose(x.shape[0], s, x.dtype, dispatch.capability_of(x.device))
+        stored = (*self._stored(), self.spec.format, self.spec.group_size)
+        if way.prepare == "fused":
+            static = self._static_scale()
+            codes, token_scale = op.rotate_quantize(x, self.premultiplier, s.block, a.format, a.bits, a.group_size, static)
+            return self._product(way, codes, token_scale, stored, x.dtype, ())
+        tokens = self._transformed(x)
+        branch = (self._thin(tokens), self.up) if s.rank else ()
+        if way.product == "w4a16":
+            return op.gemm_w4a16(tokens, *stored, self.scale, self.bias, *branch)
+        if way.product == "dense":
+            y = op.gemm_w8a16(tokens, self.decoded(), self.scale, self.bias)
+            return y + nn.functional.linear(branch[0], branch[1].to(y.dtype)) if branch else y
+        codes, token_scale = self._quantized(tokens)
+        return self._product(way, codes, token_scale, stored, x.dtype, branch)
+
+    def _product(
+        self, way: dispatch.Way, codes: Tensor, token_scale: Tensor, stored: tuple, dtype: torch.dtype, branch: tuple
+    ) -> Tensor:
+        if way.product == "w4a8":
+            return torch.ops.quantdit.gemm_w4a8(codes, token_scale, *stored, self.scale, self.bias, dtype, *branch)
+        weight = self.data if way.product == "w8a8" else self.decoded()
+        return torch.ops.quantdit.gemm_w8a8(codes, token_scale, weight, self.scale, self.bias, dtype, *branch)
+
+    def _stored(self) -> tuple[Tensor | None, ...]:
+        return tuple(getattr(self, name, None) for name in ("data", "multiplier", "offset", "codebook"))
+
+    def _thin(self, tokens: Tensor) -> Tensor:
+        return nn.functional.linear(tokens, self.down.to(tokens.dtype))
+
+    def _static_scale(self) -> Tensor | None:
+        return self.static_scale[self.bucket : self.bucket + 1] if self.layer_spec.activation.buckets else None
 
     def _transformed(self, tokens: Tensor) -> Tensor:
         if self.layer_spec.rotation == "hadamard":
@@ -125,8 +158,7 @@ class QuantLinear(nn.Linear):
         a = self.layer_spec.activation
         if a.format == "fp8":
             return torch.ops.quantdit.quantize_tokens_fp8(tokens)
-        static = self.static_scale[self.bucket : self.bucket + 1] if a.buckets else None
-        return torch.ops.quantdit.quantize_tokens(tokens, a.bits, a.group_size, a.format == "affine", static)
+        return torch.ops.quantdit.quantize_tokens(tokens, a.bits, a.group_size, a.format == "affine", self._static_scale())
 
     def extra_repr(self) -> str:
         """Describe the layer as `nn.Linear` would."""

@@ -1,0 +1,305 @@
+"""Which way a quantized linear goes on a GPU, and what each op of torch.ops.quantdit runs there. Imports no triton.
+
+    prepare   fused     Hadamard, no low-rank branch, quantized activations       rotate_quantize
+              separate  otherwise                                                 rotate or torch, then quantize_tokens
+    product   w8a8      the weight is 8 bits as stored                            gemm_w8a8
+              w4a8      packed weight, m below `decode_from_m`                    gemm_w4a8, decoded in registers
+              decode    packed weight, m from there on                            decode8 to scratch, then gemm_w8a8
+              w4a16     16-bit activations, m up to `w4a16_up_to_m`               gemm_w4a16
+              dense     16-bit activations, more tokens, or float32               decode8, then torch's product
+
+`QUANTDIT_KERNELS` or `using(mode)` chooses otherwise: `packed` and `decode` fix the product of packed weights with quantized
+activations, `torch` takes torch._int_mm and torch._scaled_mm for w8a8, `reference` runs the definitions of kernels/ops.py. The
+crossover points are in crossover.json. What the kernels do not take runs as its definition, on the same device:
+
+    everything    without triton, before Ampere (compute capability 8.0)
+    tokens        wider than LARGEST_WIDTH or float64; activation groups other than GROUPS; Hadamard blocks above LARGEST_BLOCK
+    e4m3 codes    before compute capability 8.9
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantdit.kernels import ops
+from quantdit.layer_spec import LayerSpec
+
+MODES = ("auto", "packed", "decode", "torch", "reference")
+ARCHITECTURES = (80, 89, 90, 100, 120)  # compute capability; others take the rows of the nearest below
+LARGEST_BLOCK = 128  # of a Hadamard
+LARGEST_WIDTH = 16384  # of a token in the registers of one program
+GROUPS = (0, 32, 64, 128)  # of activations
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+WHOLE = ("int8", "fp8_e4m3")  # formats that store `I` itself
+
+
+def _mode(text: str) -> str:
+    if text not in MODES:
+        raise ValueError(f"QUANTDIT_KERNELS = {text!r} is unknown; known: {', '.join(MODES)}")
+    return text
+
+
+mode = _mode(os.environ.get("QUANTDIT_KERNELS", "auto"))
+CROSSOVER = json.loads(Path(__file__).with_name("crossover.json").read_text())
+
+
+@contextmanager
+def using(chosen: str) -> Iterator[None]:
+    """Choose the way for all layers while the context lasts: a name of MODES.
+
+    Raises:
+        ValueError: unknown mode.
+    """
+    global mode
+    before, mode = mode, _mode(chosen)
+    try:
+        yield
+    finally:
+        mode = before
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one linear runs: `prepare` and `product` are words of the table above."""
+
+    prepare: str
+    product: str
+
+
+def choose(m: int, layer: LayerSpec, dtype: torch.dtype, capability: int) -> Way:
+    """Return the way of a layer with m tokens of a dtype on a GPU of this compute capability (90 for 9.0)."""
+    a, weight = layer.activation, layer.weight
+    if a.bits == 16:
+        few = m <= CROSSOVER["w4a16_up_to_m"][architecture(capability)] and dtype != torch.float32 and mode != "reference"
+        return Way("separate", "w4a16" if few else "dense")
+    prepare = "fused" if layer.rotation == "hadamard" and not layer.rank else "separate"
+    if weight.format in WHOLE:
+        return Way(prepare, "w8a8")
+    if mode in ("packed", "decode"):
+        return Way(prepare, "w4a8" if mode == "packed" else "decode")
+    start = CROSSOVER["decode_from_m"][architecture(capability)]
+    packed = mode != "torch" and (start is None or m < start)
+    return Way(prepare, "w4a8" if packed else "decode")
+
+
+def architecture(capability: int) -> str:
+    """Return the row of CROSSOVER for a compute capability."""
+    return str(max((a for a in ARCHITECTURES if a <= capability), default=ARCHITECTURES[0]))
+
+
+def on_gpu(tokens: Tensor) -> bool:
+    """Return whether tokens go the ways of this table rather than the CPU's."""
+    return tokens.is_cuda
+
+
+@lru_cache(maxsize=8)
+def capability_of(device: torch.device) -> int:
+    """Return the compute capability of a device, 90 for 9.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def kernels_run(x: Tensor) -> bool:
+    """Return whether Triton kernels can take x."""
+    return mode != "reference" and find_spec("triton") is not None and capability_of(x.device) >= ARCHITECTURES[0]
+
+
+def _takes_tokens(x: Tensor, block: int, fp8: bool, group_size: int) -> bool:
+    fits = x.dtype in FLOATS and x.shape[-1] <= LARGEST_WIDTH and block <= LARGEST_BLOCK and group_size in GROUPS
+    return kernels_run(x) and fits and (not fp8 or capability_of(x.device) >= 89)
+
+
+def _takes_codes(codes: Tensor) -> bool:
+    return kernels_run(codes) and (codes.dtype == torch.int8 or capability_of(codes.device) >= 89)
+
+
+def rotate(x: Tensor, premultiplier: Tensor, block: int) -> Tensor:
+    """Run `rotate`."""
+    ops.check_rotate(x, premultiplier, block)
+    if not _takes_tokens(x, block, False, 0):
+        return ops.rotate_reference(x, premultiplier, block)
+    from quantdit.kernels.triton_ops.quantize_tokens import quantize_tokens as kernel
+
+    return kernel(x.reshape(-1, x.shape[-1]), premultiplier, block, "none")[0].reshape(x.shape)
+
+
+def quantize_tokens(
+    x: Tensor, bits: int, group_size: int = 0, affine: bool = False, static_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run `quantize_tokens`."""
+    ops.check_tokens("quantize_tokens", x, bits, group_size)
+    ops.check_static(static_scale, affine)
+    if not _takes_tokens(x, 1, False, group_size):
+        return ops.quantize_tokens_reference(x, bits, group_size, affine, static_scale)
+    from quantdit.kernels.triton_ops.quantize_tokens import quantize_tokens as kernel
+
+    return kernel(x, None, 1, "affine" if affine else "int", bits, group_size, static_scale)
+
+
+def quantize_tokens_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Run `quantize_tokens_fp8`."""
+    ops.check_tokens("quantize_tokens_fp8", x, 8, 0)
+    if not _takes_tokens(x, 1, True, 0):
+        return ops.quantize_tokens_fp8_reference(x)
+    from quantdit.kernels.triton_ops.quantize_tokens import quantize_tokens as kernel
+
+    return kernel(x, None, 1, "fp8")
+
+
+def rotate_quantize(
+    x: Tensor, premultiplier: Tensor, block: int, format: str, bits: int, group_size: int = 0, static_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run `rotate_quantize`."""
+    ops.check_rotate_quantize(x, premultiplier, block, format, bits, group_size)
+    ops.check_static(static_scale, format == "affine")
+    if not _takes_tokens(x, block, format == "fp8", group_size):
+        return ops.rotate_quantize_reference(x, premultiplier, block, format, bits, group_size, static_scale)
+    from quantdit.kernels.triton_ops.quantize_tokens import quantize_tokens as kernel
+
+    return kernel(x, premultiplier, block, format, bits, group_size, static_scale)
+
+
+def modulate_quantize(
+    x: Tensor,
+    shift: Tensor,
+    modulation: Tensor,
+    eps: float,
+    premultiplier: Tensor,
+    block: int,
+    format: str,
+    bits: int,
+    group_size: int = 0,
+    static_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run `modulate_quantize`."""
+    ops.check_modulate(x, shift, modulation)
+    ops.check_rotate_quantize(x, premultiplier, block, format, bits, group_size)
+    ops.check_static(static_scale, format == "affine")
+    rest = (premultiplier, block, format, bits, group_size, static_scale)
+    if not _takes_tokens(x, block, format == "fp8", group_size):
+        return ops.modulate_quantize_reference(x, shift, modulation, eps, *rest)
+    from quantdit.kernels.triton_ops.quantize_tokens import quantize_tokens as kernel
+
+    return kernel(x, *rest, shift, modulation, eps)
+
+
+def decode8(
+    data: Tensor,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    codebook: Tensor | None,
+    format: str,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """Run `decode8`."""
+    stored = (data, multiplier, offset, codebook, format, in_features, group_size)
+    if format in WHOLE or not kernels_run(data):
+        return ops.decode8_reference(*stored)
+    from quantdit.kernels.triton_ops.decode8 import decode8 as kernel
+
+    return kernel(*stored)
+
+
+def gemm_w8a8(
+    codes: Tensor,
+    token_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    thin: Tensor | None = None,
+    up: Tensor | None = None,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Run `gemm_w8a8`."""
+    ops.check_codes(codes, token_scale, weight, scale)
+    after = (thin, up, activation, gate, residual)
+    ops.check_after(codes, weight.shape[0], *after)
+    if not _takes_codes(codes):
+        return ops.gemm_w8a8_reference(codes, token_scale, weight, scale, bias, dtype, *after)
+    if mode == "torch" and (product := _torch_product(codes, weight)) is not None:
+        return ops.after_product(product.float() * scale, token_scale, bias, dtype, *after)
+    from quantdit.kernels.triton_ops.gemm_w8a8 import gemm_w8a8 as kernel
+
+    return kernel(codes, token_scale, weight, scale, bias, dtype, *after, capability=capability_of(codes.device))
+
+
+def _torch_product(codes: Tensor, weight: Tensor) -> Tensor | None:
+    """Return `codes weight^T` by cuBLASLt, or None where it does not take the shapes."""
+    m, k, n = *codes.shape, weight.shape[0]
+    if k % 16 or n % 16 or m <= 16 or codes.dtype != weight.dtype:
+        return None
+    codes, weight = codes.contiguous(), weight.contiguous()
+    if codes.dtype == torch.int8:
+        return torch._int_mm(codes, weight.T)
+    one = torch.ones((), device=codes.device)
+    return torch._scaled_mm(codes, weight.T, scale_a=one, scale_b=one, out_dtype=torch.float32)
+
+
+def gemm_w4a8(
+    codes: Tensor,
+    token_scale: Tensor,
+    data: Tensor,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    codebook: Tensor | None,
+    format: str,
+    group_size: int,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    thin: Tensor | None = None,
+    up: Tensor | None = None,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Run `gemm_w4a8`."""
+    stored = (data, multiplier, offset, codebook, format, group_size)
+    after = (thin, up, activation, gate, residual)
+    ops.check_after(codes, data.shape[0], *after)
+    if not _takes_codes(codes):
+        return ops.gemm_w4a8_reference(codes, token_scale, *stored, scale, bias, dtype, *after)
+    from quantdit.kernels.triton_ops.gemm_w4 import gemm_w4 as kernel
+
+    return kernel(codes, token_scale, *stored, scale, bias, dtype, *after, capability=capability_of(codes.device))
+
+
+def gemm_w4a16(
+    x: Tensor,
+    data: Tensor,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    codebook: Tensor | None,
+    format: str,
+    group_size: int,
+    scale: Tensor,
+    bias: Tensor | None,
+    thin: Tensor | None = None,
+    up: Tensor | None = None,
+    activation: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Run `gemm_w4a16`."""
+    stored = (data, multiplier, offset, codebook, format, group_size)
+    after = (thin, up, activation, gate, residual)
+    ops.check_after(x, data.shape[0], *after)
+    if not kernels_run(x) or x.dtype not in (torch.float16, torch.bfloat16):
+        return ops.gemm_w4a16_reference(x, *stored, scale, bias, *after)
+    from quantdit.kernels.triton_ops.gemm_w4 import gemm_w4 as kernel
+
+    return kernel(x, None, *stored, scale, bias, x.dtype, *after, capability=capability_of(x.device))

@@ -1,0 +1,249 @@
+"""A token in one pass: layer norm and modulation, smoothing and signs, block-Hadamard, then codes and scale.
+
+References: `quantize_tokens`, `rotate`, `rotate_quantize`, `modulate_quantize` in kernels/ops.py. Codes are theirs to the bit,
+except that a sum of another order (rotation, layer norm, error of a group) may turn a tie. A program keeps whole tokens in
+registers as rows of 128 inputs, so that one product by a 128 x 128 matrix of +-1 rotates all of their blocks.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantdit import hadamard
+from quantdit.formats.float8 import LARGEST
+from quantdit.kernels.triton_ops.epilogue import contiguous
+from quantdit.kernels.triton_ops.ptx import rint
+
+LANES = 128  # inputs a row; a Hadamard block divides it
+ROWS = 64  # of a program, unless one token has more
+MAX_WIDTH = 128 * LANES  # of a token that still fits the registers of a program
+FORMATS = ("none", "int", "affine", "fp8")
+# grid: (programs,), each loops over groups of TOKENS; x [M, K]; premultiplier [K]; hadamard [128, 128]; y [M, K]; scale [M]
+
+
+@triton.jit
+def _rotated(y, h, PARTS: tl.constexpr):
+    """Return y h in float32 for y float32 and h of +-1 in 16 bits: exact products of 1, 2 or 3 parts that add up to y."""
+    part = y.to(h.dtype)
+    z = tl.dot(part, h)
+    for _ in tl.static_range(PARTS - 1):
+        y = y - part.to(tl.float32)
+        part = y.to(h.dtype)
+        z = tl.dot(part, h, z)
+    return z
+
+
+@triton.jit
+def _of_token(v, OP: tl.constexpr, TOKENS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Reduce v `[rows]` over the rows of each token, to `[TOKENS]`."""
+    v = tl.reshape(v, (TOKENS, BLOCKS))
+    return tl.sum(v, 1) if OP == "sum" else tl.max(v, 1)
+
+
+@triton.jit
+def _of_rows(v, TOKENS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Repeat v `[TOKENS]` for the rows of each token, to `[rows, 1]`."""
+    return tl.reshape(tl.broadcast_to(v[:, None], (TOKENS, BLOCKS)), (TOKENS * BLOCKS, 1))
+
+
+@triton.jit
+def _symmetric(y, multiplier, TOP: tl.constexpr):
+    code = tl.clamp(rint(tl.div_rn(y, multiplier + tl.zeros_like(y))), -TOP, TOP)
+    return tl.clamp(code * multiplier, -127.0, 127.0)
+
+
+@triton.jit
+def _offset(low, high, multiplier, TOP: tl.constexpr):
+    centred = rint((low + high - TOP * multiplier) / 2)
+    return tl.minimum(tl.maximum(centred, -128.0), 127.0 - TOP * multiplier)
+
+
+@triton.jit
+def _affine(y, low, high, multiplier, TOP: tl.constexpr):
+    offset = _offset(low, high, multiplier, TOP)
+    code = tl.clamp(rint(tl.div_rn(y - offset, multiplier + tl.zeros_like(y))), 0.0, TOP)
+    return tl.clamp(code * multiplier + offset, -128.0, 127.0)
+
+
+@triton.jit
+def _grouped(y, AFFINE: tl.constexpr, TOP: tl.constexpr):
+    """Return the integers of y `[rows, groups, g]` in units of the token's int8 grid (ops._nearer)."""
+    if AFFINE:
+        low, high = tl.min(y, 2)[:, :, None], tl.max(y, 2)[:, :, None]
+        step = high - low
+    else:
+        step = tl.max(tl.abs(y), 2)[:, :, None]
+        low, high = step, step
+    step = tl.div_rn(step, TOP + tl.zeros_like(step))
+    above, below = tl.maximum(tl.ceil(step), 1.0), tl.maximum(tl.floor(step), 1.0)
+    if AFFINE:
+        wide, fine = _affine(y, low, high, above, TOP), _affine(y, low, high, below, TOP)
+    else:
+        wide, fine = _symmetric(y, above, TOP), _symmetric(y, below, TOP)
+    better = tl.sum((fine - y) * (fine - y), 2) < tl.sum((wide - y) * (wide - y), 2)
+    return tl.where(better[:, :, None], fine, wide)
+
+
+@triton.jit
+def quantize_tokens_kernel(
+    x_ptr,
+    shift_ptr,  # [images, K] of the modulation, or None
+    modulation_ptr,  # [images, K]
+    premultiplier_ptr,  # [K] or None
+    hadamard_ptr,  # [128, 128] of +-1 and 0, or None
+    static_ptr,  # [1] f32 or None
+    y_ptr,
+    scale_ptr,
+    M,
+    K,
+    tokens_per_image,
+    eps,
+    norm,  # 1 / sqrt(block)
+    TOKENS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PARTS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    TOP: tl.constexpr,  # largest code, a float
+    GROUP: tl.constexpr,
+):
+    lane = tl.arange(0, 128)
+    rows = tl.arange(0, TOKENS * BLOCKS)
+    column = (rows % BLOCKS * 128)[:, None] + lane[None, :]
+    if hadamard_ptr is not None:
+        h = tl.load(hadamard_ptr + lane[:, None] * 128 + lane[None, :])
+    for first in range(tl.program_id(0) * TOKENS, M, tl.num_programs(0) * TOKENS):
+        token = (first + rows // BLOCKS).to(tl.int64)[:, None]
+        ok = (token < M) & (column < K)
+        y = tl.load(x_ptr + token * K + column, mask=ok, other=0.0).to(tl.float32)
+        if modulation_ptr is not None:
+            at = token // tokens_per_image * K + column
+            mean = _of_token(tl.sum(y, 1), "sum", TOKENS, BLOCKS) / K
+            y = tl.where(ok, y - _of_rows(mean, TOKENS, BLOCKS), 0.0)
+            variance = _of_token(tl.sum(y * y, 1), "sum", TOKENS, BLOCKS) / K
+            y = y * _of_rows(tl.rsqrt(variance + eps), TOKENS, BLOCKS)
+            y = y * (1.0 + tl.load(modulation_ptr + at, mask=ok, other=0.0).to(tl.float32))
+            y = y + tl.load(shift_ptr + at, mask=ok, other=0.0).to(tl.float32)
+            y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
+        if premultiplier_ptr is not None:
+            y = y * tl.load(premultiplier_ptr + column, mask=column < K, other=0).to(tl.float32)
+        if hadamard_ptr is not None:
+            y = _rotated(y, h, PARTS) * norm
+        y = y.to(x_ptr.dtype.element_ty).to(tl.float32)  # what `rotate` returns
+
+        if FORMAT == "none":
+            tl.store(y_ptr + token * K + column, y.to(y_ptr.dtype.element_ty), mask=ok)
+        else:
+            absmax = _of_token(tl.max(tl.abs(y), 1), "max", TOKENS, BLOCKS)
+            low = absmax  # used by `affine` without groups
+            high = absmax
+            if GROUP:
+                scale = tl.div_rn(absmax, 127.0 + tl.zeros_like(absmax))
+            elif FORMAT == "affine":
+                low = -_of_token(tl.max(tl.where(ok, -y, float("-inf")), 1), "max", TOKENS, BLOCKS)
+                high = _of_token(tl.max(tl.where(ok, y, float("-inf")), 1), "max", TOKENS, BLOCKS)
+                step = tl.div_rn(high - low, TOP + tl.zeros_like(low))
+                scale = tl.maximum(step, tl.div_rn(absmax, 127.0 + tl.zeros_like(absmax)))
+            else:
+                scale = tl.div_rn(absmax, TOP + tl.zeros_like(absmax))
+            if static_ptr is not None:
+                scale = tl.load(static_ptr) + tl.zeros_like(scale)
+            divisor = tl.where(scale == 0.0, 1.0, scale)
+            y = tl.div_rn(y, _of_rows(divisor, TOKENS, BLOCKS) + tl.zeros_like(y))
+            if GROUP:
+                y = tl.reshape(tl.clamp(y, -127.0, 127.0), (TOKENS * BLOCKS, 128 // GROUP, GROUP))
+                y = tl.reshape(_grouped(y, FORMAT == "affine", TOP), (TOKENS * BLOCKS, 128))
+            elif FORMAT == "affine":
+                one = tl.full((TOKENS,), 1.0, tl.float32)
+                offset = _offset(tl.div_rn(low, divisor), tl.div_rn(high, divisor), one, TOP)
+                offset = _of_rows(offset, TOKENS, BLOCKS)
+                y = tl.clamp(rint(y - offset), 0.0, TOP) + offset
+            else:
+                y = tl.clamp(y, -TOP, TOP)
+                if FORMAT == "int":
+                    y = rint(y)
+            tl.store(y_ptr + token * K + column, y.to(y_ptr.dtype.element_ty), mask=ok)
+            tokens = first + tl.arange(0, TOKENS)
+            tl.store(scale_ptr + tokens, scale, mask=tokens < M)
+
+
+def quantize_tokens(
+    x: Tensor,
+    premultiplier: Tensor | None,
+    block: int,
+    format: str,
+    bits: int = 8,
+    group_size: int = 0,
+    static_scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    modulation: Tensor | None = None,
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Return codes `[m, k]` int8 or e4m3 and scale `[m]` float32; with format `none` the transformed x and an empty scale.
+
+    Args:
+        x: `[m, k]` float16, bfloat16 or float32, k at most MAX_WIDTH.
+        premultiplier: `[k]` int8 or float32, or None.
+        block: of the Hadamard, a power of two up to 128; 1: none.
+        format: one of FORMATS.
+        bits: of a code; with `fp8` and `none` it does not matter.
+        group_size: 0, 32, 64 or 128.
+        static_scale: `[1]` float32.
+        shift: `[images, k]`; with it x is first normalised over k and modulated, `norm(x) (1 + modulation) + shift`.
+        modulation: `[images, k]`; m is a multiple of images.
+        eps: of the layer norm.
+    """
+    (x, premultiplier, shift, modulation) = contiguous(x, premultiplier, shift, modulation)
+    m, k = x.shape
+    y = torch.empty_like(x, dtype={"none": x.dtype, "fp8": torch.float8_e4m3fn}.get(format, torch.int8))
+    scale = x.new_empty(0 if format == "none" else m, dtype=torch.float32)
+    if not m:
+        return y, scale
+    constants = constants_of(k, x.dtype, premultiplier, format, bits, group_size)
+    warps = constants.pop("num_warps")
+    groups = triton.cdiv(m, constants["TOKENS"])
+    quantize_tokens_kernel[(min(groups, programs(x.device)),)](
+        x, shift, modulation, premultiplier, _signs(block, _exact(x.dtype, premultiplier), x.device) if block > 1 else None,
+        static_scale, y, scale, m, k, m if shift is None else m // shift.shape[0], eps, block**-0.5,
+        **constants, num_warps=warps,
+    )  # fmt: skip
+    return y, scale
+
+
+def constants_of(k: int, dtype: torch.dtype, premultiplier: Tensor | None, format: str, bits: int, group_size: int) -> dict:
+    """Return the constexpr arguments and num_warps for tokens of width k."""
+    blocks = triton.next_power_of_2(triton.cdiv(k, LANES))
+    narrow = _exact(dtype, premultiplier) == dtype
+    top = {"fp8": LARGEST, "affine": 2.0**bits - 1}.get(format, 2.0 ** (bits - 1) - 1)
+    return {
+        "TOKENS": max(1, ROWS // blocks),
+        "BLOCKS": blocks,
+        "PARTS": 1 if narrow else 2 if dtype == torch.bfloat16 else 3,
+        "FORMAT": format,
+        "TOP": top,
+        "GROUP": group_size,
+        "num_warps": 4 if blocks <= ROWS else 8,
+    }
+
+
+def _exact(dtype: torch.dtype, premultiplier: Tensor | None) -> torch.dtype:
+    """Return in what 16 bits the rotation multiplies: the input's own if signs alone change it."""
+    signs = premultiplier is None or premultiplier.dtype == torch.int8
+    return dtype if signs and dtype != torch.float32 else torch.bfloat16
+
+
+@lru_cache(maxsize=16)
+def _signs(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return `[128, 128]`, Hadamard blocks of +-1 along the diagonal."""
+    h = (hadamard.hadamard(block) * block**0.5).round()
+    return torch.block_diag(*[h] * (LANES // block)).to(device=device, dtype=dtype)
+
+
+@lru_cache(maxsize=8)
+def programs(device: torch.device) -> int:
+    """Return how many programs keep a device busy; each loads the Hadamard matrix once."""
+    return 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -1,0 +1,425 @@
+"""Compile every kernel and shipped configuration for every architecture, without a GPU, and look at the machine code.
+
+`make bench-static` writes static.jsonl and static.md beside this file. A row with errors makes the command fail: spills, another
+tensor-core instruction than the type of the product has, registers or shared memory beyond the limits, serialized wgmma, inline
+PTX on tiles whose registers are not four neighbours along k.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from quantdit.formats import FORMATS
+from quantdit.kernels.triton_ops import decode8, gemm_fp4, gemm_w4, gemm_w8a8, quantize_tokens
+from quantdit.kernels.triton_ops.tuning import Config
+
+FOLDER = Path(__file__).parent
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+NAMES = {80: "sm_80", 89: "sm_89", 90: "sm_90a", 100: "sm_100a", 120: "sm_120a"}
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+REGISTERS = 65536
+# What the product of each type is in SASS. Small tiles may take mma.sync on Hopper and Blackwell too.
+INSTRUCTION = {
+    "int8": {80: r"IMMA", 89: r"IMMA", 90: r"IGMMA|IMMA", 100: r"UTCIMMA|IMMA", 120: r"IMMA"},
+    "e4m3": {89: r"QMMA", 90: r"QGMMA", 100: r"UTCQMMA|QMMA", 120: r"QMMA"},
+    "fp4": {100: r"UTCOMMA", 120: r"OMMA"},
+    "bf16": {80: r"HMMA", 89: r"HMMA", 90: r"HGMMA|HMMA", 100: r"UTCHMMA|HMMA", 120: r"HMMA"},
+}
+MMA = re.compile(r"^(HMMA|IMMA|QMMA|OMMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)")
+SASS = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation: `types` of the arguments that are not constants, and the type of the product, if there is one."""
+
+    kernel: str
+    variant: str
+    arch: int
+    types: dict[str, str]
+    constants: dict
+    warps: int
+    stages: int
+    product: str | None = None
+    macs: int = 0  # of a turn of the main loop
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """Return what names the row."""
+        return self.kernel, self.variant, self.arch
+
+
+MODULES = (quantize_tokens, decode8, gemm_w8a8, gemm_w4, gemm_fp4)
+JIT = {name: value for module in MODULES for name, value in vars(module).items() if name.endswith("_kernel")}
+AFTER = {name: None for name in ("bias_ptr", "thin_ptr", "up_ptr", "gate_ptr", "residual_ptr")}
+AFTER_TYPES = {"bias_ptr": "*bf16", "thin_ptr": "*bf16", "up_ptr": "*bf16", "gate_ptr": "*bf16", "residual_ptr": "*bf16"}
+SIZES = ("M", "N", "K", "rank", "tokens_per_image")
+
+
+def text(c: Config) -> str:
+    """Return a configuration as `128x256x128 w8 s3`."""
+    return f"{c.bm}x{c.bn}x{c.bk} w{c.warps} s{c.stages}" + (f" k{c.splits}" if c.splits > 1 else "")
+
+
+def quantize_cases(arch: int) -> Iterator[Case]:
+    """Each format with its rotation, at widths of a row and of many; the last are parts that dispatch uses alone."""
+    variants = [
+        ("int rotated", "bf16", "i8", "int", 8, 0, True, False),
+        ("int rotated, modulated", "bf16", "i8", "int", 8, 0, True, True),
+        ("int rotated, smoothed", "bf16", "fp32", "int", 8, 0, True, False),
+        ("affine g32 rotated", "bf16", "i8", "affine", 4, 32, True, False),
+        ("int g64 rotated", "bf16", "i8", "int", 4, 64, True, False),
+        ("affine rotated", "bf16", "i8", "affine", 8, 0, True, False),
+        ("rotated", "bf16", "i8", "none", 8, 0, True, False),
+        ("rotated float32", "fp32", "i8", "none", 8, 0, True, False),
+        ("int", "bf16", None, "int", 8, 0, False, False),
+    ]
+    if arch >= 89:
+        variants.append(("e4m3 rotated", "bf16", "i8", "fp8", 8, 0, True, False))
+    for name, x, multiplier, format, bits, group, rotated, modulated in variants:
+        for k in (1536, 8960):
+            smooth = torch.empty(0, dtype=torch.float32 if multiplier == "fp32" else torch.int8)
+            dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[x]
+            constants = quantize_tokens.constants_of(k, dtype, smooth if multiplier else None, format, bits, group)
+            warps = constants.pop("num_warps")
+            y = {"none": x, "fp8": "fp8e4nv"}.get(format, "i8")
+            types = {
+                "x_ptr": f"*{x}",
+                "y_ptr": f"*{y}",
+                "scale_ptr": "*fp32",
+                "M": "i32",
+                "K": "i32",
+                "eps": "fp32",
+                "norm": "fp32",
+            }
+            types["tokens_per_image"] = "i32"
+            absent = {"static_ptr": None}
+            for argument, kind in (("premultiplier_ptr", multiplier), ("hadamard_ptr", "bf16" if rotated else None)):
+                (types if kind else absent)[argument] = f"*{kind}" if kind else None
+            for argument in ("shift_ptr", "modulation_ptr"):
+                (types if modulated else absent)[argument] = "*bf16" if modulated else None
+            product = "bf16" if rotated else None
+            yield Case("quantize_tokens_kernel", f"{name}, k={k}", arch, types, constants | absent, warps, 3, product)
+
+
+def decode_cases(arch: int) -> Iterator[Case]:
+    """Every packed format, and one shorter last block."""
+    for name, tail in [*((n, 128) for n, f in FORMATS.items() if f.code_bits < 8 or f.dim > 1), ("int4", 64), ("int3", 40)]:
+        types, constants = weight_arguments(name, 64)
+        constants["T"] = tail
+        del constants["TAIL"]
+        types |= {"y_ptr": "*u8", "N": "i32", "K": "i32", "row_bytes": "i32", "first_tile": "i32"}
+        yield Case("decode8_kernel", f"{name}, block of {tail}", arch, types, constants | {"BN": decode8.BN}, 4, 3)
+
+
+def weight_arguments(name: str, group: int, rows: int = 1, k: int = 1536) -> tuple[dict[str, str], dict]:
+    """Return types and constants of a stored weight."""
+    codebook = torch.empty(rows, FORMATS[name].levels) if "table" in name or "vq" in name else None
+    layout = decode8.layout_of(name, k, group, codebook)
+    types = {"data_ptr": "*u8"}
+    constants = layout.constants()
+    for argument, kinds in (("multiplier_ptr", ("affine",)), ("offset_ptr", ("affine",)), ("codebook_ptr", ("table", "vector"))):
+        if layout.kind in kinds:
+            types[argument] = "*u8"
+        else:
+            constants[argument] = None
+    return types, constants
+
+
+def w8a8_cases(arch: int) -> Iterator[Case]:
+    """Every configuration with each type; the first also with all that may follow, and with a width that is no multiple."""
+    for dot, x, w in (("int8", "i8", "i8"), ("e4m3", "fp8e4nv", "fp8e4nv"), ("bf16", "i8", "u8")):
+        if dot == "e4m3" and arch < 89:
+            continue
+        types = {"x_ptr": f"*{x}", "w_ptr": f"*{w}", "y_ptr": "*bf16", "token_scale_ptr": "*fp32", "scale_ptr": "*fp32"}
+        types |= dict.fromkeys(SIZES, "i32")
+        for i, c in enumerate(gemm_w8a8.CONFIGS[arch]):
+            tile = {"BM": c.bm, "BN": c.bn, "BK": c.bk, "DOT": dot, "EVEN_K": True, "GELU": False}
+            product, macs = ("bf16" if dot == "bf16" else dot), c.bm * c.bn * c.bk
+
+            def case(variant: str, types: dict, constants: dict, c: Config = c, product: str = product, macs: int = macs) -> Case:
+                name = f"{variant}, {text(c)}"
+                return Case("gemm_w8a8_kernel", name, arch, types, constants, c.warps, c.stages, product, macs)
+
+            yield case(dot, types, AFTER | tile)
+            if i == 0:
+                yield case(f"{dot} low rank, GELU, gate", types | AFTER_TYPES, tile | {"GELU": True})
+                yield case(f"{dot} ragged k", types, AFTER | tile | {"EVEN_K": False})
+
+
+# (format, group, rows of the table, type of the activations)
+A8 = (
+    ("int4", 1536, 1, "i8"),
+    ("int4", 64, 1, "i8"),
+    ("int4", 32, 1, "i8"),
+    ("table4", 1536, 1, "i8"),
+    ("table4", 1536, 8, "i8"),
+    ("table4_e4m3", 1536, 1, "fp8e4nv"),
+    ("table4_e4m3", 1536, 1, "i8"),
+    ("table3", 1536, 1, "i8"),
+    ("int2", 32, 1, "i8"),
+    ("vq256x4", 1536, 1, "i8"),
+)
+A16 = (
+    ("int4", 64, 1, "bf16"),
+    ("table4", 1536, 1, "bf16"),
+    ("table4", 1536, 1, "fp16"),
+    ("table4_e4m3", 1536, 1, "bf16"),
+    ("table2", 1536, 1, "bf16"),
+    ("table6", 1536, 1, "bf16"),
+    ("int8", 1536, 1, "bf16"),
+    ("vq256x4", 1536, 1, "bf16"),
+)
+
+
+def w4_cases(arch: int) -> Iterator[Case]:
+    """Each format that decodes differently, with every configuration; a shorter last block and what may follow, once."""
+    for (name, group, rows, x), configs in chain(
+        ((a, gemm_w4.CONFIGS_A8[arch]) for a in A8), ((a, gemm_w4.CONFIGS_A16[arch]) for a in A16)
+    ):
+        if x == "fp8e4nv" and arch < 89:
+            continue
+        e4m3 = name.endswith("e4m3")
+        dot = {"i8": "bf16" if e4m3 else "int8", "fp8e4nv": "e4m3"}.get(x, "none")
+        plain, constants = weight_arguments(name, group, rows)
+        plain |= {"x_ptr": f"*{x}", "scale_ptr": "*fp32"} | dict.fromkeys((*SIZES, "row_bytes", "tiles", "tail_tiles"), "i32")
+        constants |= {"DOT": dot, "E4M3": e4m3, "ASM": True, "GELU": False}
+        if dot == "none":
+            constants["token_scale_ptr"] = None
+        else:
+            plain["token_scale_ptr"] = "*fp32"
+        for i, c in enumerate(configs):
+            sums = "i32" if dot == "int8" else "fp32"
+            y = {"y_ptr": f"*{sums}" if c.splits > 1 else "*bf16"}
+            tile = {"BM": c.bm, "BN": c.bn, "SPLITS": c.splits}
+            label = f"{name}{f' g{group}' if group < 1536 else ''}{' rows' if rows > 1 else ''} {x}"
+            product, macs = {"int8": "int8", "e4m3": "e4m3"}.get(dot, "bf16"), c.bm * c.bn * c.bk
+
+            def case(
+                what: str,
+                types: dict,
+                constants: dict,
+                label: str = label,
+                c: Config = c,
+                product: str = product,
+                macs: int = macs,
+            ) -> Case:
+                variant = f"{label}{what}, {text(c)}"
+                return Case("gemm_w4_kernel", variant, arch, types, constants, c.warps, c.stages, product, macs)
+
+            yield case("", plain | y, constants | tile | AFTER)
+            if i == 0 and (name, group) in (("int4", 64), ("table2", 1536)):
+                yield case(" last block of 64", plain | y, constants | tile | AFTER | {"TAIL": 64})
+                yield case(" in plain Triton", plain | y, constants | tile | AFTER | {"ASM": False})
+            if i == 0 and (name, group) == ("int4", 64) and c.splits == 1:
+                yield case(" low rank, GELU, gate", plain | y | AFTER_TYPES, constants | tile | {"GELU": True})
+
+
+def sum_cases(arch: int) -> Iterator[Case]:
+    """Every number of splits, of either type."""
+    every = {c.splits for configs in (gemm_w4.CONFIGS_A8, gemm_w4.CONFIGS_A16) for c in configs[arch] if c.splits > 1}
+    for splits in sorted(every):
+        for sums in ("i32", "fp32"):
+            types = {"sums_ptr": f"*{sums}", "y_ptr": "*bf16", "scale_ptr": "*fp32"}
+            types |= dict.fromkeys(("M", "N", "rank", "tokens_per_image"), "i32")
+            constants = AFTER | {"SPLITS": splits, "BM": 16, "BN": 64, "GELU": False}
+            if sums == "i32":
+                types["token_scale_ptr"] = "*fp32"
+            else:
+                constants["token_scale_ptr"] = None
+            yield Case("sum_splits_kernel", f"{splits} of {sums}", arch, types, constants, 4, 3)
+
+
+def fp4_cases(arch: int) -> Iterator[Case]:
+    """Both formats, on the architectures whose tensor cores know them."""
+    for c in gemm_fp4.CONFIGS.get(arch, ()):
+        for format, scale in (("nvfp4", "fp8e4nv"), ("mxfp4", "u8")):
+            types = {"x_ptr": "*u8", "w_ptr": "*u8", "x_scale_ptr": f"*{scale}", "w_scale_ptr": f"*{scale}", "y_ptr": "*bf16"}
+            types |= dict.fromkeys(("M", "N", "K"), "i32")
+            constants = {"VECTOR": gemm_fp4.VECTOR[format], "BM": c.bm, "BN": c.bn, "BK": c.bk}
+            variant = f"{format}, {text(c)}"
+            yield Case("gemm_fp4_kernel", variant, arch, types, constants, c.warps, c.stages, "fp4", c.bm * c.bn * c.bk)
+
+
+def cases(arch: int) -> list[Case]:
+    """Return everything that is shipped for an architecture."""
+    return [c for make in (quantize_cases, decode_cases, w8a8_cases, w4_cases, sum_cases, fp4_cases) for c in make(arch)]
+
+
+def compiled(case: Case):
+    """Compile as the JIT would for pointers and sizes that are multiples of 16."""
+    kernel = JIT[case.kernel]
+    signature = {name: "constexpr" if name in case.constants else case.types[name] for name in kernel.arg_names}
+    aligned = {"K", "N", "row_bytes", "rank"}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or (name in aligned and signature[name] == "i32")
+    }
+    constants = {name: case.constants[name] for name in kernel.arg_names if name in case.constants}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": case.warps, "num_stages": case.stages}
+    return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+
+
+def inspect(case: Case) -> dict:
+    """Return the row of a case: what ptxas and the machine code say, and the errors."""
+    row = {"kernel": case.kernel, "variant": case.variant, "arch": case.arch, "triton": triton.__version__}
+    try:
+        kernel = compiled(case)
+    except Exception as error:  # a kernel that does not compile is a row, whatever the compiler raised
+        return row | {"errors": [f"{type(error).__name__}: {str(error)[-200:]}"]}
+    usage = ptxas(kernel.asm["ptx"], case.arch)
+    instructions, loop = machine_code(kernel.asm["cubin"])
+    products = collections.Counter(op for op, _ in instructions if MMA.match(op))
+    row |= {"registers": usage["registers"], "shared": kernel.metadata.shared, "spilled": usage["spilled"]}
+    row |= {"product": " ".join(sorted(products)), "loop": len(loop) if loop else None}
+    if loop and case.macs:
+        row["per_mac"] = round(len(loop) * 32 * case.warps / case.macs, 4)
+    errors = list(usage["errors"])
+    if usage["spilled"]:
+        errors.append(f"spills {usage['spilled']} bytes")
+    if case.product and not re.search(INSTRUCTION[case.product][case.arch], row["product"]):
+        errors.append(f"no tensor-core instruction of {case.product}: {row['product'] or 'none'}")
+    if row["shared"] > SHARED[case.arch]:
+        errors.append(f"{row['shared']} bytes of shared memory")
+    if usage["registers"] * case.warps * 32 > REGISTERS:
+        errors.append(f"{usage['registers']} registers in {case.warps} warps")
+    errors += asm_layouts(kernel.asm["ttgir"])
+    return row | {"errors": errors}
+
+
+def ptxas(ptx: str, arch: int) -> dict:
+    """Return registers, spilled bytes and complaints of the assembler that Triton takes for an architecture."""
+    blackwell = arch >= 100 or (arch >= 90 and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        tool = TOOLS / ("ptxas-blackwell" if blackwell else "ptxas")
+        command = [tool, "-v", f"--gpu-name={NAMES[arch]}", file, "-o", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, said)
+        return int(found.group(1)) if found else 0
+
+    errors = [said[:200]] if done.returncode else []
+    if "C7515" in said or "serialized" in said:
+        errors.append("wgmma serialized")
+    spilled = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+    return {"registers": number(r"Used (\d+) registers"), "spilled": spilled, "errors": errors}
+
+
+def machine_code(cubin: bytes) -> tuple[list, list | None]:
+    """Return all instructions (name, operands), and those of the loop with the most tensor-core instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
+    instructions, labels = [], {}
+    for line in done.stdout.splitlines():
+        if found := re.match(r"^(\.L\w+):", line.strip()):
+            labels[found.group(1)] = len(instructions)
+        elif found := SASS.match(line):
+            instructions.append((found.group(2), found.group(3)))
+    best: tuple[int, list | None] = (0, None)
+    for end, (op, operands) in enumerate(instructions):
+        target = re.search(r"`?\(?(\.L\w+)", operands) if op.startswith("BRA") else None
+        if target and labels.get(target.group(1), end + 1) <= end:
+            body = instructions[labels[target.group(1)] : end + 1]
+            products = sum(bool(MMA.match(name)) for name, _ in body)
+            if products > best[0]:
+                best = products, body
+    return instructions, best[1]
+
+
+def asm_layouts(ttgir: str) -> list[str]:
+    """Return what is wrong with the tiles that inline PTX runs on: four neighbours along k must share a register."""
+    aliases = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, flags=re.MULTILINE))
+    errors = set()
+    for line in ttgir.splitlines():
+        if "elementwise_inline_asm" not in line:
+            continue
+        layout = re.findall(r"tensor<\d+x\d+xi8, (#[^>]*(?:<[^>]*>)?[^>]*)>", line)[-1]
+        definition = aliases.get(layout, layout)
+        blocked = re.search(r"sizePerThread = \[\d+, (\d+)\].*order = \[1, 0\]", definition)
+        dot = re.search(r"dot_op<.*kWidth = (\d+)", definition)
+        linear = re.search(r"register = \[\[0, 1\], \[0, 2\]", definition)
+        width = int((blocked or dot).group(1)) if blocked or dot else 0
+        if width < 4 and not linear:
+            errors.add(f"inline PTX on {definition[:120]}")
+    return sorted(errors)
+
+
+def markdown(rows: list[dict]) -> str:
+    """Return the rows as a table, one line a kernel and variant, registers / shared KiB / loop instructions per MAC each."""
+    by_case: dict[tuple[str, str], dict[int, dict]] = {}
+    for row in rows:
+        by_case.setdefault((row["kernel"], row["variant"]), {})[row["arch"]] = row
+    architectures = sorted(NAMES)
+    lines = [
+        "# Kernels as compiled",
+        "",
+        f"Triton {rows[0]['triton']}, {len(rows)} compilations, no GPU. A cell: registers a thread, KiB of shared memory and,",
+        "for a product, instructions of the main loop per multiplication (of one thread; tensor cores do the multiplying).",
+        "No row spills. Made by `make bench-static`. Nothing here is a time.",
+        "",
+        f"| kernel | variant | {' | '.join(f'sm_{a}' for a in architectures)} |",
+        f"|---|---|{'---|' * len(architectures)}",
+    ]
+    for (kernel, variant), found in by_case.items():
+        cells = [_cell(found[a]) if a in found else "" for a in architectures]
+        lines.append(f"| {kernel.removesuffix('_kernel')} | {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict) -> str:
+    if row["errors"]:
+        return "; ".join(row["errors"])
+    per_mac = f", {row['per_mac']:.4f}" if "per_mac" in row else ""
+    return f"{row['registers']}, {row['shared'] / 1024:.0f}{per_mac}"
+
+
+def main() -> int:
+    """Compile, write both files, say what is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, action="append", choices=sorted(NAMES), help="only these; nothing is written")
+    parser.add_argument("--kernel", help="only kernels and variants with this in their names; nothing is written")
+    args = parser.parse_args()
+    rows = []
+    for arch in args.arch or sorted(NAMES):
+        for case in cases(arch):
+            if args.kernel and args.kernel not in f"{case.kernel} {case.variant}":
+                continue
+            rows.append(inspect(case))
+            print(f"sm_{arch} {case.kernel} {case.variant}: {_cell(rows[-1])}", flush=True)
+    if not args.arch and not args.kernel:
+        (FOLDER / "static.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (FOLDER / "static.md").write_text(markdown(rows))
+    wrong = [row for row in rows if row["errors"]]
+    for row in wrong:
+        print(f"WRONG sm_{row['arch']} {row['kernel']} {row['variant']}: {'; '.join(row['errors'])}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,126 @@
+"""gemm_w4_kernel and sum_splits_kernel: every stored format, decoded in registers, by inline PTX and in plain Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from quantdit.formats import FORMATS
+from quantdit.kernels import ops
+from quantdit.kernels.triton_ops.gemm_w4 import CONFIGS_A8, CONFIGS_A16, gemm_w4
+from quantdit.kernels.triton_ops.tuning import Config
+from quantdit.qtensor import QTensor
+
+TILE = Config(32, 32, 128, 4, 2)
+SPLIT = Config(16, 32, 128, 4, 2, 3)
+
+
+def stored(q: QTensor) -> tuple:
+    return q.data, q.multiplier, q.offset, q.codebook, q.spec.format, q.spec.group_size, q.scale
+
+
+def codes(m: int, k: int, dtype: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(m + k)
+    x = torch.randint(-128, 128, (m, k), generator=g).to(torch.int8)
+    if dtype != torch.int8:
+        x = (torch.randn(m, k, generator=g) * 30).to(dtype)
+    return x, torch.rand(m, generator=g) / 50
+
+
+CASES = [
+    ("int4", 256, 1),
+    ("int4", 128, 1),
+    ("int4", 64, 1),
+    ("int4", 32, 1),
+    ("table4", 256, 1),
+    ("table4", 256, 40),
+    ("int2", 32, 1),
+    ("int3", 64, 1),
+    ("int6", 256, 1),
+    ("table2", 256, 1),
+    ("table3", 256, 40),
+    ("table6", 256, 1),
+    ("vq256x4", 256, 1),
+    ("vq64x2", 256, 1),
+]
+
+
+@pytest.mark.parametrize("config", [TILE, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize("asm", [True, False], ids=["ptx", "plain"])
+@pytest.mark.parametrize(("name", "group", "rows"), CASES)
+def test_a8_is_exact(name: str, group: int, rows: int, asm: bool, config: Config, weight: Callable):
+    m, n, k = 19, 40, 256
+    q = weight(name, n, k, group, rows)
+    x, token_scale = codes(m, k)
+    bias = torch.randn(n)
+    y = gemm_w4(x, token_scale, *stored(q), bias, torch.float32, capability=90, config=config, asm=asm)
+    assert torch.equal(y, ops.gemm_w4a8_reference(x, token_scale, *stored(q), bias, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "k"), [("int4", 44), ("int4", 320), ("table4", 300), ("table3", 192), ("vq64x2", 352), ("int8", 176)]
+)
+@pytest.mark.parametrize("config", [TILE, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize("m", [1, 63])
+def test_ragged_sizes(name: str, k: int, config: Config, m: int, weight: Callable):
+    q = weight(name, 45, k)
+    x, token_scale = codes(m, k)
+    y = gemm_w4(x, token_scale, *stored(q), None, torch.float32, capability=80, config=config)
+    assert torch.equal(y, ops.gemm_w4a8_reference(x, token_scale, *stored(q), None, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("name", ["table4_e4m3", "table3_e4m3", "fp8_e4m3"])
+def test_e4m3_weights(name: str, dtype: torch.dtype, weight: Callable):
+    m, n, k = 20, 33, 256
+    q = weight(name, n, k)
+    x, token_scale = codes(m, k, dtype)
+    y = gemm_w4(x, token_scale, *stored(q), None, torch.float32, capability=90, config=TILE)
+    expected = ops.gemm_w4a8_reference(x, token_scale, *stored(q), None, torch.float32)
+    magnitude = token_scale.double()[:, None] * q.scale.double() * (x.double().abs() @ q.decode8().double().abs().T)
+    assert bool(((y.double() - expected.double()).abs() <= k * 2.0**-24 * magnitude).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a16(name: str, dtype: torch.dtype, weight: Callable):
+    """`I` is exact in 16 bits: products are exact, sums float32's, the result rounded once."""
+    m, n, k = 3, 37, 320
+    q = weight(name, n, k, 64)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = x.double() @ q.decode8().double().T * q.scale.double()
+    magnitude = x.double().abs() @ q.decode8().double().abs().T * q.scale.double()
+    for config in (SPLIT, TILE):
+        y = gemm_w4(x, None, *stored(q), None, dtype, capability=80, config=config)
+        assert y.dtype == dtype
+        bound = (k + 4) * 2.0**-24 * magnitude + torch.finfo(dtype).eps / 2 * exact.abs() + 2.0**-25
+        assert bool(((y.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("capability", sorted(CONFIGS_A16))
+def test_the_tiles_that_are_shipped(capability: int, weight: Callable):
+    q = weight("table4", 70, 256)
+    for m in (1, 20, 40):
+        x = torch.randint(-8, 9, (m, 256), generator=torch.Generator().manual_seed(m)).bfloat16()
+        y = gemm_w4(x, None, *stored(q), None, torch.bfloat16, capability=capability)
+        assert torch.equal(y, ops.gemm_w4a16_reference(x, *stored(q), None))  # integers: sums below 2^24
+        eight, token_scale = codes(m, 256)
+        y = gemm_w4(eight, token_scale, *stored(q), None, torch.float32, capability=capability)
+        assert torch.equal(y, ops.gemm_w4a8_reference(eight, token_scale, *stored(q), None, torch.float32))
+    assert CONFIGS_A8.keys() == CONFIGS_A16.keys()
+
+
+@pytest.mark.parametrize("config", [TILE, SPLIT], ids=["whole", "split"])
+def test_what_follows_the_product(config: Config, weight: Callable):
+    m, n, k = 18, 45, 192
+    q = weight("int4", n, k, 64)
+    g = torch.Generator().manual_seed(0)
+    x, token_scale = codes(m, k)
+    thin, up = torch.randn(m, 8, generator=g), torch.randn(n, 8, generator=g).bfloat16()
+    gate, residual = torch.randn(2, n, generator=g), torch.randn(m, n, generator=g)
+    rest = (torch.randn(n, generator=g), torch.float32, thin, up, "gelu_tanh", gate, residual)
+    y = gemm_w4(x, token_scale, *stored(q), *rest, capability=90, config=config)
+    expected = ops.gemm_w4a8_reference(x, token_scale, *stored(q), *rest)
+    assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))

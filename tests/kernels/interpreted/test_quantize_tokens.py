@@ -1,0 +1,119 @@
+"""quantize_tokens_kernel against kernels/ops.py: codes to the bit where no sum of another order precedes them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from quantdit.hadamard import random_sign
+from quantdit.kernels import ops
+from quantdit.kernels.triton_ops.quantize_tokens import quantize_tokens
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def tokens(m: int, k: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Random tokens of very different sizes, one of them zero."""
+    generator = torch.Generator().manual_seed(m * k)
+    x = torch.randn(m, k, generator=generator) * torch.logspace(-2, 2, m)[:, None]
+    x[m // 2] = 0 if m > 1 else x[m // 2]
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("m", "k"), [(1, 44), (63, 192), (500, 48), (5, 1152)])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("affine", [False, True])
+def test_codes_and_scales_are_the_reference(m: int, k: int, bits: int, affine: bool, dtype: torch.dtype):
+    x = tokens(m, k, dtype)
+    codes, scale = quantize_tokens(x, None, 1, "affine" if affine else "int", bits)
+    expected, expected_scale = ops.quantize_tokens_reference(x, bits, affine=affine)
+    assert torch.equal(codes, expected) and codes.dtype == torch.int8
+    assert torch.equal(scale, expected_scale)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(("group", "m", "k"), [(32, 63, 96), (64, 3, 320), (128, 9, 256)])
+@pytest.mark.parametrize("bits", [3, 4, 6])
+def test_groups(group: int, m: int, k: int, bits: int, affine: bool):
+    x = tokens(m, k) + 0.3
+    codes, scale = quantize_tokens(x, None, 1, "affine" if affine else "int", bits, group)
+    expected, expected_scale = ops.quantize_tokens_reference(x, bits, group, affine)
+    assert torch.equal(codes, expected)
+    assert torch.equal(scale, expected_scale)
+
+
+@pytest.mark.parametrize("group", [0, 32])
+def test_static_scales_clip(group: int):
+    x, static = tokens(33, 96), torch.tensor([0.03])
+    codes, scale = quantize_tokens(x, None, 1, "int", 4, group, static)
+    expected, expected_scale = ops.quantize_tokens_reference(x, 4, group, False, static)
+    assert torch.equal(codes, expected) and torch.equal(scale, expected_scale)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_fp8(dtype: torch.dtype):
+    x = tokens(33, 192, dtype)
+    codes, scale = quantize_tokens(x, None, 1, "fp8")
+    expected, expected_scale = ops.quantize_tokens_fp8_reference(x)
+    assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8)) and torch.equal(scale, expected_scale)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("block", "k"), [(4, 44), (16, 144), (64, 192)])
+def test_rotation_of_integers_is_exact(block: int, k: int, dtype: torch.dtype):
+    """Small integers times +-1 and an even power of two: every sum is exact, in whatever order."""
+    x = torch.randint(-3, 4, (17, k), generator=torch.Generator().manual_seed(k)).to(dtype)
+    signs = random_sign(k, 0)
+    rotated, none = quantize_tokens(x, signs, block, "none")
+    assert torch.equal(rotated, ops.rotate_reference(x, signs, block)) and rotated.dtype == dtype and not len(none)
+    codes, scale = quantize_tokens(x, signs, block, "int")
+    expected, expected_scale = ops.rotate_quantize_reference(x, signs, block, "int", 8)
+    assert torch.equal(codes, expected) and torch.equal(scale, expected_scale)
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("m", "k"), [(3, 128), (20, 640)])
+def test_rotation_is_as_exact_as_the_float64_product(m: int, k: int, dtype: torch.dtype, smoothed: bool):
+    """Half an ulp of dtype (of float32: sqrt(128) roundings), and for a smoothed bfloat16 what two parts of 8 bits leave out."""
+    x = tokens(m, k, dtype)
+    premultiplier = random_sign(k, 0)
+    if smoothed:
+        premultiplier = premultiplier * (torch.rand(k, generator=torch.Generator().manual_seed(1)) + 0.3)
+    rotated, _ = quantize_tokens(x, premultiplier, 128, "none")
+    exact = ops.rotate_reference(x.double(), premultiplier.double(), 128)
+    largest = exact.abs().amax(dim=1, keepdim=True)
+    error = (rotated.double() - exact).abs()
+    bound = torch.finfo(dtype).eps / 2 * exact.abs() + 2.0**-21 * largest + (2.0**-17 * largest if smoothed else 0) + 2.0**-25
+    assert bool((error <= bound).all())
+
+
+@pytest.mark.parametrize("format", ["int", "affine", "fp8"])
+@pytest.mark.parametrize("modulated", [False, True])
+def test_transform_and_codes_in_one_pass(format: str, modulated: bool):
+    """One step of the scale, at most, and in few places: a sum of another order turns a tie in bfloat16."""
+    m, k = 24, 384
+    x, signs = tokens(m, k, torch.bfloat16) + 0.5, random_sign(k, 0)
+    if modulated:
+        shift, modulation = tokens(4, k, torch.bfloat16), tokens(4, k, torch.bfloat16) / 50
+        codes, scale = quantize_tokens(x, signs, 128, format, 8, 0, None, shift, modulation, 1e-6)
+        expected, expected_scale = ops.modulate_quantize_reference(x, shift, modulation, 1e-6, signs, 128, format, 8)
+    else:
+        codes, scale = quantize_tokens(x, signs, 128, format, 8)
+        expected, expected_scale = ops.rotate_quantize_reference(x, signs, 128, format, 8)
+    assert torch.allclose(scale, expected_scale, rtol=2**-8, atol=0)
+    different = codes.float() != expected.float()
+    assert float(different.float().mean()) < 0.01
+    step = 1.0 if format != "fp8" else expected.float().abs() / 8 + 2.0**-9
+    assert bool(((codes.float() - expected.float()).abs() <= step).all())
+
+
+def test_no_tokens_and_wide_tokens():
+    codes, scale = quantize_tokens(torch.randn(0, 96), None, 1, "int")
+    assert (codes.shape, scale.shape) == ((0, 96), (0,))
+    x = tokens(3, 8960)
+    assert torch.equal(quantize_tokens(x, None, 1, "int")[0], ops.quantize_tokens_reference(x, 8)[0])
+    assert math.isfinite(float(quantize_tokens(x, random_sign(8960, 0), 128, "int")[1].sum()))

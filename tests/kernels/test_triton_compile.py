@@ -1,0 +1,86 @@
+"""The kernels compiled for GPUs that are not here: the committed table covers everything, and a few rows are made again."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).parents[2] / "reports" / "bench" / "static.py"
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("quantdit_static", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+static = load()
+ROWS = [json.loads(line) for line in SCRIPT.with_suffix(".jsonl").read_text().splitlines()]
+CASES = {case.key: case for arch in static.NAMES for case in static.cases(arch)}
+
+
+def test_the_table_covers_every_kernel_configuration_and_architecture():
+    keys = [(row["kernel"], row["variant"], row["arch"]) for row in ROWS]
+    assert len(keys) == len(set(keys))
+    assert set(keys) == set(CASES)
+    # Every jitted `_kernel` of the room; test_triton_interpreter.py has the same list.
+    room = {name for module in static.MODULES for name in vars(module) if name.endswith("_kernel")}
+    assert {case.kernel for case in CASES.values()} == room == set(static.JIT)
+    assert static.markdown(ROWS) == SCRIPT.with_suffix(".md").read_text()
+
+
+def test_no_row_is_wrong():
+    for row in ROWS:
+        assert row["errors"] == [] and row["spilled"] == 0, row
+        assert row["shared"] <= static.SHARED[row["arch"]]
+        case = CASES[row["kernel"], row["variant"], row["arch"]]
+        assert row["registers"] * 32 * case.warps <= static.REGISTERS
+        assert (case.product is None) == (row["product"] == ""), row
+        assert ("per_mac" in row) == bool(case.macs), row
+
+
+AGAIN = [
+    ("gemm_w8a8_kernel", "int8, 128x256x128 w8 s3", 90),
+    ("gemm_w8a8_kernel", "e4m3, 128x128x64 w4 s3", 89),
+    ("gemm_w4_kernel", "int4 g64 i8, 128x128x128 w8 s4", 90),
+    ("gemm_w4_kernel", "table4 i8, 128x128x128 w8 s3", 80),
+    ("gemm_w4_kernel", "table4 bf16, 16x64x128 w4 s4 k8", 120),
+    ("quantize_tokens_kernel", "int rotated, k=1536", 90),
+    ("decode8_kernel", "int3, block of 128", 80),
+    ("sum_splits_kernel", "8 of i32", 100),
+]
+
+
+@pytest.mark.parametrize(("kernel", "variant", "arch"), AGAIN, ids=lambda v: str(v))
+def test_rows_are_what_the_compiler_says(kernel: str, variant: str, arch: int):
+    """With the triton of the table the very row; with another one no errors."""
+    row = static.inspect(CASES[kernel, variant, arch])
+    committed = next(r for r in ROWS if (r["kernel"], r["variant"], r["arch"]) == (kernel, variant, arch))
+    assert row["errors"] == []
+    if row["triton"] == committed["triton"]:
+        assert row == committed
+
+
+def test_inline_ptx_on_strided_tiles_is_found():
+    ttgir = """
+#blocked = #ttg.blocked<{sizePerThread = [1, 16], threadsPerWarp = [8, 4], warpsPerCTA = [4, 1], order = [1, 0]}>
+#strided = #ttg.blocked<{sizePerThread = [4, 1], threadsPerWarp = [8, 4], warpsPerCTA = [4, 1], order = [0, 1]}>
+  %1 = tt.elementwise_inline_asm "x" {packed = 4} %0 : tensor<64x64xi8, #LAYOUT> -> tensor<64x64xi8, #LAYOUT>
+"""
+    assert static.asm_layouts(ttgir.replace("LAYOUT", "blocked")) == []
+    assert len(static.asm_layouts(ttgir.replace("LAYOUT", "strided"))) == 1
+
+
+def test_a_kernel_that_does_not_compile_is_a_row_with_an_error():
+    case = CASES["decode8_kernel", "int4, block of 128", 80]
+    row = static.inspect(static.Case(case.kernel, "broken", 80, case.types | {"data_ptr": "i32"}, case.constants, 4, 3))
+    assert row["errors"]
