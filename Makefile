@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # A folder `kernels/` in the current directory must not shadow the package of that name (diffusers imports it).
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test lint bench bench-scaling emoji-wan study study-peers clean
+.PHONY: demo test lint bench bench-kernels bench-static bench-scaling emoji-wan study study-peers clean
 
 demo: $(VENV)/eval.done
 	$(BIN)/quantdit calibrate --model fashion-dit --bits w4a8 --output $(OUT)/fashion-dit-w4a8 --overwrite
@@ -23,7 +23,15 @@ lint: $(VENV)/test.done
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/test.done
-	$(BIN)/python -m quantdit.bench --output reports/bench/cpu-linear.jsonl
+	$(BIN)/quantdit bench cpu --output reports/bench/cpu-linear.jsonl
+
+# On a machine with a CUDA GPU, within eight minutes.
+bench-kernels: $(VENV)/test.done
+	$(BIN)/quantdit bench kernels --output reports/bench/kernels.jsonl
+
+# Every Triton kernel for every architecture, compiled without a GPU.
+bench-static: $(VENV)/test.done
+	$(BIN)/python reports/bench/static.py
 
 # The embedded video model quantized: figures, a sheet of frames, the clips moving. About a quarter of an hour.
 emoji-wan: $(VENV)/eval.done

@@ -1,4 +1,4 @@
-"""Measure quantized linears on this CPU against float32 `F.linear` in the same run: `python -m quantdit.bench --output FILE`.
+"""Measure quantized linears on this CPU against `F.linear` in the same run: `quantdit bench cpu --output FILE.jsonl`.
 
 Every row first passes a correctness gate: an integer product must equal the int64 one, a QuantLinear the float64 product of
 what it decodes to. Candidates are timed in turn, round after round, so that a drift of the machine hits all of them; the
@@ -7,7 +7,6 @@ median and the fastest of the rounds are kept.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import statistics
@@ -29,11 +28,18 @@ from quantdit.transform import Transform
 # (m, n, k): the embedded model's feed-forward at 128 images, DiT-XL/2's at 256 and 1024 tokens, Wan-1.3B's projections.
 SHAPES = ((6272, 768, 192), (256, 4608, 1152), (1024, 4608, 1152), (1024, 1152, 4608), (1024, 1536, 1536), (256, 8960, 1536))
 ROUNDS = 9
+KINDS = {  # weight format, activation bits
+    "w4a8": ("int4", 8),
+    "table4 a8": ("table4", 8),
+    "w8a8": ("int8", 8),
+    "w4a16": ("int4", 16),
+    "w2a16 codebook": ("vq256x4", 16),
+}
 
 
 def quant_linear(weight: Tensor, bits: str, cached: bool) -> QuantLinear:
-    """Return a rotated QuantLinear of `weight` `[n, k]`, `bits` as `w4a8`; rounding method does not matter for speed."""
-    format, activation_bits = {"w4a8": ("int4", 8), "w8a8": ("int8", 8), "w4a16": ("int4", 16)}[bits]
+    """Return a rotated QuantLinear of `weight` `[n, k]`, `bits` a key of KINDS; rounding method does not matter for speed."""
+    format, activation_bits = KINDS[bits]
     k = weight.shape[1]
     block = hadamard.block_size(k)
     t = Transform(hadamard.random_sign(k, 0), block)
@@ -138,7 +144,11 @@ def rows_for(m: int, n: int, k: int, rounds: int, products: bool) -> list[dict]:
     layers["QuantLinear w4a8, decoded each call"] = quant_linear(weight, "w4a8", cached=False)
     for layer in layers.values():
         gate_linear(layer, x)
-    candidates: dict[str, Callable[[], Tensor]] = {"F.linear float32": lambda: nn.functional.linear(x, weight)}
+    narrow, narrow_weight = x.bfloat16(), weight.bfloat16()
+    candidates: dict[str, Callable[[], Tensor]] = {
+        "F.linear float32": lambda: nn.functional.linear(x, weight),
+        "F.linear bfloat16": lambda: nn.functional.linear(narrow, narrow_weight),
+    }
     candidates |= {name: (lambda layer=layer: layer(x)) for name, layer in layers.items()}
     notes: dict[str, bool] = {}
     if products:
@@ -165,7 +175,6 @@ def rows_for(m: int, n: int, k: int, rounds: int, products: bool) -> list[dict]:
 
 def provenance() -> dict:
     """Return machine, versions and commit for a row."""
-    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
@@ -176,9 +185,15 @@ def provenance() -> dict:
         "isa": isa,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": run.stdout.strip(),
-        "command": "python -m quantdit.bench",
+        "commit": commit(),
+        "command": "quantdit bench cpu",
     }
+
+
+def commit() -> str:
+    """Return the short hash of the checkout's commit, empty outside of one."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def markdown(rows: list[dict]) -> str:
@@ -200,24 +215,16 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Measure every shape and write one JSON object a line."""
-    parser = argparse.ArgumentParser(description="Measure quantized linears on this CPU.")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    args = parser.parse_args()
+def run(output: Path, rounds: int = ROUNDS) -> None:
+    """Measure every shape and write one JSON object a line, and a table beside it."""
     origin = provenance()
     rows = []
     for index, shape in enumerate(SHAPES):
         # torch._int_mm takes seconds a call on some CPUs; one mid-sized shape is enough to rank the routines.
-        for row in rows_for(*shape, rounds=args.rounds, products=index == 1):
+        for row in rows_for(*shape, rounds=rounds, products=index == 1):
             rows.append(row | origin)
             shape_text = "{m:>5} {n:>5} {k:>5}".format(**row)
             print(f"{shape_text}  {row['ms_median']:>9.2f} ms  x{row['times_float32']:<6} {row['what']}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args.output.with_suffix(".md").write_text(markdown(rows))
-
-
-if __name__ == "__main__":
-    main()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output.with_suffix(".md").write_text(markdown(rows))

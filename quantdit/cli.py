@@ -151,6 +151,16 @@ def _parser() -> argparse.ArgumentParser:
         "--to", choices=("dense",), required=True, help="dense: its transformer as bfloat16, which plain diffusers loads"
     )
     sub.add_argument("--output", type=Path, required=True, help="folder to write")
+
+    sub = command(
+        "bench",
+        _bench,
+        "Measure quantized linears against full precision on this machine, and write a table.",
+        "quantdit bench cpu --output out/cpu.jsonl",
+    )
+    sub.add_argument("what", choices=("cpu", "kernels"), help="cpu, or kernels: the Triton kernels on a CUDA GPU")
+    sub.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help="one row a measurement; a table beside it")
+    sub.add_argument("--tune", action="store_true", help="kernels: time every tile configuration first and keep the fastest")
     return parser
 
 
@@ -323,6 +333,21 @@ def _export(args: argparse.Namespace) -> int:
     from quantdit.exporters.to_dense import to_dense
 
     to_dense(args.folder, args.output)
+    print(args.output)
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    if args.output.suffix != ".jsonl":
+        raise ValueError(f"--output {args.output} must end in .jsonl; the table is written beside it as .md")
+    if args.what == "kernels":
+        from quantdit import bench_kernels
+
+        bench_kernels.run(args.output, args.tune)
+    else:
+        from quantdit import bench
+
+        bench.run(args.output)
     print(args.output)
     return 0
 

@@ -40,10 +40,11 @@ ORDER = (
     ("block_by_block",),
     ("compiler",),
     ("inspection", "exporters", "evaluation", "bench"),
+    ("bench_kernels",),
     ("models.train", "cli"),
 )
 # Files that only run as a script: nothing imports them.
-SCRIPTS = ("bench", "cli", "models.train")
+SCRIPTS = ("cli", "models.train")
 
 PUBLIC = ["FORMATS", "Format", "QSpec", "QTensor", "Recipe", "Rule"]
 HEAVY = ("diffusers", "triton", "onnx", "onnxruntime", "matplotlib", "transformers", "accelerate", "skimage", "scipy", "PIL")

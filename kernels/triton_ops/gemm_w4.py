@@ -51,7 +51,7 @@ def _add(w, x, acc, DOT: tl.constexpr):
     if DOT == "int8":
         return tl.dot(w, x, acc, out_dtype=tl.int32)
     elif DOT == "e4m3":
-        return tl.dot(w, x, acc, max_num_imprecise_acc=128)
+        return tl.dot(w, x, acc, max_num_imprecise_acc=w.shape[1])
     elif DOT == "bf16":
         return tl.dot(w, x.to(tl.bfloat16), acc)
     else:
@@ -96,6 +96,7 @@ def gemm_w4_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
+    ZERO: tl.constexpr = 0.0 if DOT == "e4m3" else 0
     HALVES: tl.constexpr = BITS == 4 and (KIND == "affine" or KIND == "table")
     FLOAT: tl.constexpr = tl.bfloat16 if DOT == "bf16" else x_ptr.dtype.element_ty
     pm, pn = swizzled(tl.program_id(0), M, N, BM, BN)
@@ -151,7 +152,7 @@ def gemm_w4_kernel(
                     data_ptr, multiplier_ptr, offset_ptr, codebook_ptr, column, columns < N, tile, K, row_bytes,
                     KIND, BITS, DIM, LEVELS, GROUP, PER_ROW, TAIL,
                 )  # fmt: skip
-                x = tl.load(x_at + (tile * 128 + lane)[:, None], mask=(tile * 128 + lane < K)[:, None], other=0)
+                x = tl.load(x_at + (tile * 128 + lane)[:, None], mask=(tile * 128 + lane < K)[:, None], other=ZERO)
                 acc = _add(_activation_bits(w, DOT, E4M3, FLOAT), x, acc, DOT)
     sums = tl.trans(acc)
     if SPLITS > 1:

@@ -1,6 +1,6 @@
 """8-bit codes times an 8-bit weight: int8, e4m3, or int8 codes times e4m3 weights in bfloat16, which holds both exactly.
 
-Reference: `gemm_w8a8` in kernels/ops.py. Integer sums are exact; e4m3 sums are float32, kept in blocks of 128 on Hopper, whose
+Reference: `gemm_w8a8` in kernels/ops.py. Integer sums are exact; e4m3 sums are float32, kept in blocks of at most 128 on Hopper, whose
 tensor cores add with fewer bits (max_num_imprecise_acc).
 """
 
@@ -57,17 +57,18 @@ def gemm_w8a8_kernel(
     # What lies beyond the last row wraps around: it is not stored, and needs no mask.
     x_at = x_ptr + (rows % M).to(tl.int64)[:, None] * K + k[None, :]
     w_at = w_ptr + (columns % N).to(tl.int64)[None, :] * K + k[:, None]
+    ZERO: tl.constexpr = 0.0 if DOT == "e4m3" else 0
     acc = tl.zeros((BM, BN), tl.int32 if DOT == "int8" else tl.float32)
     for start in range(0, K, BK):
         if EVEN_K:
             x, w = tl.load(x_at), tl.load(w_at)
         else:
-            x = tl.load(x_at, mask=(start + k < K)[None, :], other=0)
-            w = tl.load(w_at, mask=(start + k < K)[:, None], other=0)
+            x = tl.load(x_at, mask=(start + k < K)[None, :], other=ZERO)
+            w = tl.load(w_at, mask=(start + k < K)[:, None], other=ZERO)
         if DOT == "int8":
             acc = tl.dot(x, w, acc, out_dtype=tl.int32)
         elif DOT == "e4m3":
-            acc = tl.dot(x, w, acc, max_num_imprecise_acc=128)
+            acc = tl.dot(x, w, acc, max_num_imprecise_acc=BK)
         else:
             acc = tl.dot(x.to(tl.bfloat16), e4m3_to_float(w).to(tl.bfloat16), acc)
         x_at += BK
@@ -124,4 +125,4 @@ def dot_of(codes: torch.dtype, weight: torch.dtype) -> str:
 def candidates(configs: dict[int, tuple[Config, ...]], capability: int, m: int) -> tuple[Config, ...]:
     """Return the configurations of the nearest older architecture, those first whose tile m fills and fits."""
     known = configs[max((c for c in configs if c <= capability), default=min(configs))]
-    return tuple(sorted(known, key=lambda c: (c.bm >= 2 * max(m, 16), c.bm < min(m, 64))))
+    return tuple(sorted(known, key=lambda c: (c.bm if c.bm >= 2 * max(m, 16) else 0, c.bm < min(m, 64))))

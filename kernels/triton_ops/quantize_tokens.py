@@ -206,8 +206,9 @@ def quantize_tokens(
     constants = constants_of(k, x.dtype, premultiplier, format, bits, group_size)
     warps = constants.pop("num_warps")
     groups = triton.cdiv(m, constants["TOKENS"])
+    narrow = x.dtype if _signs_alone(x.dtype, premultiplier) else torch.bfloat16
     quantize_tokens_kernel[(min(groups, programs(x.device)),)](
-        x, shift, modulation, premultiplier, _signs(block, _exact(x.dtype, premultiplier), x.device) if block > 1 else None,
+        x, shift, modulation, premultiplier, _signs(block, narrow, x.device) if block > 1 else None,
         static_scale, y, scale, m, k, m if shift is None else m // shift.shape[0], eps, block**-0.5,
         **constants, num_warps=warps,
     )  # fmt: skip
@@ -217,12 +218,11 @@ def quantize_tokens(
 def constants_of(k: int, dtype: torch.dtype, premultiplier: Tensor | None, format: str, bits: int, group_size: int) -> dict:
     """Return the constexpr arguments and num_warps for tokens of width k."""
     blocks = triton.next_power_of_2(triton.cdiv(k, LANES))
-    narrow = _exact(dtype, premultiplier) == dtype
     top = {"fp8": LARGEST, "affine": 2.0**bits - 1}.get(format, 2.0 ** (bits - 1) - 1)
     return {
         "TOKENS": max(1, ROWS // blocks),
         "BLOCKS": blocks,
-        "PARTS": 1 if narrow else 2 if dtype == torch.bfloat16 else 3,
+        "PARTS": 1 if _signs_alone(dtype, premultiplier) else 2 if dtype == torch.bfloat16 else 3,
         "FORMAT": format,
         "TOP": top,
         "GROUP": group_size,
@@ -230,10 +230,9 @@ def constants_of(k: int, dtype: torch.dtype, premultiplier: Tensor | None, forma
     }
 
 
-def _exact(dtype: torch.dtype, premultiplier: Tensor | None) -> torch.dtype:
-    """Return in what 16 bits the rotation multiplies: the input's own if signs alone change it."""
-    signs = premultiplier is None or premultiplier.dtype == torch.int8
-    return dtype if signs and dtype != torch.float32 else torch.bfloat16
+def _signs_alone(dtype: torch.dtype, premultiplier: Tensor | None) -> bool:
+    """Return whether what is rotated still has the 16 bits of its dtype; else it is cut into parts of bfloat16."""
+    return dtype != torch.float32 and (premultiplier is None or premultiplier.dtype == torch.int8)
 
 
 @lru_cache(maxsize=16)
