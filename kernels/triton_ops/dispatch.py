@@ -4,7 +4,7 @@
               separate  otherwise                                                 rotate or torch, then quantize_tokens
     product   w8a8      the weight is 8 bits as stored                            gemm_w8a8
               w4a8      packed weight, m below `decode_from_m`                    gemm_w4a8, decoded in registers
-              decode    packed weight, m from there on                            decode8 to scratch, then gemm_w8a8
+              decode    packed weight, m from there on, or e4m3 activations       decode8 to scratch, then gemm_w8a8
               w4a16     16-bit activations, m up to `w4a16_up_to_m`               gemm_w4a16
               dense     16-bit activations, more tokens, or float32               decode8, then torch's product
 
@@ -13,7 +13,8 @@ activations, `torch` takes torch._int_mm and torch._scaled_mm for w8a8, `referen
 crossover points are in crossover.json. What the kernels do not take runs as its definition, on the same device:
 
     everything    without triton, before Ampere (compute capability 8.0)
-    tokens        wider than LARGEST_WIDTH or float64; activation groups other than GROUPS; Hadamard blocks above LARGEST_BLOCK
+    tokens        wider than LARGEST_WIDTH, in groups LARGEST_GROUPED_WIDTH; float64; activation groups other than GROUPS;
+                  Hadamard blocks above LARGEST_BLOCK
     e4m3 codes    before compute capability 8.9
 """
 
@@ -38,6 +39,7 @@ MODES = ("auto", "packed", "decode", "torch", "reference")
 ARCHITECTURES = (80, 89, 90, 100, 120)  # compute capability; others take the rows of the nearest below
 LARGEST_BLOCK = 128  # of a Hadamard
 LARGEST_WIDTH = 16384  # of a token in the registers of one program
+LARGEST_GROUPED_WIDTH = 8192  # the same in groups, which need more registers
 GROUPS = (0, 32, 64, 128)  # of activations
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 WHOLE = ("int8", "fp8_e4m3")  # formats that store `I` itself
@@ -85,6 +87,8 @@ def choose(m: int, layer: LayerSpec, dtype: torch.dtype, capability: int) -> Way
     prepare = "fused" if layer.rotation == "hadamard" and not layer.rank else "separate"
     if weight.format in WHOLE:
         return Way(prepare, "w8a8")
+    if a.format == "fp8":
+        return Way(prepare, "decode")
     if mode in ("packed", "decode"):
         return Way(prepare, "w4a8" if mode == "packed" else "decode")
     start = CROSSOVER["decode_from_m"][architecture(capability)]
@@ -115,8 +119,9 @@ def kernels_run(x: Tensor) -> bool:
 
 
 def _takes_tokens(x: Tensor, block: int, fp8: bool, group_size: int) -> bool:
-    fits = x.dtype in FLOATS and x.shape[-1] <= LARGEST_WIDTH and block <= LARGEST_BLOCK and group_size in GROUPS
-    return kernels_run(x) and fits and (not fp8 or capability_of(x.device) >= 89)
+    largest = LARGEST_GROUPED_WIDTH if group_size else LARGEST_WIDTH
+    fits = x.shape[-1] <= largest and block <= LARGEST_BLOCK and group_size in GROUPS
+    return kernels_run(x) and x.dtype in FLOATS and fits and (not fp8 or capability_of(x.device) >= 89)
 
 
 def _takes_codes(codes: Tensor) -> bool:
@@ -271,6 +276,9 @@ def gemm_w4a8(
     stored = (data, multiplier, offset, codebook, format, group_size)
     after = (thin, up, activation, gate, residual)
     ops.check_after(codes, data.shape[0], *after)
+    if codes.dtype == torch.float8_e4m3fn:  # decoded in registers, its sums would have to wait for each other on Hopper
+        weight = decode8(data, multiplier, offset, codebook, format, codes.shape[1], group_size)
+        return gemm_w8a8(codes, token_scale, weight, scale, bias, dtype, *after)
     if not _takes_codes(codes):
         return ops.gemm_w4a8_reference(codes, token_scale, *stored, scale, bias, dtype, *after)
     from quantdit.kernels.triton_ops.gemm_w4 import gemm_w4 as kernel

@@ -41,13 +41,14 @@ def gemm_fp4_kernel(
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     row, column = (rows % M).to(tl.int64)[:, None], (columns % N).to(tl.int64)[:, None]
     byte, vector = tl.arange(0, BK // 2)[None, :], tl.arange(0, BK // VECTOR)[None, :]
+    ZERO: tl.constexpr = 0.0 if VECTOR == 16 else 0  # e4m3 or e8m0
     acc = tl.zeros((BM, BN), tl.float32)
     for start in range(0, K, BK):
         x_ok, s_ok = byte < (K - start) // 2, vector < (K - start) // VECTOR
         x = tl.load(x_ptr + row * (K // 2) + start // 2 + byte, mask=x_ok, other=0)
         w = tl.load(w_ptr + column * (K // 2) + start // 2 + byte, mask=x_ok, other=0)
-        x_scale = tl.load(x_scale_ptr + row * (K // VECTOR) + start // VECTOR + vector, mask=s_ok, other=0)
-        w_scale = tl.load(w_scale_ptr + column * (K // VECTOR) + start // VECTOR + vector, mask=s_ok, other=0)
+        x_scale = tl.load(x_scale_ptr + row * (K // VECTOR) + start // VECTOR + vector, mask=s_ok, other=ZERO)
+        w_scale = tl.load(w_scale_ptr + column * (K // VECTOR) + start // VECTOR + vector, mask=s_ok, other=ZERO)
         acc = tl.dot_scaled(x, x_scale, "e2m1", w.T, w_scale, "e2m1", acc)
     at = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
     tl.store(at, acc.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])

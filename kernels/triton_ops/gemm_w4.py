@@ -21,7 +21,7 @@ from quantdit.kernels.triton_ops.ptx import affine_nibbles, e4m3_to_float, table
 from quantdit.kernels.triton_ops.tuning import Config, chosen
 
 # bk is 128 everywhere: a block of codes.
-_FEW = (Config(16, 64, 128, 4, 4, 8), Config(16, 64, 128, 4, 4, 4), Config(32, 64, 128, 4, 4, 4), Config(64, 64, 128, 4, 3, 2))
+_FEW = (Config(16, 64, 128, 4, 4, 8), Config(32, 32, 128, 2, 4, 4), Config(64, 32, 128, 2, 3, 2))
 CONFIGS_A8: dict[int, tuple[Config, ...]] = {
     80: (Config(128, 128, 128, 8, 3), Config(64, 128, 128, 4, 3), *_FEW),
     89: (Config(128, 128, 128, 8, 2), Config(64, 128, 128, 4, 3), *_FEW),
@@ -35,11 +35,9 @@ CONFIGS_A16: dict[int, tuple[Config, ...]] = {80: _FEW, 89: _FEW, 90: _FEW, 100:
 
 @triton.jit
 def _activation_bits(byte, DOT: tl.constexpr, E4M3: tl.constexpr, dtype: tl.constexpr):
-    """Return bytes of `I` as the operand of the product: int8, e4m3, or a 16-bit float."""
+    """Return bytes of `I` as the operand of the product: int8 or a 16-bit float."""
     if DOT == "int8":
         return byte.to(tl.int8, bitcast=True)
-    elif DOT == "e4m3":
-        return byte.to(tl.float8e4nv, bitcast=True)
     elif E4M3:
         return e4m3_to_float(byte).to(dtype)
     else:
@@ -50,8 +48,6 @@ def _activation_bits(byte, DOT: tl.constexpr, E4M3: tl.constexpr, dtype: tl.cons
 def _add(w, x, acc, DOT: tl.constexpr):
     if DOT == "int8":
         return tl.dot(w, x, acc, out_dtype=tl.int32)
-    elif DOT == "e4m3":
-        return tl.dot(w, x, acc, max_num_imprecise_acc=w.shape[1])
     elif DOT == "bf16":
         return tl.dot(w, x.to(tl.bfloat16), acc)
     else:
@@ -82,7 +78,7 @@ def gemm_w4_kernel(
     rank,
     tokens_per_image,
     GELU: tl.constexpr,
-    DOT: tl.constexpr,  # int8, e4m3, bf16 (int8 codes times e4m3) or none (x is 16-bit)
+    DOT: tl.constexpr,  # int8, bf16 (int8 codes times e4m3) or none (x is 16-bit)
     E4M3: tl.constexpr,
     KIND: tl.constexpr,
     BITS: tl.constexpr,
@@ -96,8 +92,9 @@ def gemm_w4_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    ZERO: tl.constexpr = 0.0 if DOT == "e4m3" else 0
-    HALVES: tl.constexpr = BITS == 4 and (KIND == "affine" or KIND == "table")
+    EIGHT: tl.constexpr = DOT == "int8"
+    # A register of a 16-bit operand holds two neighbours along k: too few for tables of a row.
+    HALVES: tl.constexpr = BITS == 4 and (KIND == "affine" or (KIND == "table" and (EIGHT or not PER_ROW)))
     FLOAT: tl.constexpr = tl.bfloat16 if DOT == "bf16" else x_ptr.dtype.element_ty
     pm, pn = swizzled(tl.program_id(0), M, N, BM, BN)
     split = tl.program_id(1)
@@ -131,8 +128,8 @@ def gemm_w4_kernel(
                 high_o = (high_o ^ 0x80).to(tl.int32) * 0x01010101
                 low_m, low_o = tl.broadcast_to(low_m, (BN, 64)), tl.broadcast_to(low_o, (BN, 64))
                 high_m, high_o = tl.broadcast_to(high_m, (BN, 64)), tl.broadcast_to(high_o, (BN, 64))
-                low = affine_nibbles(w, low_m, low_o, False, ASM)
-                high = affine_nibbles(w, high_m, high_o, True, ASM)
+                low = affine_nibbles(w, low_m, low_o, False, not EIGHT, ASM)
+                high = affine_nibbles(w, high_m, high_o, True, not EIGHT, ASM)
             else:
                 low = table_nibbles(w, t0, t1, t2, t3, False, ASM)
                 high = table_nibbles(w, t0, t1, t2, t3, True, ASM)
@@ -152,7 +149,7 @@ def gemm_w4_kernel(
                     data_ptr, multiplier_ptr, offset_ptr, codebook_ptr, column, columns < N, tile, K, row_bytes,
                     KIND, BITS, DIM, LEVELS, GROUP, PER_ROW, TAIL,
                 )  # fmt: skip
-                x = tl.load(x_at + (tile * 128 + lane)[:, None], mask=(tile * 128 + lane < K)[:, None], other=ZERO)
+                x = tl.load(x_at + (tile * 128 + lane)[:, None], mask=(tile * 128 + lane < K)[:, None], other=0)
                 acc = _add(_activation_bits(w, DOT, E4M3, FLOAT), x, acc, DOT)
     sums = tl.trans(acc)
     if SPLITS > 1:
@@ -220,10 +217,10 @@ def gemm_w4(
     config: Config | None = None,
     asm: bool = True,
 ) -> Tensor:
-    """Return `[m, n]` of x `[m, k]`: codes int8 or e4m3 with a `token_scale` `[m]`, or float16 or bfloat16 without one.
+    """Return `[m, n]` of x `[m, k]`: int8 codes with a `token_scale` `[m]`, or float16 or bfloat16 without one.
 
-    The stored tensors are those of `decode8`, scale `[n]` and what follows those of `gemm_w8a8`; e4m3 codes need a capability
-    of 89. `asm` false decodes in plain Triton.
+    The stored tensors are those of `decode8`, scale `[n]` and what follows those of `gemm_w8a8`. `asm` false decodes in plain
+    Triton.
     """
     m, k, n = *x.shape, data.shape[0]
     y = torch.empty((m, n), dtype=dtype, device=x.device)
@@ -260,7 +257,5 @@ def gemm_w4(
 
 
 def dot_of(x: torch.dtype, e4m3: bool) -> str:
-    """Return in what the products are made: `int8`, `e4m3`, `bf16` for int8 codes times e4m3, `none` for x's own 16 bits."""
-    if x == torch.int8:
-        return "bf16" if e4m3 else "int8"
-    return "e4m3" if x == torch.float8_e4m3fn else "none"
+    """Return in what the products are made: `int8`, `bf16` for int8 codes times e4m3, `none` for x's own 16 bits."""
+    return "none" if x != torch.int8 else "bf16" if e4m3 else "int8"

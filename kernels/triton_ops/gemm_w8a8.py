@@ -1,6 +1,6 @@
 """8-bit codes times an 8-bit weight: int8, e4m3, or int8 codes times e4m3 weights in bfloat16, which holds both exactly.
 
-Reference: `gemm_w8a8` in kernels/ops.py. Integer sums are exact; e4m3 sums are float32, kept in blocks of at most 128 on Hopper, whose
+Reference: `gemm_w8a8` in kernels/ops.py. Integer sums are exact; e4m3 sums are float32, in blocks of at most 128 on Hopper, whose
 tensor cores add with fewer bits (max_num_imprecise_acc).
 """
 
@@ -15,14 +15,21 @@ from quantdit.kernels.triton_ops.epilogue import arguments, contiguous, finish, 
 from quantdit.kernels.triton_ops.ptx import e4m3_to_float
 from quantdit.kernels.triton_ops.tuning import Config, chosen
 
-# By compute capability; the first is taken unless a timing chose another. Pruned by reports/bench/static.py: no spills.
-_SMALL = Config(32, 64, 128, 4, 3)  # m of a few tokens
+# By compute capability; the first is taken unless a timing chose another. reports/bench/static.py compiles all: no spills.
 CONFIGS: dict[int, tuple[Config, ...]] = {
-    80: (Config(128, 128, 64, 4, 4), Config(128, 256, 64, 8, 3), Config(64, 128, 64, 4, 4), _SMALL),
-    89: (Config(128, 128, 64, 4, 3), Config(128, 128, 128, 8, 2), Config(64, 128, 64, 4, 4), _SMALL),
-    90: (Config(128, 256, 128, 8, 3), Config(128, 128, 128, 4, 4), Config(64, 128, 128, 4, 4), _SMALL),
-    100: (Config(128, 256, 128, 8, 3), Config(128, 128, 128, 4, 4), Config(64, 128, 128, 4, 4), _SMALL),
-    120: (Config(128, 128, 64, 4, 3), Config(128, 128, 128, 8, 2), Config(64, 128, 64, 4, 4), _SMALL),
+    80: (Config(128, 128, 64, 4, 4), Config(128, 256, 64, 8, 3), Config(64, 128, 64, 4, 4), Config(32, 64, 128, 4, 3)),
+    89: (Config(128, 128, 64, 4, 3), Config(128, 128, 128, 8, 2), Config(64, 128, 64, 4, 4), Config(32, 64, 128, 4, 3)),
+    90: (Config(128, 256, 128, 8, 3), Config(128, 128, 128, 4, 4), Config(64, 128, 128, 4, 4), Config(32, 64, 128, 4, 3)),
+    100: (Config(128, 256, 128, 8, 3), Config(128, 128, 128, 4, 4), Config(64, 128, 128, 4, 4), Config(32, 64, 128, 4, 3)),
+    120: (Config(128, 128, 64, 4, 3), Config(128, 128, 128, 8, 2), Config(64, 128, 64, 4, 4), Config(32, 64, 128, 4, 3)),
+}
+# Where more registers are needed: e4m3 sums in blocks, mixed types, and more than a bias after the product.
+SMALL: dict[int, tuple[Config, ...]] = {
+    80: (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 4)),
+    89: (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 4)),
+    90: (Config(128, 128, 128, 8, 3), Config(64, 64, 128, 4, 4)),
+    100: (Config(128, 128, 128, 8, 3), Config(64, 64, 128, 4, 4)),
+    120: (Config(128, 128, 64, 8, 3), Config(64, 64, 64, 4, 4)),
 }
 # grid: (tiles,); x [M, K], w [N, K] int8 or e4m3 (bytes for DOT bf16); y [M, N]; the rest as epilogue.finish
 
@@ -111,7 +118,9 @@ def gemm_w8a8(
             DOT=dot, EVEN_K=k % c.bk == 0, BM=c.bm, BN=c.bn, BK=c.bk, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
 
-    run(config or chosen("gemm_w8a8", (m, n, k, dot), candidates(CONFIGS, capability, m), run))
+    plain = dot == "int8" and thin is None and gate is None and residual is None and activation == "none"
+    configs = candidates(CONFIGS if plain else SMALL, capability, m)
+    run(config or chosen("gemm_w8a8", (m, n, k, dot, plain), configs, run))
     return y
 
 

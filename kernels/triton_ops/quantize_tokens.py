@@ -21,6 +21,7 @@ from quantdit.kernels.triton_ops.ptx import rint
 
 LANES = 128  # inputs a row; a Hadamard block divides it
 ROWS = 64  # of a program, unless one token has more
+STAGES = 1  # the loads of a whole token ahead would not fit shared memory; other programs fill the time
 MAX_WIDTH = 128 * LANES  # of a token that still fits the registers of a program
 FORMATS = ("none", "int", "affine", "fp8")
 # grid: (programs,), each loops over groups of TOKENS; x [M, K]; premultiplier [K]; hadamard [128, 128]; y [M, K]; scale [M]
@@ -52,22 +53,22 @@ def _of_rows(v, TOKENS: tl.constexpr, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _symmetric(y, multiplier, TOP: tl.constexpr):
-    code = tl.clamp(rint(tl.div_rn(y, multiplier + tl.zeros_like(y))), -TOP, TOP)
-    return tl.clamp(code * multiplier, -127.0, 127.0)
-
-
-@triton.jit
 def _offset(low, high, multiplier, TOP: tl.constexpr):
     centred = rint((low + high - TOP * multiplier) / 2)
     return tl.minimum(tl.maximum(centred, -128.0), 127.0 - TOP * multiplier)
 
 
 @triton.jit
-def _affine(y, low, high, multiplier, TOP: tl.constexpr):
-    offset = _offset(low, high, multiplier, TOP)
-    code = tl.clamp(rint(tl.div_rn(y - offset, multiplier + tl.zeros_like(y))), 0.0, TOP)
-    return tl.clamp(code * multiplier + offset, -128.0, 127.0)
+def _stepped(y, low, high, multiplier, AFFINE: tl.constexpr, TOP: tl.constexpr):
+    """Return the integers nearest to y among the codes of one multiplier a group (ops._symmetric_groups, ops._affine_groups)."""
+    if AFFINE:
+        offset = _offset(low, high, multiplier, TOP)
+        code = tl.clamp(rint(tl.div_rn(y - offset, multiplier + tl.zeros_like(y))), 0.0, TOP)
+        value = tl.clamp(code * multiplier + offset, -128.0, 127.0)
+    else:
+        code = tl.clamp(rint(tl.div_rn(y, multiplier + tl.zeros_like(y))), -TOP, TOP)
+        value = tl.clamp(code * multiplier, -127.0, 127.0)
+    return value
 
 
 @triton.jit
@@ -81,12 +82,10 @@ def _grouped(y, AFFINE: tl.constexpr, TOP: tl.constexpr):
         low, high = step, step
     step = tl.div_rn(step, TOP + tl.zeros_like(step))
     above, below = tl.maximum(tl.ceil(step), 1.0), tl.maximum(tl.floor(step), 1.0)
-    if AFFINE:
-        wide, fine = _affine(y, low, high, above, TOP), _affine(y, low, high, below, TOP)
-    else:
-        wide, fine = _symmetric(y, above, TOP), _symmetric(y, below, TOP)
-    better = tl.sum((fine - y) * (fine - y), 2) < tl.sum((wide - y) * (wide - y), 2)
-    return tl.where(better[:, :, None], fine, wide)
+    wide, fine = _stepped(y, low, high, above, AFFINE, TOP) - y, _stepped(y, low, high, below, AFFINE, TOP) - y
+    better = tl.sum(fine * fine, 2) < tl.sum(wide * wide, 2)
+    # Made again rather than kept: both would be held in registers.
+    return _stepped(y, low, high, tl.where(better[:, :, None], below, above), AFFINE, TOP)
 
 
 @triton.jit
@@ -210,7 +209,7 @@ def quantize_tokens(
     quantize_tokens_kernel[(min(groups, programs(x.device)),)](
         x, shift, modulation, premultiplier, _signs(block, narrow, x.device) if block > 1 else None,
         static_scale, y, scale, m, k, m if shift is None else m // shift.shape[0], eps, block**-0.5,
-        **constants, num_warps=warps,
+        **constants, num_warps=warps, num_stages=STAGES,
     )  # fmt: skip
     return y, scale
 
@@ -226,7 +225,7 @@ def constants_of(k: int, dtype: torch.dtype, premultiplier: Tensor | None, forma
         "FORMAT": format,
         "TOP": top,
         "GROUP": group_size,
-        "num_warps": 4 if blocks <= ROWS else 8,
+        "num_warps": 8 if blocks <= ROWS else 16,
     }
 
 

@@ -60,6 +60,7 @@ class Case:
     stages: int
     product: str | None = None
     macs: int = 0  # of a turn of the main loop
+    neighbours: int = 1  # along k that inline PTX expects in a register
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -69,8 +70,8 @@ class Case:
 
 MODULES = (quantize_tokens, decode8, gemm_w8a8, gemm_w4, gemm_fp4)
 JIT = {name: value for module in MODULES for name, value in vars(module).items() if name.endswith("_kernel")}
-AFTER = {name: None for name in ("bias_ptr", "thin_ptr", "up_ptr", "gate_ptr", "residual_ptr")}
-AFTER_TYPES = {"bias_ptr": "*bf16", "thin_ptr": "*bf16", "up_ptr": "*bf16", "gate_ptr": "*bf16", "residual_ptr": "*bf16"}
+AFTER = dict.fromkeys(("thin_ptr", "up_ptr", "gate_ptr", "residual_ptr"))
+AFTER_TYPES = dict.fromkeys(AFTER, "*bf16")
 SIZES = ("M", "N", "K", "rank", "tokens_per_image")
 
 
@@ -95,7 +96,7 @@ def quantize_cases(arch: int) -> Iterator[Case]:
     if arch >= 89:
         variants.append(("e4m3 rotated", "bf16", "i8", "fp8", 8, 0, True, False))
     for name, x, multiplier, format, bits, group, rotated, modulated in variants:
-        for k in (1536, 8960):
+        for k in (1536, 8960) if name in ("int rotated", "int rotated, modulated", "rotated") else (1536,):
             smooth = torch.empty(0, dtype=torch.float32 if multiplier == "fp32" else torch.int8)
             dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[x]
             constants = quantize_tokens.constants_of(k, dtype, smooth if multiplier else None, format, bits, group)
@@ -117,12 +118,22 @@ def quantize_cases(arch: int) -> Iterator[Case]:
             for argument in ("shift_ptr", "modulation_ptr"):
                 (types if modulated else absent)[argument] = "*bf16" if modulated else None
             product = "bf16" if rotated else None
-            yield Case("quantize_tokens_kernel", f"{name}, k={k}", arch, types, constants | absent, warps, 3, product)
+            yield Case(
+                "quantize_tokens_kernel",
+                f"{name}, k={k}",
+                arch,
+                types,
+                constants | absent,
+                warps,
+                quantize_tokens.STAGES,
+                product,
+            )
 
 
 def decode_cases(arch: int) -> Iterator[Case]:
-    """Every packed format, and one shorter last block."""
-    for name, tail in [*((n, 128) for n, f in FORMATS.items() if f.code_bits < 8 or f.dim > 1), ("int4", 64), ("int3", 40)]:
+    """Every packed format that decodes differently, and shorter last blocks."""
+    packed = [name for name, f in FORMATS.items() if (f.code_bits < 8 or f.dim > 1) and not name.endswith("e4m3")]
+    for name, tail in [*((name, 128) for name in packed), ("int4", 64), ("int3", 40)]:
         types, constants = weight_arguments(name, 64)
         constants["T"] = tail
         del constants["TAIL"]
@@ -150,8 +161,9 @@ def w8a8_cases(arch: int) -> Iterator[Case]:
         if dot == "e4m3" and arch < 89:
             continue
         types = {"x_ptr": f"*{x}", "w_ptr": f"*{w}", "y_ptr": "*bf16", "token_scale_ptr": "*fp32", "scale_ptr": "*fp32"}
-        types |= dict.fromkeys(SIZES, "i32")
-        for i, c in enumerate(gemm_w8a8.CONFIGS[arch]):
+        types |= dict.fromkeys(SIZES, "i32") | {"bias_ptr": "*bf16"}
+        plain = gemm_w8a8.CONFIGS[arch] if dot == "int8" else ()
+        for i, c in enumerate((*plain, *gemm_w8a8.SMALL[arch])):
             tile = {"BM": c.bm, "BN": c.bn, "BK": c.bk, "DOT": dot, "EVEN_K": True, "GELU": False}
             product, macs = ("bf16" if dot == "bf16" else dot), c.bm * c.bn * c.bk
 
@@ -161,8 +173,9 @@ def w8a8_cases(arch: int) -> Iterator[Case]:
 
             yield case(dot, types, AFTER | tile)
             if i == 0:
-                yield case(f"{dot} low rank, GELU, gate", types | AFTER_TYPES, tile | {"GELU": True})
                 yield case(f"{dot} ragged k", types, AFTER | tile | {"EVEN_K": False})
+            if i >= len(plain) and dot == "int8":
+                yield case(f"{dot} low rank, GELU, gate", types | AFTER_TYPES, tile | {"GELU": True})
 
 
 # (format, group, rows of the table, type of the activations)
@@ -172,7 +185,6 @@ A8 = (
     ("int4", 32, 1, "i8"),
     ("table4", 1536, 1, "i8"),
     ("table4", 1536, 8, "i8"),
-    ("table4_e4m3", 1536, 1, "fp8e4nv"),
     ("table4_e4m3", 1536, 1, "i8"),
     ("table3", 1536, 1, "i8"),
     ("int2", 32, 1, "i8"),
@@ -181,6 +193,7 @@ A8 = (
 A16 = (
     ("int4", 64, 1, "bf16"),
     ("table4", 1536, 1, "bf16"),
+    ("table4", 1536, 8, "bf16"),
     ("table4", 1536, 1, "fp16"),
     ("table4_e4m3", 1536, 1, "bf16"),
     ("table2", 1536, 1, "bf16"),
@@ -191,27 +204,29 @@ A16 = (
 
 
 def w4_cases(arch: int) -> Iterator[Case]:
-    """Each format that decodes differently, with every configuration; a shorter last block and what may follow, once."""
+    """Every configuration with the usual formats, the first with each that decodes differently; the rest once."""
     for (name, group, rows, x), configs in chain(
         ((a, gemm_w4.CONFIGS_A8[arch]) for a in A8), ((a, gemm_w4.CONFIGS_A16[arch]) for a in A16)
     ):
-        if x == "fp8e4nv" and arch < 89:
-            continue
         e4m3 = name.endswith("e4m3")
-        dot = {"i8": "bf16" if e4m3 else "int8", "fp8e4nv": "e4m3"}.get(x, "none")
+        neighbours = 1 if "table" in name and rows == 1 else 4 if x == "i8" else 2
+        dot = gemm_w4.dot_of(torch.int8 if x == "i8" else torch.bfloat16, e4m3)
         plain, constants = weight_arguments(name, group, rows)
-        plain |= {"x_ptr": f"*{x}", "scale_ptr": "*fp32"} | dict.fromkeys((*SIZES, "row_bytes", "tiles", "tail_tiles"), "i32")
+        plain |= {"x_ptr": f"*{x}", "scale_ptr": "*fp32", "bias_ptr": "*bf16"} | dict.fromkeys(
+            (*SIZES, "row_bytes", "tiles", "tail_tiles"), "i32"
+        )
         constants |= {"DOT": dot, "E4M3": e4m3, "ASM": True, "GELU": False}
         if dot == "none":
             constants["token_scale_ptr"] = None
         else:
             plain["token_scale_ptr"] = "*fp32"
-        for i, c in enumerate(configs):
+        main = (name, group, rows) in (("int4", 64, 1), ("table4", 1536, 1), ("table2", 1536, 1)) and x != "fp16"
+        for i, c in enumerate(configs if main else configs[:1]):
             sums = "i32" if dot == "int8" else "fp32"
             y = {"y_ptr": f"*{sums}" if c.splits > 1 else "*bf16"}
             tile = {"BM": c.bm, "BN": c.bn, "SPLITS": c.splits}
             label = f"{name}{f' g{group}' if group < 1536 else ''}{' rows' if rows > 1 else ''} {x}"
-            product, macs = {"int8": "int8", "e4m3": "e4m3"}.get(dot, "bf16"), c.bm * c.bn * c.bk
+            product, macs = ("int8" if dot == "int8" else "bf16"), c.bm * c.bn * c.bk
 
             def case(
                 what: str,
@@ -221,9 +236,10 @@ def w4_cases(arch: int) -> Iterator[Case]:
                 c: Config = c,
                 product: str = product,
                 macs: int = macs,
+                neighbours: int = neighbours,
             ) -> Case:
                 variant = f"{label}{what}, {text(c)}"
-                return Case("gemm_w4_kernel", variant, arch, types, constants, c.warps, c.stages, product, macs)
+                return Case("gemm_w4_kernel", variant, arch, types, constants, c.warps, c.stages, product, macs, neighbours)
 
             yield case("", plain | y, constants | tile | AFTER)
             if i == 0 and (name, group) in (("int4", 64), ("table2", 1536)):
@@ -238,7 +254,7 @@ def sum_cases(arch: int) -> Iterator[Case]:
     every = {c.splits for configs in (gemm_w4.CONFIGS_A8, gemm_w4.CONFIGS_A16) for c in configs[arch] if c.splits > 1}
     for splits in sorted(every):
         for sums in ("i32", "fp32"):
-            types = {"sums_ptr": f"*{sums}", "y_ptr": "*bf16", "scale_ptr": "*fp32"}
+            types = {"sums_ptr": f"*{sums}", "y_ptr": "*bf16", "scale_ptr": "*fp32", "bias_ptr": "*bf16"}
             types |= dict.fromkeys(("M", "N", "rank", "tokens_per_image"), "i32")
             constants = AFTER | {"SPLITS": splits, "BM": 16, "BN": 64, "GELU": False}
             if sums == "i32":
@@ -286,7 +302,8 @@ def inspect(case: Case) -> dict:
     try:
         kernel = compiled(case)
     except Exception as error:  # a kernel that does not compile is a row, whatever the compiler raised
-        return row | {"errors": [f"{type(error).__name__}: {str(error)[-200:]}"]}
+        text = str(error.__cause__ or error).strip().splitlines()
+        return row | {"errors": [f"{type(error).__name__}: {text[-1] if text else ''}"[:200]]}
     usage = ptxas(kernel.asm["ptx"], case.arch)
     instructions, loop = machine_code(kernel.asm["cubin"])
     products = collections.Counter(op for op, _ in instructions if MMA.match(op))
@@ -303,7 +320,7 @@ def inspect(case: Case) -> dict:
         errors.append(f"{row['shared']} bytes of shared memory")
     if usage["registers"] * case.warps * 32 > REGISTERS:
         errors.append(f"{usage['registers']} registers in {case.warps} warps")
-    errors += asm_layouts(kernel.asm["ttgir"])
+    errors += asm_layouts(kernel.asm["ttgir"], case.neighbours)
     return row | {"errors": errors}
 
 
@@ -352,8 +369,8 @@ def machine_code(cubin: bytes) -> tuple[list, list | None]:
     return instructions, best[1]
 
 
-def asm_layouts(ttgir: str) -> list[str]:
-    """Return what is wrong with the tiles that inline PTX runs on: four neighbours along k must share a register."""
+def asm_layouts(ttgir: str, neighbours: int) -> list[str]:
+    """Return what is wrong with the tiles that inline PTX runs on: so many neighbours along k must share a register."""
     aliases = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, flags=re.MULTILINE))
     errors = set()
     for line in ttgir.splitlines():
@@ -361,13 +378,32 @@ def asm_layouts(ttgir: str) -> list[str]:
             continue
         layout = re.findall(r"tensor<\d+x\d+xi8, (#[^>]*(?:<[^>]*>)?[^>]*)>", line)[-1]
         definition = aliases.get(layout, layout)
-        blocked = re.search(r"sizePerThread = \[\d+, (\d+)\].*order = \[1, 0\]", definition)
-        dot = re.search(r"dot_op<.*kWidth = (\d+)", definition)
-        linear = re.search(r"register = \[\[0, 1\], \[0, 2\]", definition)
-        width = int((blocked or dot).group(1)) if blocked or dot else 0
-        if width < 4 and not linear:
+        if together(definition) < neighbours:
             errors.add(f"inline PTX on {definition[:120]}")
     return sorted(errors)
+
+
+def together(layout: str) -> int:
+    """Return how many consecutive registers of a thread are neighbours along the last axis, 0 for an unknown layout."""
+    if found := re.search(r"dot_op<.*kWidth = (\d+)", layout):
+        return int(found.group(1))
+    if "#ttg.blocked" in layout:
+        numbers = {key: [int(n) for n in text.split(", ")] for key, text in re.findall(r"(\w+) = \[([\d, ]+)\]", layout)}
+        rows, columns = numbers["sizePerThread"]
+        if numbers["order"][0] != 1:
+            return 1
+        # A thread alone along the axis goes on where it was.
+        alone = rows == 1 and numbers["threadsPerWarp"][1] == numbers["warpsPerCTA"][1] == 1
+        return 4 if alone else columns
+    if found := re.search(r"#ttg.linear<\{register = \[(.*?)\]\]", layout):
+        bases = re.findall(r"\[?(\d+), (\d+)", found.group(1))
+        run = 1
+        for row, column in bases:
+            if (int(row), int(column)) != (0, run):
+                break
+            run *= 2
+        return run
+    return 0
 
 
 def markdown(rows: list[dict]) -> str:

@@ -71,6 +71,8 @@ PTX: dict[str, Callable[..., np.ndarray]] = {
     "xor.b32": lambda a, b: a ^ b,
     "shl.b32": lambda a, b: a << b,
     "shr.b32": lambda a, b: a >> b,
+    "add.u32": lambda a, b: a + b,
+    "mul.lo.u32": lambda a, b: a * b,
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "prmt.b32": _prmt,
 }

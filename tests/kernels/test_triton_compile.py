@@ -76,8 +76,17 @@ def test_inline_ptx_on_strided_tiles_is_found():
 #strided = #ttg.blocked<{sizePerThread = [4, 1], threadsPerWarp = [8, 4], warpsPerCTA = [4, 1], order = [0, 1]}>
   %1 = tt.elementwise_inline_asm "x" {packed = 4} %0 : tensor<64x64xi8, #LAYOUT> -> tensor<64x64xi8, #LAYOUT>
 """
-    assert static.asm_layouts(ttgir.replace("LAYOUT", "blocked")) == []
-    assert len(static.asm_layouts(ttgir.replace("LAYOUT", "strided"))) == 1
+    assert static.asm_layouts(ttgir.replace("LAYOUT", "blocked"), 4) == []
+    assert static.asm_layouts(ttgir.replace("LAYOUT", "strided"), 1) == []
+    assert len(static.asm_layouts(ttgir.replace("LAYOUT", "strided"), 2)) == 1
+
+
+def test_registers_along_k():
+    dot = "#ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 2}"
+    alone = "#ttg.blocked<{sizePerThread = [1, 1], threadsPerWarp = [32, 1], warpsPerCTA = [4, 1], order = [1, 0]}>"
+    shared = "#ttg.blocked<{sizePerThread = [1, 2], threadsPerWarp = [1, 32], warpsPerCTA = [4, 1], order = [1, 0]}>"
+    linear = "#ttg.linear<{register = [[0, 1], [0, 2], [8, 0], [0, 16]], lane = [[0, 4]], warp = [], block = []}>"
+    assert [static.together(layout) for layout in (dot, alone, shared, linear, "#mma")] == [2, 4, 2, 4, 0]
 
 
 def test_a_kernel_that_does_not_compile_is_a_row_with_an_error():

@@ -77,6 +77,7 @@ LAYERS = {
     "table": ("table4", A8),
     "w8a8": ("int8", A8),
     "fp8": ("fp8_e4m3", ActivationSpec(8, "fp8")),
+    "e4m3 table, fp8": ("table4_e4m3", ActivationSpec(8, "fp8")),
     "e4m3 table, int8 codes": ("table4_e4m3", A8),
     "w4a4": ("table4", ActivationSpec(4, "affine", 32)),
     "a6 groups": ("table3", ActivationSpec(6, "int", 64)),
@@ -110,6 +111,7 @@ def test_every_way_is_taken(layer: Callable, gpu: Callable, monkeypatch: pytest.
     """The table of dispatch.py, way by way: which ops run."""
     gpu(90)
     called: list[str] = []
+    e4m3 = layer("table4_e4m3", ActivationSpec(8, "fp8"))
     for name in ops.ON_CUDA:
         original = getattr(torch.ops.quantdit, name)
 
@@ -132,6 +134,7 @@ def test_every_way_is_taken(layer: Callable, gpu: Callable, monkeypatch: pytest.
     assert ops_of(layer("int8", A8), 2) == ["rotate_quantize", "gemm_w8a8"]
     assert ops_of(layer("int4", A8, "hadamard", 4), 2) == ["rotate", "quantize_tokens", "gemm_w4a8"]
     assert ops_of(layer("fp8_e4m3", ActivationSpec(8, "fp8"), "none"), 2) == ["quantize_tokens_fp8", "gemm_w8a8"]
+    assert ops_of(e4m3, 2) == ["rotate_quantize", "decode8", "gemm_w8a8"]
     w4a16 = layer("table4", A16)
     assert ops_of(w4a16, 64) == ["rotate", "gemm_w4a16"]
     assert ops_of(w4a16, 65) == ["rotate", "decode8"]
@@ -151,7 +154,7 @@ def test_what_the_kernels_do_not_take(gpu: Callable):
     """Groups of 16 and wide tokens go to the definition; the results of both are to the bit."""
     gpu(90)
     x = torch.randn(3, 48)
-    for arguments in ((x, 4, 16), (torch.randn(2, dispatch.LARGEST_WIDTH + 2), 8)):
+    for arguments in ((x, 4, 16), (torch.randn(2, dispatch.LARGEST_WIDTH + 2), 8), (torch.randn(2, 8224), 4, 32)):
         codes, scale = torch.ops.quantdit.quantize_tokens(*arguments)
         reference, reference_scale = ops.quantize_tokens_reference(*arguments)
         assert torch.equal(codes, reference) and torch.equal(scale, reference_scale)
