@@ -14,7 +14,8 @@ crossover points are in crossover.json. What the kernels do not take runs as its
 
     everything    without triton, before Ampere (compute capability 8.0)
     tokens        wider than LARGEST_WIDTH, in groups LARGEST_GROUPED_WIDTH; float64; activation groups other than GROUPS;
-                  Hadamard blocks above LARGEST_BLOCK
+                  Hadamard blocks above LARGEST_BLOCK; on sm_80, 89 and 120 rotations of float32, of smoothed tokens, of tokens
+                  wider than LARGEST_ROTATED_WIDTH (the rotation alone, its codes are the kernel's)
     e4m3 codes    before compute capability 8.9
 """
 
@@ -40,6 +41,7 @@ ARCHITECTURES = (80, 89, 90, 100, 120)  # compute capability; others take the ro
 LARGEST_BLOCK = 128  # of a Hadamard
 LARGEST_WIDTH = 16384  # of a token in the registers of one program
 LARGEST_GROUPED_WIDTH = 8192  # the same in groups, which need more registers
+LARGEST_ROTATED_WIDTH = 8192  # where tensor cores cannot read the Hadamard matrix from shared memory (sm_80, 89, 120)
 GROUPS = (0, 32, 64, 128)  # of activations
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 WHOLE = ("int8", "fp8_e4m3")  # formats that store `I` itself
@@ -118,9 +120,20 @@ def kernels_run(x: Tensor) -> bool:
     return mode != "reference" and find_spec("triton") is not None and capability_of(x.device) >= ARCHITECTURES[0]
 
 
-def _takes_tokens(x: Tensor, block: int, fp8: bool, group_size: int) -> bool:
+def rotates_in_registers(k: int, dtype: torch.dtype, premultiplier: torch.dtype, capability: int) -> bool:
+    """Return whether tokens are rotated by the kernel: with mma.sync only where the Hadamard matrix leaves registers enough."""
+    narrow = k <= LARGEST_ROTATED_WIDTH and dtype != torch.float32 and premultiplier == torch.int8
+    return capability in (90, 100, 103) or narrow
+
+
+def _takes_rotation(x: Tensor, premultiplier: Tensor, block: int) -> bool:
+    fits = rotates_in_registers(x.shape[-1], x.dtype, premultiplier.dtype, capability_of(x.device))
+    return block <= LARGEST_BLOCK and fits
+
+
+def _takes_tokens(x: Tensor, fp8: bool, group_size: int) -> bool:
     largest = LARGEST_GROUPED_WIDTH if group_size else LARGEST_WIDTH
-    fits = x.shape[-1] <= largest and block <= LARGEST_BLOCK and group_size in GROUPS
+    fits = x.shape[-1] <= largest and group_size in GROUPS
     return kernels_run(x) and x.dtype in FLOATS and fits and (not fp8 or capability_of(x.device) >= 89)
 
 
@@ -131,11 +144,13 @@ def _takes_codes(codes: Tensor) -> bool:
 def rotate(x: Tensor, premultiplier: Tensor, block: int) -> Tensor:
     """Run `rotate`."""
     ops.check_rotate(x, premultiplier, block)
-    if not _takes_tokens(x, block, False, 0):
+    if not _takes_tokens(x, False, 0) or not _takes_rotation(x, premultiplier, block):
         return ops.rotate_reference(x, premultiplier, block)
     from quantdit.kernels.triton_ops.quantize_tokens import quantize_tokens as kernel
 
-    return kernel(x.reshape(-1, x.shape[-1]), premultiplier, block, "none")[0].reshape(x.shape)
+    return kernel(x.reshape(-1, x.shape[-1]), premultiplier, block, "none", capability=capability_of(x.device))[0].reshape(
+        x.shape
+    )
 
 
 def quantize_tokens(
@@ -144,21 +159,21 @@ def quantize_tokens(
     """Run `quantize_tokens`."""
     ops.check_tokens("quantize_tokens", x, bits, group_size)
     ops.check_static(static_scale, affine)
-    if not _takes_tokens(x, 1, False, group_size):
+    if not _takes_tokens(x, False, group_size):
         return ops.quantize_tokens_reference(x, bits, group_size, affine, static_scale)
     from quantdit.kernels.triton_ops.quantize_tokens import quantize_tokens as kernel
 
-    return kernel(x, None, 1, "affine" if affine else "int", bits, group_size, static_scale)
+    return kernel(x, None, 1, "affine" if affine else "int", bits, group_size, static_scale, capability=capability_of(x.device))
 
 
 def quantize_tokens_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Run `quantize_tokens_fp8`."""
     ops.check_tokens("quantize_tokens_fp8", x, 8, 0)
-    if not _takes_tokens(x, 1, True, 0):
+    if not _takes_tokens(x, True, 0):
         return ops.quantize_tokens_fp8_reference(x)
     from quantdit.kernels.triton_ops.quantize_tokens import quantize_tokens as kernel
 
-    return kernel(x, None, 1, "fp8")
+    return kernel(x, None, 1, "fp8", capability=capability_of(x.device))
 
 
 def rotate_quantize(
@@ -167,11 +182,14 @@ def rotate_quantize(
     """Run `rotate_quantize`."""
     ops.check_rotate_quantize(x, premultiplier, block, format, bits, group_size)
     ops.check_static(static_scale, format == "affine")
-    if not _takes_tokens(x, block, format == "fp8", group_size):
-        return ops.rotate_quantize_reference(x, premultiplier, block, format, bits, group_size, static_scale)
+    if not _takes_tokens(x, format == "fp8", group_size) or not _takes_rotation(x, premultiplier, block):
+        rotated = rotate(x, premultiplier, block)
+        if format == "fp8":
+            return quantize_tokens_fp8(rotated)
+        return quantize_tokens(rotated, bits, group_size, format == "affine", static_scale)
     from quantdit.kernels.triton_ops.quantize_tokens import quantize_tokens as kernel
 
-    return kernel(x, premultiplier, block, format, bits, group_size, static_scale)
+    return kernel(x, premultiplier, block, format, bits, group_size, static_scale, capability=capability_of(x.device))
 
 
 def modulate_quantize(
@@ -191,11 +209,11 @@ def modulate_quantize(
     ops.check_rotate_quantize(x, premultiplier, block, format, bits, group_size)
     ops.check_static(static_scale, format == "affine")
     rest = (premultiplier, block, format, bits, group_size, static_scale)
-    if not _takes_tokens(x, block, format == "fp8", group_size):
+    if not _takes_tokens(x, format == "fp8", group_size) or not _takes_rotation(x, premultiplier, block):
         return ops.modulate_quantize_reference(x, shift, modulation, eps, *rest)
     from quantdit.kernels.triton_ops.quantize_tokens import quantize_tokens as kernel
 
-    return kernel(x, *rest, shift, modulation, eps)
+    return kernel(x, *rest, shift, modulation, eps, capability=capability_of(x.device))
 
 
 def decode8(

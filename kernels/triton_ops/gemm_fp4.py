@@ -17,7 +17,7 @@ from quantdit.kernels.triton_ops.tuning import Config
 VECTOR = {"nvfp4": 16, "mxfp4": 32}  # k that share a scale
 CONFIGS: dict[int, tuple[Config, ...]] = {
     100: (Config(128, 128, 256, 4, 3),),
-    120: (Config(128, 128, 128, 4, 2),),
+    120: (Config(128, 128, 128, 8, 2),),
 }
 # grid: (cdiv(M, BM), cdiv(N, BN)); x u8 [M, K/2], w u8 [N, K/2], low nibble first; scales [M, K/v], [N, K/v]; y [M, N]
 

@@ -21,7 +21,8 @@ from quantdit.kernels.triton_ops.ptx import affine_nibbles, e4m3_to_float, table
 from quantdit.kernels.triton_ops.tuning import Config, chosen
 
 # bk is 128 everywhere: a block of codes.
-_FEW = (Config(16, 64, 128, 4, 4, 8), Config(32, 32, 128, 2, 4, 4), Config(64, 32, 128, 2, 3, 2))
+LIGHT = 4096  # largest tile for more than a bias after the product
+_FEW = (Config(64, 64, 128, 4, 3), Config(16, 64, 128, 4, 4, 8), Config(32, 32, 128, 2, 4, 4), Config(64, 32, 128, 2, 3, 2))
 CONFIGS_A8: dict[int, tuple[Config, ...]] = {
     80: (Config(128, 128, 128, 8, 3), Config(64, 128, 128, 4, 3), *_FEW),
     89: (Config(128, 128, 128, 8, 2), Config(64, 128, 128, 4, 3), *_FEW),
@@ -29,7 +30,7 @@ CONFIGS_A8: dict[int, tuple[Config, ...]] = {
     100: (Config(128, 128, 128, 8, 4), Config(64, 128, 128, 4, 4), *_FEW),
     120: (Config(128, 128, 128, 8, 2), Config(64, 128, 128, 4, 3), *_FEW),
 }
-CONFIGS_A16: dict[int, tuple[Config, ...]] = {80: _FEW, 89: _FEW, 90: _FEW, 100: _FEW, 120: _FEW}
+CONFIGS_A16: dict[int, tuple[Config, ...]] = dict.fromkeys(CONFIGS_A8, _FEW[1:])
 # grid: (tiles, splits); x [M, K]; data u8 [N, row_bytes]; y [M, N], or with splits [splits, M, N]; the rest as epilogue.finish
 
 
@@ -251,8 +252,11 @@ def gemm_w4(
                 target, y, *rest, m, n, **last, SPLITS=splits, BM=16, BN=64, num_warps=4
             )
 
-    configs = CONFIGS_A16 if token_scale is None else CONFIGS_A8
-    run(config or chosen("gemm_w4", (m, n, k, format, str(x.dtype)), candidates(configs, capability, m), run))
+    configs = candidates(CONFIGS_A16 if token_scale is None else CONFIGS_A8, capability, m)
+    plain = thin is None and gate is None and residual is None
+    if not plain:
+        configs = tuple(c for c in configs if c.bm * c.bn <= LIGHT)
+    run(config or chosen("gemm_w4", (m, n, k, format, str(x.dtype), plain), configs, run))
     return y
 
 

@@ -1,8 +1,8 @@
 """Bytes of packed weights to bytes of `I`, four at a time: inline PTX, and plain Triton of the same result (`ASM` false).
 
-The functions are elementwise, but arguments that belong to a row are read once for four bytes of a register, or once for two: these
-must be neighbours along k. Tiles that become 8-bit operands of the tensor core keep four together, 16-bit operands only
-two; reports/bench/static.py checks it in every compiled kernel.
+The functions are elementwise, but arguments that belong to a row are read once for four bytes of a register, or once for two:
+these must be neighbours along k. Tiles that become 8-bit operands of the tensor core keep four together, 16-bit operands
+only two; reports/bench/static.py checks it in every compiled kernel.
 """
 
 from __future__ import annotations

@@ -109,11 +109,12 @@ def quantize_tokens_kernel(
     FORMAT: tl.constexpr,
     TOP: tl.constexpr,  # largest code, a float
     GROUP: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     lane = tl.arange(0, 128)
     rows = tl.arange(0, TOKENS * BLOCKS)
     column = (rows % BLOCKS * 128)[:, None] + lane[None, :]
-    if hadamard_ptr is not None:
+    if hadamard_ptr is not None and KEEP:
         h = tl.load(hadamard_ptr + lane[:, None] * 128 + lane[None, :])
     for first in range(tl.program_id(0) * TOKENS, M, tl.num_programs(0) * TOKENS):
         token = (first + rows // BLOCKS).to(tl.int64)[:, None]
@@ -131,6 +132,8 @@ def quantize_tokens_kernel(
         if premultiplier_ptr is not None:
             y = y * tl.load(premultiplier_ptr + column, mask=column < K, other=0).to(tl.float32)
         if hadamard_ptr is not None:
+            if not KEEP:
+                h = tl.load(hadamard_ptr + lane[:, None] * 128 + lane[None, :])
             y = _rotated(y, h, PARTS) * norm
         y = y.to(x_ptr.dtype.element_ty).to(tl.float32)  # what `rotate` returns
 
@@ -181,6 +184,8 @@ def quantize_tokens(
     shift: Tensor | None = None,
     modulation: Tensor | None = None,
     eps: float = 0.0,
+    *,
+    capability: int,
 ) -> tuple[Tensor, Tensor]:
     """Return codes `[m, k]` int8 or e4m3 and scale `[m]` float32; with format `none` the transformed x and an empty scale.
 
@@ -195,6 +200,7 @@ def quantize_tokens(
         shift: `[images, k]`; with it x is first normalised over k and modulated, `norm(x) (1 + modulation) + shift`.
         modulation: `[images, k]`; m is a multiple of images.
         eps: of the layer norm.
+        capability: of the GPU, 90 for 9.0.
     """
     (x, premultiplier, shift, modulation) = contiguous(x, premultiplier, shift, modulation)
     m, k = x.shape
@@ -202,7 +208,7 @@ def quantize_tokens(
     scale = x.new_empty(0 if format == "none" else m, dtype=torch.float32)
     if not m:
         return y, scale
-    constants = constants_of(k, x.dtype, premultiplier, format, bits, group_size)
+    constants = constants_of(k, x.dtype, premultiplier, format, bits, group_size, capability)
     warps = constants.pop("num_warps")
     groups = triton.cdiv(m, constants["TOKENS"])
     narrow = x.dtype if _signs_alone(x.dtype, premultiplier) else torch.bfloat16
@@ -214,18 +220,23 @@ def quantize_tokens(
     return y, scale
 
 
-def constants_of(k: int, dtype: torch.dtype, premultiplier: Tensor | None, format: str, bits: int, group_size: int) -> dict:
+def constants_of(
+    k: int, dtype: torch.dtype, premultiplier: Tensor | None, format: str, bits: int, group_size: int, capability: int
+) -> dict:
     """Return the constexpr arguments and num_warps for tokens of width k."""
+    parts = 1 if _signs_alone(dtype, premultiplier) else 2 if dtype == torch.bfloat16 else 3
     blocks = triton.next_power_of_2(triton.cdiv(k, LANES))
     top = {"fp8": LARGEST, "affine": 2.0**bits - 1}.get(format, 2.0 ** (bits - 1) - 1)
     return {
         "TOKENS": max(1, ROWS // blocks),
         "BLOCKS": blocks,
-        "PARTS": 1 if _signs_alone(dtype, premultiplier) else 2 if dtype == torch.bfloat16 else 3,
+        "PARTS": parts,
         "FORMAT": format,
         "TOP": top,
         "GROUP": group_size,
-        "num_warps": 8 if blocks <= ROWS else 16,
+        # Tensor cores that read shared memory; the others would keep the matrix in registers from one token to the next.
+        "KEEP": 90 <= capability < 120,
+        "num_warps": 8 if blocks <= ROWS and parts == 1 else 16,
     }
 
 

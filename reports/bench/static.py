@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from quantdit.formats import FORMATS
-from quantdit.kernels.triton_ops import decode8, gemm_fp4, gemm_w4, gemm_w8a8, quantize_tokens
+from quantdit.kernels.triton_ops import decode8, dispatch, gemm_fp4, gemm_w4, gemm_w8a8, quantize_tokens
 from quantdit.kernels.triton_ops.tuning import Config
 
 FOLDER = Path(__file__).parent
@@ -95,11 +95,14 @@ def quantize_cases(arch: int) -> Iterator[Case]:
     ]
     if arch >= 89:
         variants.append(("e4m3 rotated", "bf16", "i8", "fp8", 8, 0, True, False))
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     for name, x, multiplier, format, bits, group, rotated, modulated in variants:
         for k in (1536, 8960) if name in ("int rotated", "int rotated, modulated", "rotated") else (1536,):
+            multiplied = torch.int8 if multiplier == "i8" else torch.float32
+            if rotated and not dispatch.rotates_in_registers(k, dtypes[x], multiplied, arch):
+                continue
             smooth = torch.empty(0, dtype=torch.float32 if multiplier == "fp32" else torch.int8)
-            dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[x]
-            constants = quantize_tokens.constants_of(k, dtype, smooth if multiplier else None, format, bits, group)
+            constants = quantize_tokens.constants_of(k, dtypes[x], smooth if multiplier else None, format, bits, group, arch)
             warps = constants.pop("num_warps")
             y = {"none": x, "fp8": "fp8e4nv"}.get(format, "i8")
             types = {
@@ -163,7 +166,7 @@ def w8a8_cases(arch: int) -> Iterator[Case]:
         types = {"x_ptr": f"*{x}", "w_ptr": f"*{w}", "y_ptr": "*bf16", "token_scale_ptr": "*fp32", "scale_ptr": "*fp32"}
         types |= dict.fromkeys(SIZES, "i32") | {"bias_ptr": "*bf16"}
         plain = gemm_w8a8.CONFIGS[arch] if dot == "int8" else ()
-        for i, c in enumerate((*plain, *gemm_w8a8.SMALL[arch])):
+        for i, c in enumerate(dict.fromkeys((*plain, *gemm_w8a8.SMALL[arch]))):
             tile = {"BM": c.bm, "BN": c.bn, "BK": c.bk, "DOT": dot, "EVEN_K": True, "GELU": False}
             product, macs = ("bf16" if dot == "bf16" else dot), c.bm * c.bn * c.bk
 
@@ -174,7 +177,7 @@ def w8a8_cases(arch: int) -> Iterator[Case]:
             yield case(dot, types, AFTER | tile)
             if i == 0:
                 yield case(f"{dot} ragged k", types, AFTER | tile | {"EVEN_K": False})
-            if i >= len(plain) and dot == "int8":
+            if c in gemm_w8a8.SMALL[arch] and dot == "int8":
                 yield case(f"{dot} low rank, GELU, gate", types | AFTER_TYPES, tile | {"GELU": True})
 
 
@@ -245,7 +248,7 @@ def w4_cases(arch: int) -> Iterator[Case]:
             if i == 0 and (name, group) in (("int4", 64), ("table2", 1536)):
                 yield case(" last block of 64", plain | y, constants | tile | AFTER | {"TAIL": 64})
                 yield case(" in plain Triton", plain | y, constants | tile | AFTER | {"ASM": False})
-            if i == 0 and (name, group) == ("int4", 64) and c.splits == 1:
+            if x == "i8" and (name, group) == ("int4", 64) and c.splits == 1 and c.bm * c.bn <= gemm_w4.LIGHT:
                 yield case(" low rank, GELU, gate", plain | y | AFTER_TYPES, constants | tile | {"GELU": True})
 
 

@@ -50,7 +50,7 @@ def test_no_row_is_wrong():
 
 AGAIN = [
     ("gemm_w8a8_kernel", "int8, 128x256x128 w8 s3", 90),
-    ("gemm_w8a8_kernel", "e4m3, 128x128x64 w4 s3", 89),
+    ("gemm_w8a8_kernel", "e4m3, 128x128x64 w8 s3", 89),
     ("gemm_w4_kernel", "int4 g64 i8, 128x128x128 w8 s4", 90),
     ("gemm_w4_kernel", "table4 i8, 128x128x128 w8 s3", 80),
     ("gemm_w4_kernel", "table4 bf16, 16x64x128 w4 s4 k8", 120),
