@@ -18,6 +18,51 @@ def test_a_wrong_layer_is_not_timed() -> None:
         bench.gate_linear(layer, x)
 
 
+def test_kernels_without_a_gpu_say_so_in_one_line(cli, tmp_path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    ran = cli("bench", "kernels", "--output", tmp_path / "kernels.jsonl")
+    assert ran.code == 1 and "torch sees no GPU here; `quantdit bench cpu`" in ran.error
+    assert not list(tmp_path.iterdir())
+    assert "must end in .jsonl" in cli("bench", "cpu", "--output", tmp_path / "table.md").error
+
+
+def test_the_gates_of_the_kernels_find_what_is_wrong() -> None:
+    from quantdit import bench_kernels as kernels
+
+    y = torch.randn(300, 8)
+    expected = kernels.ends(y)
+    assert expected.shape == (2 * kernels.CHECKED, 8)
+    wrong = y.clone()
+    wrong[-1, 3] += 1
+    codes, scale = torch.ops.quantdit.quantize_tokens(y, 8)
+    for check, good, bad in (
+        (kernels.equals(expected), y, wrong),
+        (kernels.close(expected, 1e-3), y, wrong),
+        (kernels.close(expected, 1e-3), y, y * float("nan")),
+        (kernels.same_codes(kernels.ends(codes), kernels.ends(scale), 0.0), (codes, scale), (codes + (y > 2), scale)),
+        (kernels.same_codes(kernels.ends(codes), kernels.ends(scale), 0.5), (codes, scale), (codes, scale * 2)),
+    ):
+        check(good)
+        with pytest.raises(ValueError, match="before anything is timed"):
+            check(bad)
+
+
+def test_rows_of_the_kernels_make_a_table() -> None:
+    from quantdit import bench_kernels as kernels
+
+    origin = {"device": "GPU", "torch": "2", "triton": "3", "commit": "c"}
+    rows = [{"what": "ceiling copy", "value": 3000.0} | origin]
+    shape = {"m": 1, "n": 2, "k": 3, "us_median": 4.0, "us_fastest": 3.0} | origin
+    rows += [shape | {"what": "quantize_tokens", "gb_s": 2400.0, "of_copy": 0.8}]
+    rows += [shape | {"what": "gemm_w4a8", "top_s": 900.0, "of_bf16": 1.5, "times_bf16": 1.5}]
+    lines = kernels.markdown(rows).splitlines()
+    assert lines[-2:] == [
+        "| 1, 2, 3 | quantize_tokens | 4.0 | 3.0 | 2400.0 (80%) |  |",
+        "| 1, 2, 3 | gemm_w4a8 | 4.0 | 3.0 | 900.0 (150%) | 1.5 |",
+    ]
+
+
 def test_rows_compare_with_float32_of_the_same_run() -> None:
     rows = bench.rows_for(32, 64, 128, rounds=1, products=True)
     assert rows[0]["what"] == "F.linear float32" and rows[0]["times_float32"] == 1

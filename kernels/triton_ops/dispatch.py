@@ -14,8 +14,9 @@ crossover points are in crossover.json. What the kernels do not take runs as its
 
     everything    without triton, before Ampere (compute capability 8.0)
     tokens        wider than LARGEST_WIDTH, in groups LARGEST_GROUPED_WIDTH; float64; activation groups other than GROUPS;
-                  Hadamard blocks above LARGEST_BLOCK; on sm_80, 89 and 120 rotations of float32, of smoothed tokens, of tokens
-                  wider than LARGEST_ROTATED_WIDTH (the rotation alone, its codes are the kernel's)
+                  Hadamard blocks above LARGEST_BLOCK
+    rotations     of tokens that are float32 or smoothed, and wider than LARGEST_ROTATED_WIDTH; on sm_80, 89 and 120 of either
+                  (the rotation alone: its codes are the kernel's)
     e4m3 codes    before compute capability 8.9
 """
 
@@ -41,7 +42,7 @@ ARCHITECTURES = (80, 89, 90, 100, 120)  # compute capability; others take the ro
 LARGEST_BLOCK = 128  # of a Hadamard
 LARGEST_WIDTH = 16384  # of a token in the registers of one program
 LARGEST_GROUPED_WIDTH = 8192  # the same in groups, which need more registers
-LARGEST_ROTATED_WIDTH = 8192  # where tensor cores cannot read the Hadamard matrix from shared memory (sm_80, 89, 120)
+LARGEST_ROTATED_WIDTH = 8192
 GROUPS = (0, 32, 64, 128)  # of activations
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 WHOLE = ("int8", "fp8_e4m3")  # formats that store `I` itself
@@ -117,13 +118,19 @@ def capability_of(device: torch.device) -> int:
 
 def kernels_run(x: Tensor) -> bool:
     """Return whether Triton kernels can take x."""
-    return mode != "reference" and find_spec("triton") is not None and capability_of(x.device) >= ARCHITECTURES[0]
+    return mode != "reference" and _triton_is_installed() and capability_of(x.device) >= ARCHITECTURES[0]
+
+
+@lru_cache(maxsize=1)
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None
 
 
 def rotates_in_registers(k: int, dtype: torch.dtype, premultiplier: torch.dtype, capability: int) -> bool:
-    """Return whether tokens are rotated by the kernel: with mma.sync only where the Hadamard matrix leaves registers enough."""
-    narrow = k <= LARGEST_ROTATED_WIDTH and dtype != torch.float32 and premultiplier == torch.int8
-    return capability in (90, 100, 103) or narrow
+    """Return whether the kernel rotates tokens: where matrix and tokens leave registers enough, twice or thrice cut ones too."""
+    easy = (k <= LARGEST_ROTATED_WIDTH, dtype != torch.float32 and premultiplier == torch.int8)
+    # Hopper's and Blackwell's large tensor cores read the Hadamard matrix from shared memory, mma.sync from registers.
+    return any(easy) if capability in (90, 100, 103) else all(easy)
 
 
 def _takes_rotation(x: Tensor, premultiplier: Tensor, block: int) -> bool:

@@ -236,7 +236,7 @@ def constants_of(
         "GROUP": group_size,
         # Tensor cores that read shared memory; the others would keep the matrix in registers from one token to the next.
         "KEEP": 90 <= capability < 120,
-        "num_warps": 8 if blocks <= ROWS and parts == 1 else 16,
+        "num_warps": 8 if blocks <= ROWS else 16,
     }
 
 

@@ -45,6 +45,9 @@ def opcheck_samples() -> dict[str, list[tuple]]:
     """Arguments of every op: each dtype and optional argument at least once, strides that are not the contiguous ones."""
     codes, weight, scale, token_scale = random_int8(5, 24), random_int8(7, 24, seed=1), random(7).abs(), random(5).abs()
     fp8 = random(7, 24, seed=2).to(torch.float8_e4m3fn)
+    packed = stored_weight("int4", 7, 24, 8)
+    packed, group = packed[:5], packed[6]
+    low = (random(5, 3), random(7, 3).bfloat16())
     return {
         "rotate": [
             (random(3, 24), random_sign(24, 0), 8),
@@ -62,13 +65,32 @@ def opcheck_samples() -> dict[str, list[tuple]]:
             (random(3, 24), 4, 8, False, torch.tensor([0.02])),
         ],
         "quantize_tokens_fp8": [(random(3, 24),), (random(3, 24).bfloat16(),), (random(24, 3).half().T,)],
+        "rotate_quantize": [
+            (random(3, 24), random_sign(24, 0), 8, "int", 8),
+            (random(3, 24).bfloat16(), random_sign(24, 0), 4, "affine", 4, 8),
+            (random(24, 3).half().T, random_sign(24, 0), 4, "fp8", 8),
+            (random(3, 24), random_sign(24, 0), 8, "int", 8, 0, torch.tensor([0.02])),
+        ],
+        "modulate_quantize": [
+            (random(4, 24), random(2, 24), random(2, 24), 1e-6, random_sign(24, 0), 8, "int", 8),
+            (random(4, 24).bfloat16(), random(1, 24), random(1, 24), 1e-6, random_sign(24, 0), 8, "affine", 4, 8),
+        ],
         "decode8": [stored_weight(name, 5, 48, 16) for name in FORMATS] + [stored_weight("table4", 5, 48, 48, codebook_rows=5)],
         "gemm_w8a8": [
             (codes, token_scale, weight, scale, random(7), torch.float32),
             (codes, token_scale, weight, scale, None, torch.bfloat16),
+            (codes, token_scale, weight, scale, None, torch.float32, *low, "gelu_tanh", random(1, 7), random(5, 7)),
             (codes, token_scale, fp8, scale, random(7).half(), torch.float16),
             (random(5, 24, seed=4).to(torch.float8_e4m3fn), token_scale, fp8, scale, random(7), torch.float32),
             (random_int8(24, 5).T, token_scale, random_int8(24, 7).T, scale, None, torch.float32),
+        ],
+        "gemm_w4a8": [
+            (codes, token_scale, *packed, group, scale, random(7), torch.float32),
+            (codes, token_scale, *packed, group, scale, None, torch.bfloat16, *low, "gelu_tanh", random(1, 7), random(5, 7)),
+        ],
+        "gemm_w4a16": [
+            (random(5, 24), *packed, group, scale, random(7)),
+            (random(24, 5).half().T, *packed, group, scale, None, *low, "gelu_tanh", random(5, 7), random(5, 7)),
         ],
         "gemm_w8a16": [
             (random(5, 24), weight, scale, random(7)),
@@ -102,6 +124,32 @@ def test_decode8_neither_returns_nor_changes_what_is_stored(name: str):
     assert torch.equal(decoded.view(torch.uint8), before)
     decoded.view(torch.uint8).zero_()
     assert torch.equal(data.view(torch.uint8), before)
+
+
+def test_fused_ops_are_their_parts():
+    """Layer norm, modulation, rotation and codes one by one; products of decoded weights, and what follows them."""
+    x, signs = random(6, 48), random_sign(48, 0)
+    shift, modulation = random(2, 48, seed=1), random(2, 48, seed=2)
+    normed = torch.nn.functional.layer_norm(x, (48,), eps=1e-6).unflatten(0, (2, 3))
+    modulated = (normed * (1 + modulation[:, None]) + shift[:, None]).flatten(0, 1)
+    codes, scale = QUANTDIT.quantize_tokens(QUANTDIT.rotate(modulated, signs, 16), 8)
+    for fused in (
+        QUANTDIT.modulate_quantize(x, shift, modulation, 1e-6, signs, 16, "int", 8),
+        QUANTDIT.rotate_quantize(modulated, signs, 16, "int", 8),
+    ):
+        assert torch.equal(fused[0], codes) and torch.equal(fused[1], scale)
+
+    data = stored_weight("int4", 7, 48, 16)
+    weight, stored = QUANTDIT.decode8(*data), (*data[:5], data[6])
+    thin, up, gate, residual = random(6, 3), random(7, 3, seed=1), random(2, 7), random(6, 7, seed=2)
+    out_scale, bias = random(7).abs(), random(7)
+    y = QUANTDIT.gemm_w8a8(codes, scale, weight, out_scale, bias, torch.float32) + thin @ up.T
+    y = torch.nn.functional.gelu(y, approximate="tanh") * gate.repeat_interleave(3, dim=0) + residual
+    after = (thin, up, "gelu_tanh", gate, residual)
+    assert torch.allclose(QUANTDIT.gemm_w8a8(codes, scale, weight, out_scale, bias, torch.float32, *after), y, atol=1e-5)
+    assert torch.allclose(QUANTDIT.gemm_w4a8(codes, scale, *stored, out_scale, bias, torch.float32, *after), y, atol=1e-5)
+    z = QUANTDIT.gemm_w8a16(x, weight, out_scale, bias)
+    assert torch.allclose(QUANTDIT.gemm_w4a16(x, *stored, out_scale, bias), z, atol=1e-4 * float(z.abs().max()))
 
 
 REFUSED = {
