@@ -15,8 +15,8 @@ crossover points are in crossover.json. What the kernels do not take runs as its
     everything    without triton, before Ampere (compute capability 8.0)
     tokens        wider than LARGEST_WIDTH, in groups LARGEST_GROUPED_WIDTH; float64; activation groups other than GROUPS;
                   Hadamard blocks above LARGEST_BLOCK
-    rotations     of tokens that are float32 or smoothed, and wider than LARGEST_ROTATED_WIDTH; on sm_80, 89 and 120 of either
-                  (the rotation alone: its codes are the kernel's)
+    rotations     of tokens wider than LARGEST_ROTATED_WIDTH, but on sm_90 of 16 bits with signs alone; of float32 or smoothed
+                  tokens on sm_80, 89 and 120 (the rotation alone: its codes are the kernel's)
     e4m3 codes    before compute capability 8.9
 """
 
@@ -128,9 +128,10 @@ def _triton_is_installed() -> bool:
 
 def rotates_in_registers(k: int, dtype: torch.dtype, premultiplier: torch.dtype, capability: int) -> bool:
     """Return whether the kernel rotates tokens: where matrix and tokens leave registers enough, twice or thrice cut ones too."""
-    easy = (k <= LARGEST_ROTATED_WIDTH, dtype != torch.float32 and premultiplier == torch.int8)
-    # Hopper's and Blackwell's large tensor cores read the Hadamard matrix from shared memory, mma.sync from registers.
-    return any(easy) if capability in (90, 100, 103) else all(easy)
+    fits, whole = k <= LARGEST_ROTATED_WIDTH, dtype != torch.float32 and premultiplier == torch.int8
+    if architecture(capability) in ("90", "100"):  # whose tensor cores read the matrix from shared memory, not from registers
+        return fits or (whole and capability < 100)
+    return fits and whole
 
 
 def _takes_rotation(x: Tensor, premultiplier: Tensor, block: int) -> bool:

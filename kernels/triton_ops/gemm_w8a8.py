@@ -20,7 +20,7 @@ CONFIGS: dict[int, tuple[Config, ...]] = {
     80: (Config(128, 128, 64, 8, 4), Config(128, 128, 128, 8, 3), Config(64, 128, 64, 4, 4), Config(32, 64, 128, 4, 3)),
     89: (Config(128, 128, 64, 8, 3), Config(128, 128, 128, 8, 2), Config(64, 128, 64, 4, 4), Config(32, 64, 128, 4, 3)),
     90: (Config(128, 256, 128, 8, 3), Config(128, 128, 128, 4, 4), Config(64, 128, 128, 4, 4), Config(32, 64, 128, 4, 3)),
-    100: (Config(128, 256, 128, 8, 3), Config(128, 128, 128, 4, 4), Config(64, 128, 128, 4, 4), Config(32, 64, 128, 4, 3)),
+    100: (Config(128, 128, 128, 8, 3), Config(64, 128, 128, 4, 4), Config(32, 64, 128, 4, 3)),
     120: (Config(128, 128, 64, 8, 3), Config(128, 128, 128, 8, 2), Config(64, 128, 64, 4, 4), Config(32, 64, 128, 4, 3)),
 }
 # Where more registers are needed: e4m3 sums in blocks, mixed types, and more than a bias after the product.

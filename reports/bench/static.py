@@ -441,7 +441,9 @@ def _cell(row: dict) -> str:
 def main() -> int:
     """Compile, write both files, say what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, action="append", choices=sorted(NAMES), help="only these; nothing is written")
+    parser.add_argument(
+        "--arch", type=int, action="append", choices=sorted(NAMES), help="only these; rows of the others are kept"
+    )
     parser.add_argument("--kernel", help="only kernels and variants with this in their names; nothing is written")
     args = parser.parse_args()
     rows = []
@@ -451,7 +453,11 @@ def main() -> int:
                 continue
             rows.append(inspect(case))
             print(f"sm_{arch} {case.kernel} {case.variant}: {_cell(rows[-1])}", flush=True)
-    if not args.arch and not args.kernel:
+    if not args.kernel:
+        file = FOLDER / "static.jsonl"
+        kept = [json.loads(line) for line in file.read_text().splitlines()] if args.arch and file.exists() else []
+        made = {row["arch"] for row in rows}
+        rows = sorted([row for row in kept if row["arch"] not in made] + rows, key=lambda row: row["arch"])
         (FOLDER / "static.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (FOLDER / "static.md").write_text(markdown(rows))
     wrong = [row for row in rows if row["errors"]]
