@@ -98,12 +98,11 @@ def test_every_layer_by_every_way(name: str, mode: str, layer: Callable, gpu: Ca
     """A code may turn where a rotation lands on a tie, and e4m3's sums round; 1e-3 is a code in hundreds of thousands."""
     gpu(90)
     made = layer(*LAYERS[name])
-    for m in (2, 70):
-        x = torch.randn(m, K, generator=torch.Generator().manual_seed(m))
-        with dispatch.using(mode):
-            assert error(made, x) < 1e-3
-            assert error(made, x.bfloat16()) < 1e-2
-    assert made(x[None, None]).shape == (1, 1, 70, N)
+    x = torch.randn(70, K, generator=torch.Generator().manual_seed(0))
+    with dispatch.using(mode):
+        assert error(made, x) < 1e-3
+        assert error(made, x[:2].bfloat16()) < 1e-2
+    assert made(x[None, None, :3]).shape == (1, 1, 3, N)
     assert made(x[:0]).shape == (0, N)
 
 
