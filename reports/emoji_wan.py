@@ -28,7 +28,7 @@ from quantdit.pipeline import generate, load_pipeline
 
 HERE = Path(__file__).parent
 MODEL, BITS = "emoji-wan", ("w4a8", "w4a4", "w2a16")
-SEEDS, STEPS, GUIDANCE, BATCH = (1, 2, 3), 20, 3.0, 8
+SEEDS, STEPS, GUIDANCE, BATCH = (1, 2), 20, 3.0, 8
 SHOWN, FRAMES_SHOWN = 8, 8  # prompts, frames of each
 CELL, MARGIN, LABEL, LINE = 64, 4, 150, 18
 

@@ -1,4 +1,4 @@
-"""The embedded model: it draws clothes, and low bits keep them. reports/ has the figures; these bounds only hold them up."""
+"""The embedded models: clothes and clips that low bits keep. reports/ has the figures; these bounds only hold them up."""
 
 from __future__ import annotations
 
@@ -40,3 +40,13 @@ def test_w4a8_keeps_the_pictures_and_needs_its_error_feedback(reference: torch.T
     feedback, nearest = mean_psnr(reference, preset, tmp_path / "gptq"), mean_psnr(reference, rtn, tmp_path / "rtn")
     assert feedback > 36
     assert feedback > nearest + 2
+
+
+def test_the_video_model_keeps_its_clips_in_w4a8(cli, tmp_path: Path) -> None:
+    ran = cli(
+        "calibrate", "--model", "emoji-wan", "--bits", "w4a8", "--samples", "4", "--steps", "6", "--output", tmp_path / "out"
+    )
+    assert ran.code == 0, ran.err
+    clips = [generate(load_pipeline(str(name))[0], 3, 5, 6, 3.0) for name in ("emoji-wan", tmp_path / "out")]
+    assert clips[0].shape == (3, 16, 3, 32, 32)
+    assert float(psnr(clips[0].flatten(1, 2), clips[1].flatten(1, 2)).min()) > 20

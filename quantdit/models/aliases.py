@@ -72,6 +72,15 @@ ALIASES: dict[str, Alias] = {
         gpu=Capture(20, 2.0, 32, 28, 28, 1, Size(1, 1, 28, 28)),
         cpu=Capture(20, 2.0, 32, 28, 28, 1, Size(1, 1, 28, 28)),
     ),
+    "emoji-wan": Alias(
+        "",
+        "PixelWanPipeline",
+        "WanTransformer3DModel",
+        "5.3 M",
+        "16 frames of 32x32, emoji that move; embedded",
+        gpu=Capture(20, 3.0, 32, 32, 32, 16, Size(1, 16, 32, 32, 16)),
+        cpu=Capture(20, 3.0, 32, 32, 32, 16, Size(1, 16, 32, 32, 16)),
+    ),
     "wan-1.3b": Alias(
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         "WanPipeline",
