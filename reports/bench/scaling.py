@@ -34,7 +34,7 @@ class Model:
     run: int
 
 
-MODELS = (Model("0.3B", 6, 4480, 26, 26), Model("1.3B", 12, 8960, 30, 30), Model("14B", 40, 13824, 40, 2))
+MODELS = (Model("0.3B", 6, 4480, 26, 26), Model("1.3B", 12, 8960, 30, 30), Model("14B", 40, 13824, 40, 3))
 # Without data; and with error feedback on 2 prompts x 4 timesteps of a small latent, both branches of guidance.
 METHODS = {"rtn": {"samples": 0}, "gptq": {"samples": 2, "steps": 4, "guidance": 5.0}}
 
@@ -136,17 +136,17 @@ def render(rows: list[dict]) -> None:
         "2 prompts x 4 timesteps of 5 x 16 x 16 latent cells and 512 text tokens, both branches of guidance. Made by",
         "`make bench-scaling`.",
         "",
-        "| model | method | weights | blocks run | seconds a block | whole model, minutes | peak memory, GiB | bits a weight |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | method | weights | blocks run | cores | s a block | whole model, minutes | peak, GiB | bits a weight |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         mark = " (extrapolated)" if r["extrapolated"] else ""
         lines.append(
             f"| {r['model']} | {r['method']} | {r['quantized_weights'] / 1e9:.2f} B | {r['blocks_run']} of {r['blocks']}"
-            f" | {r['seconds']['quantize'] / r['blocks_run']:.1f} | {r['seconds_whole_model'] / 60:.1f}{mark}"
+            f" | {r['cores']} | {r['seconds']['quantize'] / r['blocks_run']:.1f} | {r['seconds_whole_model'] / 60:.1f}{mark}"
             f" | {r['peak_bytes'] / 2**30:.2f} | {r['bits_per_weight']:.3f} |"
         )
-    lines += ["", f"{rows[0]['cores']} cores; {rows[0]['machine']}.", "", "![Time and memory](scaling.png)"] if rows else []
+    lines += ["", f"{rows[0]['machine']}.", "", "![Time and memory](scaling.png)"] if rows else []
     TABLE.write_text("\n".join(lines) + "\n")
     import matplotlib
 
