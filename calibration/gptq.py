@@ -77,7 +77,7 @@ def gptq(
         D[i] = W[i] - grid.value(c, params)[:, 0]
         codes[column] = c[:, 0]
 
-    _sweep(visit, R.T, D, feedback, leaf)
+    sweep(visit, R.T, D, feedback, leaf)
     return codes.T.contiguous(), groups
 
 
@@ -114,7 +114,7 @@ def descend(codes: Tensor, W: Tensor, H: Tensor, grid: Grid, groups: list[Params
                 moved[i] = v - V[column]
                 V[column], codes[column] = v, c[:, 0]
 
-            _sweep(visit, H[part, part], moved, slope, LEAF)
+            sweep(visit, H[part, part], moved, slope, LEAF)
             changed = changed or bool(moved.any())
             D[part] += moved
         if not changed:
@@ -122,7 +122,7 @@ def descend(codes: Tensor, W: Tensor, H: Tensor, grid: Grid, groups: list[Params
     return codes.T.contiguous()
 
 
-def _sweep(visit: Callable[[int], None], M: Tensor, change: Tensor, effect: Tensor, leaf: int) -> None:
+def sweep(visit: Callable[[int], None], M: Tensor, change: Tensor, effect: Tensor, leaf: int) -> None:
     """Visit columns 0, 1, ...; visiting i sets `change[i]` and finds `sum_{j < i} M_ij change[j]` added to `effect[i]`.
 
     Halves of halves: once the first half of some columns has been visited, one product brings its effect on the second.

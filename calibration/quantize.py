@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantdit.calibration import vectors
 from quantdit.calibration.gptq import descend, gptq, rtn
 from quantdit.calibration.grids import GRIDS, PAIR_LIMIT
 from quantdit.calibration.kmeans import assign, kmeans
@@ -12,6 +13,7 @@ from quantdit.formats import FORMATS, QSpec
 from quantdit.qtensor import QTensor
 
 ENERGY_BLOCK = 1024
+CODEBOOK_ROUNDS = 2  # of error feedback and a codebook fitted to its codes
 
 
 def quantize_weight(
@@ -33,8 +35,8 @@ def quantize_weight(
         gram: `[in, in]`, `sum x x^T` of those inputs, up to a positive factor; the identity if nothing is known.
         format: a name of FORMATS.
         group_size: for grouped formats; divides `in`.
-        method: `gptq` (error feedback), `rtn` (round to nearest) or `hqq` (the same with HQQ's zero points); vector formats know
-            only the nearest codeword.
+        method: `gptq` (error feedback), `rtn` (round to nearest, or to the nearest codeword) or `hqq` (the same with HQQ's zero
+            points).
         table: how level tables are chosen, a name of grids.TABLES.
         seed: of the k-means start.
         act_order: of gptq, see there.
@@ -51,7 +53,7 @@ def quantize_weight(
     importance = gram.diagonal().float()
     importance = (importance / importance.mean().clamp_min(1e-30)).clamp_min(1e-6)
     if f.dim > 1:
-        return _quantize_vectors(weight, importance, gram, format, seed)
+        return _quantize_vectors(weight, importance, gram, format, method, seed, act_order, descent)
     extra = {"fit": "hqq"} if method == "hqq" else {"rows": table_rows} if format.startswith("table") else {}
     grid = GRIDS[format](weight, importance, group_size, format, table, **extra)
     W = weight / grid.scale[:, None]
@@ -65,18 +67,32 @@ def quantize_weight(
     return _refine_scale(q, weight, gram) if method == "gptq" else q
 
 
-def _quantize_vectors(weight: Tensor, importance: Tensor, gram: Tensor, format: str, seed: int) -> QTensor:
+def _quantize_vectors(
+    weight: Tensor, importance: Tensor, gram: Tensor, format: str, method: str, seed: int, act_order: bool, descent: int
+) -> QTensor:
     f = FORMATS[format]
     out, width = weight.shape
     rms = weight.square().mean(dim=1).sqrt()
     rms = torch.where(rms > 0, rms, torch.ones_like(rms))
-    vectors = (weight / rms[:, None]).reshape(-1, f.dim)
+    W = weight / rms[:, None]
     weights = importance.reshape(-1, f.dim).repeat(out, 1)
-    codebook = kmeans(vectors, weights, f.levels, seed)
+    codebook = kmeans(W.reshape(-1, f.dim), weights, f.levels, seed)
+    if method == "gptq":
+        for _ in range(CODEBOOK_ROUNDS):
+            codes = vectors.feedback(W, gram, codebook, act_order=act_order)
+            codebook = vectors.fit_codebook(codebook, codes, W, gram, rms.square())
     unit = codebook.abs().max().clamp_min(1e-30) / (PAIR_LIMIT // 2)
-    entries = (codebook / unit).round().to(torch.int8)
-    codes = assign(vectors / unit, weights, entries.float()).to(torch.uint8).reshape(out, width // f.dim)
-    return QTensor(QSpec(format, out, width, width), f.pack(f, codes), _zero_rows(rms * unit, weight), codebook=entries)
+    entries = (codebook / unit).round()
+    W = W / unit
+    if method == "gptq":
+        codes = vectors.feedback(W, gram, entries, act_order=act_order)
+        codes = vectors.descend(codes, W, gram, entries, descent) if descent else codes
+    else:
+        codes = assign(W.reshape(-1, f.dim), weights, entries).reshape(out, width // f.dim)
+    spec = QSpec(format, out, width, width)
+    scale = _zero_rows(rms * unit, weight)
+    q = QTensor(spec, f.pack(f, codes.to(torch.uint8)), scale, codebook=entries.to(torch.int8))
+    return _refine_scale(q, weight, gram) if method == "gptq" else q
 
 
 def _zero_rows(scale: Tensor, weight: Tensor) -> Tensor:

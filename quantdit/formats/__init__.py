@@ -13,7 +13,9 @@ from quantdit.formats.codebook import (
     TABLE6,
     TABLE6_E4M3,
     VQ64X2,
+    VQ256X2,
     VQ256X4,
+    VQ256X8,
 )
 from quantdit.formats.float8 import FP8_E4M3
 from quantdit.formats.format import Field, Format, QSpec
@@ -34,6 +36,8 @@ FORMATS: dict[str, Format] = {
     "table6_e4m3": TABLE6_E4M3,
     "vq256x4": VQ256X4,
     "vq64x2": VQ64X2,
+    "vq256x2": VQ256X2,
+    "vq256x8": VQ256X8,
     "fp8_e4m3": FP8_E4M3,
 }
 

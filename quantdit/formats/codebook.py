@@ -4,8 +4,8 @@
   (per output channel). Twin-log, Lloyd-Max and any other set of levels are choices of entries, not formats.
 * `table2_e4m3` ... `table6_e4m3`: the same with entries, and so `I`, in OCP e4m3 (float8.py), NaN refused: levels that span
   more octaves than int8 does, for fp8 tensor cores.
-* `vq256x4` (2 bits a weight), `vq64x2` (3 bits): a codebook int8 `[k, d]` of vectors of d consecutive inputs (VQ4DiT,
-  arXiv 2408.17131).
+* `vq256x4` (2 bits a weight), `vq64x2` (3 bits), `vq256x2` (4 bits), `vq256x8` (1 bit): a codebook int8 `[k, d]` of vectors of
+  d consecutive inputs (VQ4DiT, arXiv 2408.17131).
 
 Stored: `data` (packed assignments, packing.py) and `codebook`.
 """
@@ -64,3 +64,5 @@ TABLE2_E4M3, TABLE3_E4M3, TABLE4_E4M3, TABLE6_E4M3 = (
 )
 VQ256X4 = Format("vq256x4", 8, 4, _fields, _pack, _unpack, _decode8, _check)
 VQ64X2 = Format("vq64x2", 6, 2, _fields, _pack, _unpack, _decode8, _check)
+VQ256X2 = Format("vq256x2", 8, 2, _fields, _pack, _unpack, _decode8, _check)
+VQ256X8 = Format("vq256x8", 8, 8, _fields, _pack, _unpack, _decode8, _check)
