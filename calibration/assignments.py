@@ -6,8 +6,7 @@
     loss  = |block(W_hat) - block(W)|^2 / |block(W)|^2 + weight * n mean(r (1 - r))
 
 The logits z are trained until each sub-vector has one codeword left; then the codebook, the channel scales and the bias are. A
-sub-vector is frozen once a ratio passes 0.99; the regulariser counts only while it is above the least it ever was, as in the
-released code; whatever is not frozen when the steps for assignments are over takes its largest ratio.
+sub-vector is frozen once a ratio passes 0.99; what is not frozen when the steps for assignments are over takes its largest ratio.
 
 Levels of a table are codewords of one weight, for which this is AdaRound (Nagel et al. 2020, arXiv 2004.10568) with a softmax.
 """
@@ -16,21 +15,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from quantdit import transform
+from quantdit.calibration.calls import Call
 from quantdit.calibration.grids import PAIR_LIMIT
-from quantdit.calibration.layer import Quantized, quantized_inputs
+from quantdit.calibration.layer import Quantized, as_stored, quantized_inputs
+from quantdit.calibration.stats import Stats
 from quantdit.formats import FORMATS
 from quantdit.layer_spec import LayerSpec
 
 FROZEN = 0.99
 CERTAIN = 30.0  # of a logit: the others' ratios are then 0 in float32
 ASSIGNMENT_PART = 0.6  # of the steps; the rest is the codebooks'
+CHECKS = 10  # of the held-out error while codebooks are trained
+HELD_OUT = 8  # one in so many samples is held out
 INITIAL = ("distance", "uniform")
+MODES = ("block", "end-to-end")
+MOST_CANDIDATES = 4
+
+Run = Callable[[Call], Sequence[Tensor]]  # makes a call and returns its tensors
 
 
 @dataclass(frozen=True)
@@ -38,22 +45,44 @@ class Training:
     """How assignments are calibrated.
 
     Attributes:
-        steps: of the optimizer; 0 for none.
+        steps: of the optimizer.
+        mode: `block`: one block after another, on the inputs that the quantized blocks before it make; `end-to-end`: all blocks
+            at once, each on what the ones before it return meanwhile, which needs the model in memory twice.
         candidates: codewords a sub-vector may choose among; 1 trains codebooks, scales and biases alone.
         initial: ratios begin as 1 / n (`uniform`) or in inverse proportion to the candidates' errors (`distance`).
         logit_rate: learning rate of the logits.
         codebook_rate: of codebooks, scales and biases, as a part of their size.
         regulariser: weight of the ratios' term.
+        gated: that term counts only while it is above the least it ever was, as in the released code; otherwise it grows with the
+            square of the steps, so that nearly all is decided in the end.
         rows: samples of a call in one step.
     """
 
     steps: int = 300
+    mode: str = "block"
     candidates: int = 2
     initial: str = "distance"
     logit_rate: float = 5e-2
     codebook_rate: float = 1e-3
-    regulariser: float = 0.1
+    regulariser: float = 1.0
+    gated: bool = False
     rows: int = 16
+
+    def __post_init__(self) -> None:
+        """Check what the command line does not.
+
+        Raises:
+            ValueError: an unknown word or an impossible number.
+        """
+        if self.mode not in MODES:
+            raise ValueError(f"calibration mode {self.mode!r} is unknown; use one of {', '.join(MODES)}")
+        if self.initial not in INITIAL:
+            raise ValueError(f"initial ratios {self.initial!r} are unknown; use one of {', '.join(INITIAL)}")
+        if self.steps < 1 or not 1 <= self.candidates <= MOST_CANDIDATES:
+            raise ValueError(
+                f"{self.steps} steps with {self.candidates} candidates are not possible: at least one step, 1 to"
+                f" {MOST_CANDIDATES} candidates"
+            )
 
 
 class SoftLinear(nn.Module):
@@ -62,11 +91,20 @@ class SoftLinear(nn.Module):
     Attributes:
         candidates: uint8 `[n, out, in / d]`, codes.
         logits: float32, the same shape; a parameter.
-        codebook: float32 `[k, d]`, scale float32 `[out]`, bias `[out]` or None; parameters.
+        codebook: float32 `[k, d]`, scale float32 `[out]`; parameters.
+        centre: float32 `[in]`, the mean of the transformed inputs; None without a bias.
+        output: float32 `[out]`, the mean output; a parameter. The bias follows from it: whatever becomes of the weight, it takes
+            up what that does to the mean.
     """
 
     def __init__(
-        self, spec: LayerSpec, tensors: Mapping[str, Tensor], bias: Tensor | None, candidates: Tensor, logits: Tensor
+        self,
+        spec: LayerSpec,
+        tensors: Mapping[str, Tensor],
+        centre: Tensor | None,
+        output: Tensor | None,
+        candidates: Tensor,
+        logits: Tensor,
     ) -> None:
         super().__init__()
         self.spec, self.bucket = spec, 0
@@ -82,7 +120,8 @@ class SoftLinear(nn.Module):
         self.logits = nn.Parameter(logits)
         self.codebook = nn.Parameter(codebook)
         self.scale = nn.Parameter(tensors["scale"] * unit)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
+        self.centre = centre
+        self.output = None if output is None else nn.Parameter(output)
 
     def weight(self) -> Tensor:
         """Return the weight `[out, in]` in the transformed space."""
@@ -105,7 +144,7 @@ class SoftLinear(nn.Module):
             seen = tokens + noise
         else:
             seen = tokens
-        y = nn.functional.linear(seen, self.weight(), self.bias)
+        y = nn.functional.linear(seen if self.centre is None else seen - self.centre, self.weight(), self.output)
         if self.branch is not None:
             up, down = self.branch
             y = y + nn.functional.linear(nn.functional.linear(tokens, down), up)
@@ -129,7 +168,18 @@ class SoftLinear(nn.Module):
         return float(decided.float().mean())
 
     @torch.no_grad()
-    def tensors(self) -> tuple[dict[str, Tensor], Tensor | None, float]:
+    def decided(self, made: Quantized, bias: Tensor | None) -> Quantized:
+        """Return the layer that `made` was with what was found; `bias` is that of the source."""
+        stored, mended, rounding = self._stored()
+        mended = mended if bias is None else as_stored(mended, bias)
+        return replace(
+            made,
+            tensors=made.tensors | stored,
+            bias=mended,
+            report=made.report | {"codebook_rounding": float(f"{rounding:.3g}")},
+        )
+
+    def _stored(self) -> tuple[dict[str, Tensor], Tensor | None, float]:
         """Return data, codebook and scale as they are stored, the bias, and the relative error of rounding the codebook."""
         f = FORMATS[self.spec.weight.format]
         winner = self.logits.argmax(dim=0, keepdim=True)
@@ -140,19 +190,26 @@ class SoftLinear(nn.Module):
         error = float((entries * unit - self.codebook).norm() / self.codebook.norm().clamp_min(1e-30))
         codebook = entries.to(element).reshape(1, -1) if f.dim == 1 else entries.to(element)
         stored = {"data": f.pack(f, codes), "codebook": codebook.contiguous(), "scale": (self.scale * unit).abs()}
-        return stored, None if self.bias is None else self.bias.detach().clone(), error
+        weight = codebook.float().reshape(-1, f.dim)[codes.int()].flatten(1) * stored["scale"][:, None]
+        return stored, None if self.output is None else self.output - weight @ self.centre, error
 
 
-def soft_linear(made: Quantized, weight: Tensor, gram: Tensor, training: Training) -> SoftLinear:
+def is_trainable(made: Quantized) -> bool:
+    """Return whether a layer has one int8 codebook for the whole weight."""
+    codebook = made.tensors.get("codebook")
+    return codebook is not None and codebook.dtype == torch.int8 and made.spec.weight.codebook_rows == 1
+
+
+def soft_linear(made: Quantized, weight: Tensor, bias: Tensor | None, stats: Stats, training: Training) -> SoftLinear:
     """Return a layer to be trained, from what `quantize_layer` made of it.
 
-    Candidates are the codewords that, all else held, leave the least output error at a sub-vector; the code it has comes first
-    unless another is as good.
+    Candidates are the code that a sub-vector has, and the codewords that would leave the least output error, all else held.
 
     Args:
         made: the quantized layer, of a codebook for the whole weight.
         weight: `[out, in]`, before it was quantized.
-        gram: of its inputs, before they were transformed.
+        bias: `[out]` or None, before it was mended.
+        stats: of its inputs.
         training: how many candidates, and their first ratios.
     """
     spec, f = made.spec, FORMATS[made.spec.weight.format]
@@ -164,6 +221,7 @@ def soft_linear(made: Quantized, weight: Tensor, gram: Tensor, training: Trainin
     W = W / scale[:, None]
     codebook = made.tensors["codebook"].float().reshape(f.levels, -1)
     codes = f.unpack(f, made.tensors["data"], W.shape[1] // f.dim).long()
+    gram = stats.gram if bias is None else stats.centred_gram
     candidates, errors = nearest(codes, W, transform.gram(t, gram), codebook, training.candidates)
     if training.initial == "uniform":
         logits = torch.zeros(candidates.shape)
@@ -171,11 +229,17 @@ def soft_linear(made: Quantized, weight: Tensor, gram: Tensor, training: Trainin
         # Ratios in inverse proportion to the errors; that of the best may be zero.
         floor = 1e-3 * errors.mean().clamp_min(1e-30)
         logits = -(errors + floor).log()
-    return SoftLinear(spec, made.tensors, made.bias, candidates.to(torch.uint8), logits.contiguous())
+    centre = None if bias is None else transform.apply(t, stats.mean)
+    output = None if bias is None else bias.detach().float() + weight.detach().float() @ stats.mean
+    if centre is not None and spec.rank:
+        output = output - made.tensors["up"].float() @ (made.tensors["down"].float() @ centre)
+    return SoftLinear(spec, made.tensors, centre, output, candidates.to(torch.uint8), logits.contiguous())
 
 
 def nearest(codes: Tensor, W: Tensor, H: Tensor, codebook: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` best codewords of each group, all others held, and their errors: both `[count, out, in / d]`.
+    """Return for each group its code and the best other codewords, all other groups held, and their errors.
+
+    Both are `[count, out, in / d]`.
 
     The error of codeword c at group g is `(t - c) H_gg (t - c)^T` with t the best real numbers for it (vectors.descend).
     """
@@ -189,67 +253,152 @@ def nearest(codes: Tensor, W: Tensor, H: Tensor, codebook: Tensor, count: int) -
         root = torch.linalg.cholesky(block)
         target = W[:, part] + D[:, part] - torch.cholesky_solve(slope[:, part].T, root).T
         distance = torch.cdist(target @ root, codebook @ root).square()
-        least = distance.topk(count, dim=1, largest=False)
-        found.append(least.indices)
-        errors.append(least.values)
+        # The code it has stays the first: all groups moving to what is best with the others held would overshoot.
+        ranked = distance.scatter(1, codes[:, g, None], -1.0)
+        chosen = ranked.topk(count, dim=1, largest=False).indices
+        found.append(chosen)
+        errors.append(distance.gather(1, chosen))
     return tuple(torch.stack(parts, 2).transpose(0, 1).contiguous() for parts in (found, errors))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Calls to train on, and what a part of the model in full precision returned.
+
+    Attributes:
+        calls: of the part.
+        outputs: of call number i, its tensors.
+    """
+
+    calls: Sequence[Call]
+    outputs: Callable[[int], Sequence[Tensor]]
+
+    def batches(self, rows: int, generator: torch.Generator) -> Iterator[tuple[Call, list[Tensor]]]:
+        """Yield for ever random calls, cut down to `rows` random samples, and the outputs that belong to them."""
+        while True:
+            number = int(torch.randint(len(self.calls), (1,), generator=generator))
+            call, outputs = self.calls[number], self.outputs(number)
+            count = batch_of(call)
+            if count < 2 * HELD_OUT:
+                if number < self._trained:
+                    yield call, list(outputs)
+                continue
+            free = torch.tensor([i for i in range(count) if i % HELD_OUT])
+            yield rows_of(call, outputs, free[torch.randperm(len(free), generator=generator)[:rows]], count)
+
+    def held_out(self) -> Iterator[tuple[Call, list[Tensor]]]:
+        """Yield what `batches` never has: samples of every few calls, or where calls have few samples the last ones."""
+        if batch_of(self.calls[0]) < 2 * HELD_OUT:
+            for number in range(self._trained, len(self.calls)):
+                yield self.calls[number], list(self.outputs(number))
+            return
+        for number in range(0, len(self.calls), max(1, len(self.calls) // 8)):
+            call = self.calls[number]
+            count = batch_of(call)
+            yield rows_of(call, self.outputs(number), torch.arange(0, count, HELD_OUT), count)
+
+    @property
+    def _trained(self) -> int:
+        return max(1, len(self.calls) - max(1, len(self.calls) // HELD_OUT))
+
+
+def batch_of(call: Call) -> int:
+    """Return how many samples a call has: the length of its first tensor."""
+    lead = next((v for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor) and v.ndim), None)
+    return 1 if lead is None else len(lead)
+
+
+def rows_of(call: Call, outputs: Sequence[Tensor], keep: Tensor, count: int) -> tuple[Call, list[Tensor]]:
+    """Return a call with some of its samples, and the outputs that belong to them."""
+
+    def cut(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value[keep] if value.ndim and len(value) == count else value
+        if isinstance(value, dict):
+            return {k: cut(v) for k, v in value.items()}
+        return type(value)(cut(v) for v in value) if isinstance(value, tuple | list) else value
+
+    return Call(cut(call.args), cut(call.kwargs), call.bucket), [cut(v) for v in outputs]
 
 
 def train(
     layers: Sequence[SoftLinear],
-    batches: Iterator[tuple[Callable[[], Sequence[Tensor]], Sequence[Tensor]]],
-    held_out: Callable[[], float],
+    run: Run,
+    examples: Examples,
     training: Training,
-    report: Callable[[dict], None] = lambda row: None,
+    seed: int,
+    progress: Callable[[int], object] = lambda steps: None,
 ) -> dict:
     """Train layers in place until every sub-vector has one codeword; returns what the report says of it.
 
+    Of the codebooks' steps those are kept that had the least error on held-out samples.
+
     Args:
-        layers: of the parts that are run.
-        batches: endless pairs of what to run, and what it should return.
-        held_out: error on calls that no batch has.
+        layers: of the part that is run.
+        run: makes a call of that part and returns its tensors.
+        examples: what to train on.
         training: steps and rates.
-        report: told the loss and the part that is frozen, now and then.
+        seed: of the choice of samples.
+        progress: told how many steps were made.
     """
     soft = [layer.logits for layer in layers if len(layer.logits) > 1]
-    tables = [p for layer in layers for p in (layer.codebook, layer.scale, layer.bias) if p is not None]
-    rates = [
-        {"params": [p], "lr": training.codebook_rate * float(p.detach().square().mean().sqrt().clamp_min(1e-3))} for p in tables
-    ]
-    of_logits = torch.optim.RMSprop(soft, lr=training.logit_rate, alpha=0.9) if soft else None
-    of_tables = torch.optim.Adam(rates, betas=(0.9, 0.99))
-    least, before = math.inf, held_out()
+    tables = [p for layer in layers for p in (layer.codebook, layer.scale, layer.output) if p is not None]
+    sizes = [float(p.detach().square().mean().sqrt().clamp_min(1e-3)) for p in tables]
     until = round(training.steps * ASSIGNMENT_PART) if soft else 0
-    history = []
-    for step in range(training.steps):
-        assigning = step < until
-        if step == until:
-            for layer in layers:
-                layer.freeze(0.0)
-                layer.logits.requires_grad_(False)
-        run, expected = next(batches)
-        error = sum(relative(got, wanted) for got, wanted in zip(run(), expected, strict=True)) / len(expected)
-        loss = error
-        if assigning:
-            spread = sum(
-                (r * (1 - r)).mean() * len(r) for r in (layer.ratios for layer in layers if len(layer.logits) > 1)
-            ) / len(soft)
-            if float(spread) > least:
-                loss = loss + training.regulariser * spread
-            least = min(least, float(spread))
-        optimizer = of_logits if assigning else of_tables
-        if not assigning:
-            part = (step - until) / max(1, training.steps - until)
-            for group, given in zip(of_tables.param_groups, rates, strict=True):
-                group["lr"] = given["lr"] * (1 - part)
+    batches = examples.batches(training.rows, torch.Generator().manual_seed(seed))
+
+    report = {}
+    if soft:
+        optimizer, least = torch.optim.RMSprop(soft, lr=training.logit_rate, alpha=0.9), math.inf
+        for step in range(until):
+            ratios = [logits.softmax(dim=0) for logits in soft]
+            spread = sum((r * (1 - r)).mean() * len(r) for r in ratios) / len(soft)
+            if training.gated:
+                pull = training.regulariser if float(spread.detach()) > least else 0.0
+                least = min(least, float(spread.detach()))
+            else:
+                pull = training.regulariser * (step / until) ** 2
+            loss = _error(run, *next(batches)) + pull * spread
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            frozen = [layer.freeze() for layer in layers]
+            progress(1)
+        report["frozen"] = round(sum(frozen) / len(frozen), 4) if until else 0.0
+        for layer in layers:
+            layer.freeze(0.0)
+            layer.logits.requires_grad_(False)
+    groups = [{"params": [p], "lr": training.codebook_rate * size} for p, size in zip(tables, sizes, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    best = held_out_error(run, examples), [p.detach().clone() for p in tables]
+    report["held_out_assigned"] = best[0]
+    left = training.steps - until
+    for step in range(left):
+        for group, size in zip(optimizer.param_groups, sizes, strict=True):
+            group["lr"] = training.codebook_rate * size * (1 - step / left)
+        loss = _error(run, *next(batches))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if assigning:
-            frozen = sum(layer.freeze() for layer in layers) / len(layers)
-        history.append(float(error.detach()))
-        report({"step": step, "error": history[-1], "frozen": frozen if assigning else 1.0})
-    return {"held_out_before": before, "held_out": held_out(), "first": history[:1], "last": history[-1:]}
+        progress(1)
+        if (step + 1) % max(1, left // CHECKS) == 0 and (now := held_out_error(run, examples)) < best[0]:
+            best = now, [p.detach().clone() for p in tables]
+    with torch.no_grad():
+        for p, kept in zip(tables, best[1], strict=True):
+            p.copy_(kept)
+    return report | {"held_out": best[0]}
+
+
+def held_out_error(run: Run, examples: Examples) -> float:
+    """Return the root of the mean relative squared error on samples that training never has."""
+    with torch.no_grad():
+        found = [float(_error(run, *pair)) for pair in examples.held_out()]
+    return (sum(found) / len(found)) ** 0.5
+
+
+def _error(run: Run, call: Call, expected: Sequence[Tensor]) -> Tensor:
+    found = [relative(got, wanted) for got, wanted in zip(run(call), expected, strict=True)]
+    return sum(found) / len(found)
 
 
 def relative(got: Tensor, wanted: Tensor) -> Tensor:

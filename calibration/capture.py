@@ -118,10 +118,15 @@ def model_error(transformer: nn.Module, calls: Iterable[Call]) -> float | None:
 
 def run_block(module: nn.Module, call: Call) -> object:
     """Make a recorded call of a part of a model, static activation scales at the call's bucket."""
+    set_bucket(module, call.bucket)
+    return run_call(module, call)
+
+
+def set_bucket(module: nn.Module, bucket: int) -> None:
+    """Tell the layers with static activation scales which timestep bucket the next call is of."""
     for part in module.modules():
         if hasattr(part, "bucket"):
-            part.bucket = call.bucket
-    return run_call(module, call)
+            part.bucket = bucket
 
 
 @contextmanager

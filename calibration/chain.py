@@ -92,6 +92,25 @@ def outputs_of(output: object) -> Outputs:
     return outputs
 
 
+@contextmanager
+def outputs_at(transformer: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Outputs]]:
+    """Have what the modules at these paths return, by path, while the body runs."""
+    found: dict[str, Outputs] = {}
+
+    def hook(path: str):
+        def keep(module: nn.Module, args: tuple, output: object) -> None:
+            found[path] = outputs_of(output)
+
+        return keep
+
+    handles = [transformer.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def observe(transformer: nn.Module, paths: Sequence[str], call: Call) -> list[Link]:
     """Return the chain of the blocks at `paths`, in running order, by making one call of the transformer.
 

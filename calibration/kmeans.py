@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 16  # vectors whose distances to all codewords are held at once
+CHUNK = 1 << 12  # vectors whose distances to all codewords are held at once: what fits a cache
 SAMPLE = 1 << 17
 
 
@@ -14,10 +14,12 @@ def assign(vectors: Tensor, weights: Tensor, codebook: Tensor) -> Tensor:
 
     vectors and weights are `[n, d]`, the codebook `[k, d]`, all float32.
     """
-    parts = []
-    for v, w in zip(vectors.split(CHUNK), weights.split(CHUNK), strict=True):
-        # The v^2 term is the same for every codeword.
-        parts.append((w @ codebook.square().T - 2 * (w * v) @ codebook.T).argmin(dim=1))
+    # The v^2 term is the same for every codeword; the other two are one product.
+    words = torch.cat([codebook.square(), -2 * codebook], dim=1).T.contiguous()
+    parts = [
+        (torch.cat([w, w * v], dim=1) @ words).argmin(dim=1)
+        for v, w in zip(vectors.split(CHUNK), weights.split(CHUNK), strict=True)
+    ]
     return torch.cat(parts)
 
 

@@ -13,9 +13,9 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from quantdit import checkpoint, files, memory
+from quantdit.calibration import assignments, capture, chain
 from quantdit.calibration import calls as call_files
-from quantdit.calibration import capture, chain
-from quantdit.calibration.calls import StoredCall, StoredCalls
+from quantdit.calibration.assignments import Training
+from quantdit.calibration.calls import Call, StoredCall, StoredCalls
 from quantdit.calibration.chain import Link, Unchained
-from quantdit.calibration.layer import quantize_layer
+from quantdit.calibration.layer import Quantized, quantize_layer
 from quantdit.calibration.no_data import quantize_without_data
+from quantdit.calibration.sensitivity import replaced
 from quantdit.calibration.stats import Stats
 from quantdit.layer_spec import LayerSpec
 from quantdit.linear import QuantLinear, follow_timesteps, weight_bits
@@ -55,6 +57,7 @@ class Job:
         folder: of the work on this transformer.
         stream: reads blocks that are not in memory; None if all are.
         tokens: rows of each call that statistics are made of; 0 for all.
+        training: how assignments are calibrated; None for not at all.
         seconds: spent so far, by stage.
     """
 
@@ -66,6 +69,7 @@ class Job:
     folder: Path
     stream: Stream | None = None
     tokens: int = 0
+    training: Training | None = None
     seconds: Counter[str] = field(default_factory=Counter)
 
     def unit_seed(self, number: int) -> int:
@@ -126,8 +130,13 @@ class Made:
 def quantize(job: Job, plans: Mapping[str, LayerPlan], folder: Path) -> Made:
     """Quantize the transformer as planned; finished blocks are kept in `folder`, and taken from there if they are."""
     reports: dict[str, dict] = {}
+    end_to_end = job.training is not None and job.training.mode == "end-to-end" and len(job.calls) > 0
+    linears = {name: job.transformer.get_submodule(name) for name in plans} if end_to_end else {}
     for unit in walk(job, plans, job.calls, folder):
         reports |= _quantize_unit(job, unit, plans, folder)
+    if end_to_end:
+        with job.timed("assignments"):
+            _calibrate_end_to_end(job, linears, reports)
     layers = checkpoint.quant_layers(job.transformer)
     if any(m.layer_spec.activation.buckets for m in layers.values()):
         follow_timesteps(job.transformer, _timestep_edges(job.calls, job.buckets))
@@ -299,20 +308,25 @@ def _quantize_unit(job: Job, unit: Unit, plans: Mapping[str, LayerPlan], folder:
         raise ValueError(f"{folder} lacks the finished block {unit.path}; drop --resume and begin again with --overwrite")
     with job.timed("statistics"):
         stats = statistics_of(job, unit) if len(unit.calls) else {}
-    stored, reports = {}, {}
+    linears, seed = unit.linears, job.unit_seed(unit.number)
     with job.timed("layers"):
-        for name, linear in unit.linears.items():
-            known, seed = stats.get(name), job.unit_seed(unit.number)
-            if known is None:
-                made = quantize_without_data(linear.weight, linear.bias, plans[name], seed)
-            else:
-                made = quantize_layer(linear.weight, linear.bias, known, plans[name], seed)
-            tensors = made.tensors if made.bias is None else made.tensors | {"bias": made.bias.detach()}
-            stored.update({f"{name}.{field}": t for field, t in tensors.items()})
-            layer = _replace(job.transformer, name, made.spec, made.tensors, made.bias)
-            reports[name] = made.report | {"bits_per_weight": round(weight_bits(layer), 4)}
-            if known is not None:
-                reports[name]["rel_rmse"] = _layer_error(linear, layer, known)
+        made = {
+            name: quantize_layer(linear.weight, linear.bias, stats[name], plans[name], seed)
+            if name in stats
+            else quantize_without_data(linear.weight, linear.bias, plans[name], seed)
+            for name, linear in linears.items()
+        }
+    if job.training is not None and job.training.mode == "block" and stats and unit.path != OUTSIDE:
+        with job.timed("assignments"):
+            made = _calibrated(job, unit.run, unit.calls, linears, made, stats, (unit.path,), seed)
+    stored, reports = {}, {}
+    for name, found in made.items():
+        tensors = found.tensors if found.bias is None else found.tensors | {"bias": found.bias.detach()}
+        stored.update({f"{name}.{field}": t for field, t in tensors.items()})
+        layer = _replace(job.transformer, name, found.spec, found.tensors, found.bias)
+        reports[name] = found.report | {"bits_per_weight": round(weight_bits(layer), 4)}
+        if name in stats:
+            reports[name]["rel_rmse"] = _layer_error(linears[name], layer, stats[name])
     part = tensors_path.with_suffix(".part")
     save_file(stored, part)
     files.fsync(part)
@@ -321,6 +335,82 @@ def _quantize_unit(job: Job, unit: Unit, plans: Mapping[str, LayerPlan], folder:
     if job.stream is not None:
         job.stream.adopt(tensors_path, list(stored))
     return reports
+
+
+def _calibrated(
+    job: Job,
+    module: nn.Module,
+    calls: StoredCalls,
+    linears: Mapping[str, nn.Linear],
+    made: Mapping[str, Quantized],
+    stats: Mapping[str, Stats],
+    paths: Sequence[str],
+    seed: int,
+) -> dict[str, Quantized]:
+    """Return the layers with assignments calibrated on the outputs of blocks; as they were, if that does not help.
+
+    Args:
+        job: the run; the linears are in its transformer.
+        module: what is called.
+        calls: of it.
+        linears: the layers in full precision, by path in the transformer.
+        made: the layers quantized.
+        stats: of their inputs.
+        paths: blocks whose outputs count.
+        seed: of the choice of samples.
+    """
+    training = job.training
+    soft = {
+        name: assignments.soft_linear(found, linears[name].weight, linears[name].bias, stats[name], training)
+        for name, found in made.items()
+        if assignments.is_trainable(found)
+    }
+    if not soft:
+        return dict(made)
+    folder = job.folder / "wanted"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
+    def run(call: Call) -> list[Tensor]:
+        with chain.outputs_at(job.transformer, paths) as outputs:
+            capture.set_bucket(module, call.bucket)
+            module(*call.args, **call.kwargs)
+        return [v for path in paths for v in outputs[path] if v is not None]
+
+    with torch.no_grad():
+        for i, call in enumerate(calls):
+            call_files.save_outputs(folder / _file(i), run(call))
+    examples = assignments.Examples(calls, lambda number: call_files.load_outputs(folder / _file(number)))
+    hard = {name: QuantLinear.from_tensors(found.spec, found.tensors, found.bias) for name, found in made.items()}
+    with replaced(job.transformer, hard):
+        before = assignments.held_out_error(run, examples)
+        with (
+            replaced(job.transformer, soft),
+            torch.enable_grad(),
+            tqdm(total=training.steps, desc="assignments", unit="step", leave=False) as bar,
+        ):
+            report = assignments.train(list(soft.values()), run, examples, training, seed, bar.update)
+        found = {name: layer.decided(made[name], linears[name].bias) for name, layer in soft.items()}
+        final = {name: QuantLinear.from_tensors(f.spec, f.tensors, f.bias) for name, f in found.items()}
+        with replaced(job.transformer, final):
+            report |= {"held_out_before": before, "held_out": assignments.held_out_error(run, examples)}
+    shutil.rmtree(folder)
+    kept = found if report["held_out"] < before else {name: made[name] for name in soft}
+    return {**made, **{name: replace(f, report=f.report | {"assignments": report}) for name, f in kept.items()}}
+
+
+def _calibrate_end_to_end(job: Job, linears: Mapping[str, nn.Linear], reports: dict[str, dict]) -> None:
+    """Calibrate the assignments of all blocks at once, in place; needs the layers in full precision and all statistics."""
+    layers = {name: m for name, m in checkpoint.quant_layers(job.transformer).items() if name.startswith(job.blocks)}
+    made = {name: Quantized(layer.layer_spec, dict(layer._buffers), layer.bias, reports[name]) for name, layer in layers.items()}
+    full = {name: linears[name] for name in layers}
+    with replaced(job.transformer, full):
+        whole = Unit(OUTSIDE, len(job.blocks), tuple(full), job.transformer, job.calls)
+        stats = statistics_of(job, whole)
+        found = _calibrated(job, job.transformer, job.calls, full, made, stats, job.blocks, job.unit_seed(len(job.blocks)))
+    for name, layer in found.items():
+        _replace(job.transformer, name, layer.spec, layer.tensors, layer.bias)
+        reports[name] = layer.report
 
 
 def _install(job: Job, tensors_path: Path, report_path: Path) -> dict[str, dict]:

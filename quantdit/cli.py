@@ -79,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
         help="choose each layer's weight bits for the smallest size whose model_rel_rmse is at most this (0.05: 5 %%)",
     )
     sub.add_argument("--output", type=Path, help="folder to write (MODEL-BITS, here)")
+    vectors = sub.add_argument_group("assignments of codebooks and tables, calibrated on the outputs of blocks (VQ4DiT)")
+    vectors.add_argument("--weight-format", choices=("table", "vq"), help="with --bits: level tables, or codebooks of vectors")
+    vectors.add_argument("--calibration-steps", type=_count, default=0, metavar="N", help="optimizer steps a block; 0: none")
+    vectors.add_argument("--calibration-mode", choices=("block", "end-to-end"), default="block", help="(%(default)s)")
+    vectors.add_argument("--candidates", type=_positive, default=2, help="codewords for each sub-vector (%(default)s)")
+    vectors.add_argument("--initial-ratios", choices=("distance", "uniform"), default="distance", help="(%(default)s)")
     weights = sub.add_mutually_exclusive_group()
     weights.add_argument(
         "--weights", type=Path, metavar="DIR", help="where the model lies: its whole pipeline, or its transformer alone"
@@ -185,6 +191,7 @@ def _models(args: argparse.Namespace) -> int:
 
 def _calibrate(args: argparse.Namespace) -> int:
     from quantdit import inspection, recipe
+    from quantdit.calibration.assignments import Training
     from quantdit.compiler import ALREADY, REPORT, Target, calibrate
     from quantdit.pipeline import BareTransformer
     from quantdit.work_folder import clear_disk_errors
@@ -194,6 +201,14 @@ def _calibrate(args: argparse.Namespace) -> int:
     if args.size_budget is not None or args.max_drift is not None:
         target = Target(args.size_budget, args.max_drift)
         plan = recipe.with_auto(plan) if args.bits is not None else plan
+    if args.weight_format is not None:
+        if args.bits is None:
+            raise ValueError("--weight-format goes with --bits; a recipe names the weight format itself")
+        plan = recipe.with_weight_format(plan, args.weight_format)
+    training = None
+    if args.calibration_steps:
+        mode, initial = args.calibration_mode, args.initial_ratios
+        training = Training(args.calibration_steps, mode=mode, candidates=args.candidates, initial=initial)
     if args.output is None:
         args.output = Path(f"{Path(args.model).resolve().name}-{args.bits if args.bits is not None else args.recipe.stem}")
     scratch = args.output.with_name(f"{args.output.name}.random") if args.random_weights else None
@@ -202,7 +217,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         if isinstance(pipeline, BareTransformer) and not args.random_weights:
             print(f"quantdit: note: {source.folder} has no pipeline, only a transformer: conditions are made up", file=sys.stderr)
         settings = _settings(args, pipeline)
-        report = calibrate(pipeline, source, plan, args.output, settings, args.resume, args.overwrite, target)
+        report = calibrate(pipeline, source, plan, args.output, settings, args.resume, args.overwrite, target, training)
         if scratch is not None:
             shutil.rmtree(scratch)
     size, seconds = report["size"], report["seconds"]

@@ -22,6 +22,7 @@ from quantdit.block_by_block import Job, Made
 from quantdit.calibration import allocate, capture, sensitivity
 from quantdit.calibration import calls as call_files
 from quantdit.calibration.allocate import Option
+from quantdit.calibration.assignments import Training
 from quantdit.calibration.calls import StoredCalls
 from quantdit.calibration.salience import salient_calls
 from quantdit.formats import QSpec
@@ -78,6 +79,7 @@ def calibrate(
     resume: bool = False,
     overwrite: bool = False,
     target: Target | None = None,
+    training: Training | None = None,
 ) -> dict:
     """Quantize the pipeline's transformer and write the quantized pipeline folder; returns the calibration report.
 
@@ -113,6 +115,7 @@ def calibrate(
             "choosing the layers' weights needs one transformer, in memory as a whole: give a larger --memory-budget,"
             " or fix the weights with --bits"
         )
+    _check_training(training, settings, transformers)
     provenance = {
         "quantdit": quantdit.__version__,
         "source": source.label,
@@ -123,6 +126,8 @@ def calibrate(
         provenance["random_weights"] = True
     if target is not None:
         provenance["target"] = asdict(target)
+    if training is not None:
+        provenance["training"] = asdict(training)
     identity = {"recipe": plan_recipe.to_dict(), "provenance": provenance}
     if resume and work_folder.is_finished(output, identity):
         work_folder.publish(output.with_name(f"{output.name}.partial"), output, identity)
@@ -135,7 +140,7 @@ def calibrate(
         return files.read_json(output / REPORT)
 
     work = partial / work_folder.WORK
-    jobs = _jobs(pipeline, source, transformers, found, settings, work)
+    jobs = _jobs(pipeline, source, transformers, found, settings, work, training)
     captured = time.perf_counter()
     made, extra = {}, {}
     for part, job in jobs.items():
@@ -229,6 +234,7 @@ def _jobs(
     found: dict[str, adapters.Adapter],
     settings: Settings,
     work: Path,
+    training: Training | None,
 ) -> dict[str, Job]:
     """Sample from the pipeline, and return for each transformer its calls and what is needed to work on it."""
     streams = {
@@ -263,6 +269,7 @@ def _jobs(
             folder,
             streams.get(part),
             settings.tokens,
+            training,
         )
         if settings.timestep_choice == "salience" and settings.samples and settings.timesteps:
             jobs[part] = _salient(jobs[part], settings.timesteps)
@@ -388,6 +395,18 @@ def _check_target(
         whole = HALF * sum(m.in_features * m.out_features for m in linears.values())
         least = sum(min(_bytes(linears[name], plan) for plan in plans.values()) for name, plans in options.items())
         _check_budget(math.floor(target.size_budget * whole), least, whole, target)
+
+
+def _check_training(training: Training | None, settings: Settings, transformers: dict[str, nn.Module]) -> None:
+    if training is None:
+        return
+    if not settings.samples:
+        raise ValueError("calibrating assignments needs samples; leave out --samples 0, or --calibration-steps")
+    if training.mode == "end-to-end" and any(streaming.is_streamed(t) for t in transformers.values()):
+        raise ValueError(
+            "calibrating assignments end-to-end needs the transformer in memory as a whole: give a larger --memory-budget, or"
+            " --calibration-mode block"
+        )
 
 
 def _check_budget(budget: int, least: int, whole: int, target: Target) -> None:

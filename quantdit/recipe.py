@@ -175,6 +175,9 @@ class LayerPlan:
 # The weight format per X of wXaY. Level tables beat integers with a group size of equal stored bits: reports/study.
 WEIGHTS = {2: "table2", 3: "table3", 4: "table4", 6: "table6", 8: "int8"}
 
+# The codebook of vectors of the same bits.
+VECTORS = {"table2": "vq256x4", "table3": "vq64x2", "table4": "vq256x2"}
+
 # What group_size = "auto" prefers. Narrow codes need small groups; a format not listed needs none.
 AUTO_GROUP = {"int2": 32, "int3": 64, "int4": 64}
 
@@ -212,6 +215,22 @@ def from_bits(bits: str) -> Recipe:
 def with_auto(recipe: Recipe) -> Recipe:
     """Return the recipe with the weight of every rule that quantizes left open: `auto`."""
     return replace(recipe, rules=tuple(r if r.weight == DENSE else replace(r, weight=AUTO) for r in recipe.rules))
+
+
+def with_weight_format(recipe: Recipe, kind: str) -> Recipe:
+    """Return a preset with its tables of levels replaced by codebooks of vectors of the same bits (`vq`), or as it is (`table`).
+
+    Raises:
+        ValueError: a width that has no codebook.
+    """
+    if kind == "table":
+        return recipe
+    rules = []
+    for rule in recipe.rules:
+        if rule.weight != DENSE and rule.weight not in VECTORS:
+            raise ValueError(f"{recipe.name}: there are codebooks of vectors for 2, 3 and 4 bits; use w2, w3 or w4")
+        rules.append(rule if rule.weight == DENSE else replace(rule, weight=VECTORS[rule.weight]))
+    return replace(recipe, rules=tuple(rules))
 
 
 def without_data(recipe: Recipe) -> Recipe:

@@ -1,0 +1,235 @@
+"""Calibrated assignments: candidates against a search, soft layers against the quantized one, and that training helps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantdit import files
+from quantdit.calibration import stats as statistics
+from quantdit.calibration.assignments import (
+    CERTAIN,
+    Examples,
+    Training,
+    held_out_error,
+    is_trainable,
+    nearest,
+    rows_of,
+    soft_linear,
+    train,
+)
+from quantdit.calibration.calls import Call
+from quantdit.calibration.layer import Quantized, quantize_layer
+from quantdit.calibration.stats import Stats
+from quantdit.compiler import REPORT
+from quantdit.linear import QuantLinear
+from quantdit.pipeline import load_pipeline
+from quantdit.recipe import LayerPlan, Rule
+
+WIDTH, OUT = 32, 24
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(rows: int = 512, seed: int = 1) -> Tensor:
+    return random(rows, WIDTH, seed=seed) @ random(WIDTH, WIDTH, seed=9) / WIDTH**0.5 + 0.5
+
+
+def made_of(linear: nn.Linear, **rule: object) -> tuple[Quantized, Stats]:
+    seen = statistics.update(statistics.init(WIDTH, 1), inputs(), 0)
+    plan = LayerPlan(Rule("*", **{"weight": "vq256x4", "descent": 1, **rule}), linear.in_features, 0)
+    return quantize_layer(linear.weight, linear.bias, seen, plan, 0), seen
+
+
+@pytest.fixture
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(WIDTH, OUT).requires_grad_(False)
+
+
+@pytest.mark.parametrize("d", [1, 2, 4])
+def test_candidates_are_those_of_a_search(d: int):
+    W, X, codebook = random(5, 16, seed=2), random(200, 16, seed=3) @ random(16, 16, seed=4), random(9, d, seed=5)
+    H = (X.T @ X).double()
+    codes = torch.randint(9, (5, 16 // d), generator=torch.Generator().manual_seed(6))
+    found, errors = nearest(codes, W, H, codebook, 3)
+    D = (codebook[codes].flatten(1) - W).double()
+    for row in range(5):
+        for g in range(16 // d):
+            whole = []
+            for word in codebook:
+                tried = D[row].clone()
+                tried[g * d : g * d + d] = word.double() - W[row, g * d : g * d + d]
+                whole.append(float(tried @ H @ tried))
+            has = int(codes[row, g])
+            order = [has, *(c for c in sorted(range(9), key=whole.__getitem__) if c != has)]
+            assert found[:, row, g].tolist() == order[:3]
+            # Errors differ from those of the whole row by what does not depend on the group.
+            gaps = [whole[c] - whole[has] for c in order[:3]]
+            torch.testing.assert_close(errors[:, row, g] - errors[0, row, g], torch.tensor(gaps).float(), rtol=1e-2, atol=1e-2)
+
+
+RULES = (
+    {},
+    {"weight": "table3"},
+    {"weight": "vq64x2", "rotation": "outlier"},
+    {"smooth": "rms", "low_rank": 4},
+    {"weight": "table4", "activation_bits": 8},
+)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: "-".join(map(str, r.values())) or "plain")
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_decided_layer_is_the_quantized_one(linear: nn.Linear, rule: dict, bias: bool):
+    if not bias:
+        linear = nn.Linear(WIDTH, OUT, bias=False).requires_grad_(False)
+    made, seen = made_of(linear, **rule)
+    assert is_trainable(made)
+    soft = soft_linear(made, linear.weight, linear.bias, seen, Training(candidates=2))
+    x = inputs(40, seed=7)
+    has = QuantLinear.from_tensors(made.spec, made.tensors, made.bias)
+    with torch.no_grad():
+        soft.logits[0], soft.logits[1] = CERTAIN, -CERTAIN
+        torch.testing.assert_close(soft(x), has(x), rtol=1e-4, atol=1e-4)
+    decided = soft.decided(made, linear.bias)
+    again = QuantLinear.from_tensors(decided.spec, decided.tensors, decided.bias)
+    assert float((again(x) - has(x)).norm() / has(x).norm()) < 0.02  # the codebook is rounded once more
+    assert torch.equal(decided.tensors["data"], made.tensors["data"])
+
+
+def test_the_mean_output_is_kept_whatever_the_ratios(linear: nn.Linear):
+    made, seen = made_of(linear)
+    soft = soft_linear(made, linear.weight, linear.bias, seen, Training(candidates=3, initial="uniform"))
+    assert torch.equal(soft.ratios, torch.full_like(soft.ratios, 1 / 3))
+    with torch.no_grad():
+        torch.testing.assert_close(soft(inputs()).mean(0), linear(inputs()).mean(0), rtol=0, atol=1e-4)
+
+
+def test_ratios_begin_in_inverse_proportion_to_the_errors(linear: nn.Linear):
+    made, seen = made_of(linear)
+    soft = soft_linear(made, linear.weight, linear.bias, seen, Training(candidates=3))
+    assert bool((soft.ratios[1:].diff(dim=0) <= 0).all()) and float(soft.ratios.detach()[0].mean()) > 0.4
+
+
+def test_freezing_decides_what_is_nearly_certain_and_nothing_else(linear: nn.Linear):
+    made, seen = made_of(linear)
+    soft = soft_linear(made, linear.weight, linear.bias, seen, Training(initial="uniform"))
+    with torch.no_grad():
+        soft.logits[1, :3] = 6.0
+    before = soft.logits.detach().clone()
+    assert soft.freeze() == pytest.approx(3 / OUT)
+    assert torch.equal(soft.logits[:, 3:], before[:, 3:]) and bool((soft.logits[1, :3] == CERTAIN).all())
+    assert soft.freeze(0.0) == 1.0 and bool((soft.ratios.amax(0) == 1).all())
+
+
+def examples_of(linear: nn.Linear) -> Examples:
+    calls = [Call((inputs(64, seed=20 + i),), {}, 0) for i in range(6)]
+    return Examples(calls, lambda number: [torch.tanh(linear(calls[number].args[0]))])
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 3])
+@pytest.mark.parametrize("weight", ["vq64x2", "table2"])
+def test_training_lowers_the_held_out_error_and_ends_with_one_codeword_each(linear: nn.Linear, candidates: int, weight: str):
+    made, seen = made_of(linear, weight=weight, method="rtn")
+    training = Training(steps=120, candidates=candidates, rows=32)
+    soft = soft_linear(made, linear.weight, linear.bias, seen, training)
+    examples = examples_of(linear)
+
+    def run_of(layer: nn.Module):
+        return lambda call: [torch.tanh(layer(call.args[0]))]
+
+    before = held_out_error(run_of(QuantLinear.from_tensors(made.spec, made.tensors, made.bias)), examples)
+    seeds = torch.get_rng_state()
+    report = train([soft], run_of(soft), examples, training, 0)
+    assert torch.equal(torch.get_rng_state(), seeds)
+    decided = soft.decided(made, linear.bias)
+    after = held_out_error(run_of(QuantLinear.from_tensors(decided.spec, decided.tensors, decided.bias)), examples)
+    assert after < (0.95 if candidates > 1 else 1) * before and after == pytest.approx(report["held_out"], rel=0.02)
+    assert bool((soft.ratios.amax(0) == 1).all())
+    assert 0 < decided.report["codebook_rounding"] < 0.02
+
+
+def test_same_seed_same_layer(linear: nn.Linear):
+    ends = []
+    for seed in (0, 0, 1):
+        made, seen = made_of(linear)
+        soft = soft_linear(made, linear.weight, linear.bias, seen, Training(steps=10))
+        train([soft], lambda call, soft=soft: [torch.tanh(soft(call.args[0]))], examples_of(linear), Training(steps=10), seed)
+        ends.append(soft.decided(made, linear.bias).tensors["codebook"].float() * float(soft.scale.detach().mean()))
+    assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
+
+
+def test_training_never_sees_what_is_held_out():
+    calls = [Call((torch.arange(32.0)[:, None] + 100 * i,), {"other": torch.arange(3)}, i) for i in range(5)]
+    examples = Examples(calls, lambda number: [calls[number].args[0] * 2])
+    held = {float(v) for call, _ in examples.held_out() for v in call.args[0]}
+    batches = examples.batches(6, torch.Generator().manual_seed(0))
+    seen = set()
+    for _ in range(200):
+        call, (outputs,) = next(batches)
+        assert len(call.args[0]) == 6 and torch.equal(outputs, call.args[0] * 2) and len(call.kwargs["other"]) == 3
+        seen |= {float(v) for v in call.args[0]}
+    assert held and not held & seen and len(seen) == 5 * 28
+
+
+def test_of_calls_with_few_samples_the_last_are_held_out():
+    calls = [Call((torch.full((2, 1), float(i)),), {}, 0) for i in range(16)]
+    examples = Examples(calls, lambda number: [calls[number].args[0]])
+    assert {float(call.args[0][0]) for call, _ in examples.held_out()} == {14.0, 15.0}
+    batches = examples.batches(4, torch.Generator().manual_seed(0))
+    assert {float(next(batches)[0].args[0][0]) for _ in range(300)} == set(map(float, range(14)))
+
+
+def test_rows_of_nested_arguments():
+    call = Call((torch.arange(4),), {"pair": (torch.arange(8).reshape(4, 2), None), "scale": 2.0}, 3)
+    cut, outputs = rows_of(call, [torch.arange(4) * 10, torch.zeros(())], torch.tensor([1, 3]), 4)
+    assert cut.args[0].tolist() == [1, 3] and cut.kwargs["pair"][0].tolist() == [[2, 3], [6, 7]] and cut.bucket == 3
+    assert cut.kwargs["pair"][1] is None and outputs[0].tolist() == [10, 30] and outputs[1].ndim == 0
+
+
+@pytest.mark.parametrize("given", [{"steps": 0}, {"candidates": 5}, {"candidates": 0}, {"mode": "whole"}, {"initial": "zero"}])
+def test_impossible_training_is_refused(given: dict):
+    with pytest.raises(ValueError, match=str(next(iter(given.values())))):
+        Training(**given)
+
+
+# ---- through the command line
+
+
+@pytest.mark.parametrize("mode", ["block", "end-to-end"])
+def test_calibrate_with_assignments(cli, pixel_dit: Path, tmp_path: Path, mode: str):
+    few = ("--samples", "16", "--steps", "3", "--bits", "w2a16", "--weight-format", "vq")
+    steps = ("--calibration-steps", "20", "--calibration-mode", mode)
+    digests = []
+    for name, more in (("plain", ()), ("first", steps), ("second", steps)):
+        ran = cli("calibrate", "--model", pixel_dit, "--output", tmp_path / name, *few, *more)
+        assert ran.code == 0, ran.err
+        digests.append(files.digest(tmp_path / name / "transformer"))
+    assert digests[1] == digests[2] != digests[0]
+    report = files.read_json(tmp_path / "first" / REPORT)
+    found = [layer["assignments"] for layer in report["layers"].values() if "assignments" in layer]
+    assert found and all(row["held_out_before"] > 0 for row in found)
+    assert report["provenance"]["training"] == {**report["provenance"]["training"], "steps": 20, "mode": mode}
+    assert report["seconds_of_quantize"]["assignments"] > 0
+    loaded, _ = load_pipeline(str(tmp_path / "first"))
+    layers = [m for m in loaded.transformer.modules() if isinstance(m, QuantLinear)]
+    assert layers and all(m.spec.format == "vq256x4" for m in layers)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--bits", "w2a16", "--samples", "0", "--calibration-steps", "5"), ("--samples 0", "--calibration-steps")),
+        (("--bits", "w8a8", "--weight-format", "vq"), ("w2, w3 or w4",)),
+        (("--bits", "w2a16", "--calibration-steps", "5", "--candidates", "9"), ("9 candidates", "4")),
+    ],
+)
+def test_what_cannot_be_is_one_line(cli, pixel_dit: Path, tmp_path: Path, given: tuple, words: tuple):
+    ran = cli("calibrate", "--model", pixel_dit, "--output", tmp_path / "out", *given)
+    assert ran.code == 1 and all(word in ran.error for word in words)
+    assert not (tmp_path / "out.partial").exists()
