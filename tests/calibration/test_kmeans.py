@@ -135,7 +135,7 @@ def test_fewer_vectors_than_codewords(count: int):
 def test_a_layer_too_small_for_its_codebook(name: str):
     """4 x 16 weights are 16 or 32 vectors: each is a codeword, rounded to the int8 grid of -64..64."""
     weight = random(4, 16)
-    q = quantize_weight(weight, torch.eye(16), name, 16)
+    q = quantize_weight(weight, torch.eye(16), name, 16, "rtn")
     half_a_step = q.scale[:, None] / 2
     assert bool(((q.dequantize() - weight).abs() <= half_a_step * (1 + 1e-5)).all())
 
@@ -144,7 +144,7 @@ def test_a_layer_too_small_for_its_codebook(name: str):
 def test_quantized_vectors_are_the_nearest_codewords(name: str):
     f = FORMATS[name]
     weight, gram = random(24, 64), torch.diag(random(64, seed=1).square() + 0.1)
-    q = quantize_weight(weight, gram, name, 64, seed=2)
+    q = quantize_weight(weight, gram, name, 64, "rtn", seed=2)
     vectors = (weight / q.scale[:, None]).reshape(-1, f.dim)
     importance = gram.diagonal().reshape(-1, f.dim).repeat(24, 1)
     exact = distances(vectors, importance, q.codebook.float())
@@ -152,14 +152,14 @@ def test_quantized_vectors_are_the_nearest_codewords(name: str):
     # Entries reach 64: squares of 4096 in float32, 10 roundings.
     tolerance = 10 * U32 * 3 * float(importance.sum(dim=1).max() * vectors.abs().max().clamp_min(64) ** 2)
     assert bool((exact.gather(1, chosen)[:, 0] <= exact.amin(dim=1) + tolerance).all())
-    same = quantize_weight(weight, gram, name, 64, seed=2)
+    same = quantize_weight(weight, gram, name, 64, "rtn", seed=2)
     assert all(torch.equal(a, b) for a, b in zip(q.tensors().values(), same.tensors().values(), strict=True))
 
 
 @pytest.mark.parametrize("name", VECTORS)
 def test_importance_is_heeded(name: str):
     """Inputs 100 times as strong get the smaller error."""
-    weight, strong = random(64, 32), torch.ones(32)
+    weight, strong = random(32 * FORMATS[name].dim, 32), torch.ones(32)
     strong[::2] = 100.0
     delta = quantize_weight(weight, torch.diag(strong), name, 32).dequantize() - weight
     assert float(delta[:, ::2].norm()) < 0.8 * float(delta[:, 1::2].norm())
