@@ -5,7 +5,7 @@ Letters: m, n, k = tokens, out, in. The ops live in `torch.ops.quantdit`:
     rotate(x, premultiplier, block)                            (x * premultiplier) H, block-Hadamard (transform.py)
     quantize_tokens(x, bits, group_size, affine, static_scale) codes of each token on its int8 grid, and the grid's scales
     quantize_tokens_fp8(x)                                     the same in e4m3
-    rotate_quantize(x, premultiplier, block, format, ...)      rotate, then quantize_tokens or quantize_tokens_fp8
+    rotate_quantize(x, premultiplier, block, format, ...)      rotate, then quantize_tokens or quantize_tokens_fp8, and thin
     modulate_quantize(x, shift, modulation, eps, ...)          layer norm and AdaLN modulation, then rotate_quantize
     decode8(data, multiplier, offset, codebook, ...)           any stored weight -> I [n, k]
     gemm_w8a8(codes, token_scale, weight, scale, bias, dtype)  token_scale[m] scale[n] (codes I^T)[m, n] + bias
@@ -41,7 +41,7 @@ _library.define(
 _library.define("quantize_tokens_fp8(Tensor x) -> (Tensor, Tensor)")
 _library.define(
     "rotate_quantize(Tensor x, Tensor premultiplier, int block, str format, int bits, int group_size=0,"
-    " Tensor? static_scale=None) -> (Tensor, Tensor)"
+    " Tensor? static_scale=None, Tensor? down=None) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "modulate_quantize(Tensor x, Tensor shift, Tensor modulation, float eps, Tensor premultiplier, int block, str format,"
@@ -188,7 +188,8 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-# x :: [m, k] float, premultiplier :: [k]  ->  codes :: [m, k] int8 or e4m3, scale :: [m] f32
+# x :: [m, k] float, premultiplier :: [k], down :: [r, k]
+#   ->  codes :: [m, k] int8 or e4m3, scale :: [m] f32, thin :: [m, r] like x
 @torch.library.impl(_library, "rotate_quantize", _EVERYWHERE)
 def rotate_quantize_reference(
     x: Tensor,
@@ -198,13 +199,26 @@ def rotate_quantize_reference(
     bits: int,
     group_size: int = 0,
     static_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Define `rotate_quantize`: `rotate`, then codes of a format of ActivationSpec: `int`, `affine` or `fp8`."""
+    down: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Define `rotate_quantize`: `rotate`, then codes of a format of ActivationSpec: `int`, `affine` or `fp8`.
+
+    `thin` is what a low-rank branch begins with: rotated tokens times `down^T` in x's dtype; without `down` it is `[m, 0]`.
+    """
     check_rotate_quantize(x, premultiplier, block, format, bits, group_size)
+    check_down(x, down)
     rotated = rotate_reference(x, premultiplier, block)
+    thin = project(rotated, down)
     if format == "fp8":
-        return quantize_tokens_fp8_reference(rotated)
-    return quantize_tokens_reference(rotated, bits, group_size, format == "affine", static_scale)
+        return *quantize_tokens_fp8_reference(rotated), thin
+    return *quantize_tokens_reference(rotated, bits, group_size, format == "affine", static_scale), thin
+
+
+def project(tokens: Tensor, down: Tensor | None) -> Tensor:
+    """Return tokens `[m, k]` times down^T, `[m, r]` in their dtype; `[m, 0]` without down."""
+    if down is None:
+        return tokens.new_empty(tokens.shape[0], 0)
+    return torch.nn.functional.linear(tokens, down.to(tokens.dtype))
 
 
 @torch.library.register_fake("quantdit::rotate_quantize")
@@ -216,10 +230,13 @@ def _(
     bits: int,
     group_size: int = 0,
     static_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    down: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     check_rotate_quantize(x, premultiplier, block, format, bits, group_size)
+    check_down(x, down)
     element = torch.float8_e4m3fn if format == "fp8" else torch.int8
-    return x.new_empty(x.shape, dtype=element), x.new_empty(x.shape[0], dtype=torch.float32)
+    thin = x.new_empty(x.shape[0], 0 if down is None else down.shape[0])
+    return x.new_empty(x.shape, dtype=element), x.new_empty(x.shape[0], dtype=torch.float32), thin
 
 
 # x :: [m, k] float, shift, modulation :: [images, k]; m / images tokens of one image follow one another
@@ -244,7 +261,7 @@ def modulate_quantize_reference(
     normed = torch.nn.functional.layer_norm(x.float(), (x.shape[1],), eps=eps)
     tokens = x.shape[0] // shift.shape[0]
     y = normed * (1 + _of_tokens(modulation, tokens)) + _of_tokens(shift, tokens)
-    return rotate_quantize_reference(y.to(x.dtype), premultiplier, block, format, bits, group_size, static_scale)
+    return rotate_quantize_reference(y.to(x.dtype), premultiplier, block, format, bits, group_size, static_scale)[:2]
 
 
 def _of_tokens(of_image: Tensor, tokens: int) -> Tensor:
@@ -530,6 +547,12 @@ def check_rotate_quantize(x: Tensor, premultiplier: Tensor, block: int, format: 
     torch._check(format in ("int", "affine", "fp8"), lambda: f"rotate_quantize: unknown activation format {format!r}")
     check_tokens("rotate_quantize", x, bits, group_size)
     check_rotate(x, premultiplier, block)
+
+
+def check_down(x: Tensor, down: Tensor | None) -> None:
+    if down is not None:
+        got, k = tuple(down.shape), x.shape[1]
+        torch._check(len(got) == 2 and got[1] == k, lambda: f"rotate_quantize: down must be [r, {k}], got {got}")
 
 
 def check_modulate(x: Tensor, shift: Tensor, modulation: Tensor) -> None:

@@ -112,7 +112,7 @@ def token_candidates(x: Tensor) -> dict[str, Candidate]:
         ),
         "rotate_quantize": Candidate(
             lambda: op.rotate_quantize(x, signs, block, "int", 8),
-            same_codes(*ops.rotate_quantize_reference(some, signs, block, "int", 8), ties=0.02),
+            same_codes(*ops.rotate_quantize_reference(some, signs, block, "int", 8)[:2], ties=0.02),
             moved,
         ),
         "modulate_quantize": Candidate(

@@ -119,9 +119,10 @@ class QuantLinear(nn.Linear):
         way = dispatch.choose(x.shape[0], s, x.dtype, dispatch.capability_of(x.device))
         stored = (*self._stored(), self.spec.format, self.spec.group_size)
         if way.prepare == "fused":
-            static = self._static_scale()
-            codes, token_scale = op.rotate_quantize(x, self.premultiplier, s.block, a.format, a.bits, a.group_size, static)
-            return self._product(way, codes, token_scale, stored, x.dtype, ())
+            down = self.down if s.rank else None
+            tokens = (x, self.premultiplier, s.block, a.format, a.bits, a.group_size, self._static_scale(), down)
+            codes, token_scale, thin = op.rotate_quantize(*tokens)
+            return self._product(way, codes, token_scale, stored, x.dtype, (thin, self.up) if s.rank else ())
         tokens = self._transformed(x)
         branch = (self._thin(tokens), self.up) if s.rank else ()
         if way.product == "w4a16":

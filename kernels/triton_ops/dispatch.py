@@ -1,6 +1,6 @@
 """Which way a quantized linear goes on a GPU, and what each op of torch.ops.quantdit runs there. Imports no triton.
 
-    prepare   fused     Hadamard, no low-rank branch, quantized activations       rotate_quantize
+    prepare   fused     Hadamard, rank up to LARGEST_RANK, quantized activations  rotate_quantize, the branch's `thin` with it
               separate  otherwise                                                 rotate or torch, then quantize_tokens
     product   w8a8      the weight is 8 bits as stored                            gemm_w8a8
               w4a8      packed weight, m below `decode_from_m`                    gemm_w4a8, decoded in registers
@@ -18,6 +18,7 @@ crossover points are in crossover.json. What the kernels do not take runs as its
     rotations     of tokens wider than LARGEST_ROTATED_WIDTH, but on sm_90 of 16 bits with signs alone; of float32 or smoothed
                   tokens on sm_80, 89 and 120 (the rotation alone: its codes are the kernel's)
     e4m3 codes    before compute capability 8.9
+    thin          of float32 tokens, and where the codes are not the kernel's: a product of its own, by torch
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ LARGEST_BLOCK = 128  # of a Hadamard
 LARGEST_WIDTH = 16384  # of a token in the registers of one program
 LARGEST_GROUPED_WIDTH = 8192  # the same in groups, which need more registers
 LARGEST_ROTATED_WIDTH = 8192
+LARGEST_RANK = 64  # of a low-rank branch that begins in the kernel of the tokens
 GROUPS = (0, 32, 64, 128)  # of activations
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 WHOLE = ("int8", "fp8_e4m3")  # formats that store `I` itself
@@ -87,7 +89,7 @@ def choose(m: int, layer: LayerSpec, dtype: torch.dtype, capability: int) -> Way
     if a.bits == 16:
         few = m <= CROSSOVER["w4a16_up_to_m"][architecture(capability)] and dtype != torch.float32 and mode != "reference"
         return Way("separate", "w4a16" if few else "dense")
-    prepare = "fused" if layer.rotation == "hadamard" and not layer.rank else "separate"
+    prepare = "fused" if layer.rotation == "hadamard" and layer.rank <= LARGEST_RANK else "separate"
     if weight.format in WHOLE:
         return Way(prepare, "w8a8")
     if a.format == "fp8":
@@ -145,6 +147,13 @@ def _takes_tokens(x: Tensor, fp8: bool, group_size: int) -> bool:
     return kernels_run(x) and x.dtype in FLOATS and fits and (not fp8 or capability_of(x.device) >= 89)
 
 
+def _takes_projection(x: Tensor, block: int, fp8: bool, group_size: int, rank: int) -> bool:
+    """Return whether one kernel rotates, quantizes and multiplies by `down`: it holds 128 inputs at a time, of any width."""
+    fits = 1 <= rank <= LARGEST_RANK and block <= LARGEST_BLOCK and group_size in GROUPS
+    dtype = x.dtype in (torch.float16, torch.bfloat16)
+    return kernels_run(x) and dtype and fits and (not fp8 or capability_of(x.device) >= 89)
+
+
 def _takes_codes(codes: Tensor) -> bool:
     return kernels_run(codes) and (codes.dtype == torch.int8 or capability_of(codes.device) >= 89)
 
@@ -185,19 +194,37 @@ def quantize_tokens_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate_quantize(
-    x: Tensor, premultiplier: Tensor, block: int, format: str, bits: int, group_size: int = 0, static_scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    premultiplier: Tensor,
+    block: int,
+    format: str,
+    bits: int,
+    group_size: int = 0,
+    static_scale: Tensor | None = None,
+    down: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run `rotate_quantize`."""
     ops.check_rotate_quantize(x, premultiplier, block, format, bits, group_size)
     ops.check_static(static_scale, format == "affine")
-    if not _takes_tokens(x, format == "fp8", group_size) or not _takes_rotation(x, premultiplier, block):
+    ops.check_down(x, down)
+    rest = (format, bits, group_size, static_scale)
+    if down is not None and _takes_projection(x, block, format == "fp8", group_size, down.shape[0]):
+        from quantdit.kernels.triton_ops.quantize_tokens import quantize_project
+
+        return quantize_project(x, premultiplier, block, *rest, down)
+    fits = _takes_tokens(x, format == "fp8", group_size) and _takes_rotation(x, premultiplier, block)
+    if down is not None or not fits:
         rotated = rotate(x, premultiplier, block)
-        if format == "fp8":
-            return quantize_tokens_fp8(rotated)
-        return quantize_tokens(rotated, bits, group_size, format == "affine", static_scale)
+        return *_quantize(rotated, *rest), ops.project(rotated, down)
     from quantdit.kernels.triton_ops.quantize_tokens import quantize_tokens as kernel
 
-    return kernel(x, premultiplier, block, format, bits, group_size, static_scale, capability=capability_of(x.device))
+    return *kernel(x, premultiplier, block, *rest, capability=capability_of(x.device)), ops.project(x, None)
+
+
+def _quantize(rotated: Tensor, format: str, bits: int, group_size: int, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    if format == "fp8":
+        return quantize_tokens_fp8(rotated)
+    return quantize_tokens(rotated, bits, group_size, format == "affine", static_scale)
 
 
 def modulate_quantize(

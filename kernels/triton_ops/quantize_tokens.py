@@ -2,7 +2,8 @@
 
 References: `quantize_tokens`, `rotate`, `rotate_quantize`, `modulate_quantize` in kernels/ops.py. Codes are theirs to the bit,
 except that a sum of another order (rotation, layer norm, error of a group) may turn a tie. A program keeps whole tokens in
-registers as rows of 128 inputs, so that one product by a 128 x 128 matrix of +-1 rotates all of their blocks.
+registers as rows of 128 inputs, so that one product by a 128 x 128 matrix of +-1 rotates all of their blocks. With a low-rank
+branch (`quantize_project_kernel`) it goes along its tokens twice instead: scales and the product by `down`, then codes.
 """
 
 from __future__ import annotations
@@ -89,6 +90,46 @@ def _grouped(y, AFFINE: tl.constexpr, TOP: tl.constexpr):
 
 
 @triton.jit
+def _coded(
+    y,
+    absmax,
+    low,
+    high,
+    static_ptr,
+    TOKENS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    TOP: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Return the codes of y `[rows, 128]`, still float32, and scale `[TOKENS]`; absmax, low, high `[TOKENS]` of whole tokens."""
+    if GROUP:
+        scale = tl.div_rn(absmax, 127.0 + tl.zeros_like(absmax))
+    elif FORMAT == "affine":
+        step = tl.div_rn(high - low, TOP + tl.zeros_like(low))
+        scale = tl.maximum(step, tl.div_rn(absmax, 127.0 + tl.zeros_like(absmax)))
+    else:
+        scale = tl.div_rn(absmax, TOP + tl.zeros_like(absmax))
+    if static_ptr is not None:
+        scale = tl.load(static_ptr) + tl.zeros_like(scale)
+    divisor = tl.where(scale == 0.0, 1.0, scale)
+    y = tl.div_rn(y, _of_rows(divisor, TOKENS, BLOCKS) + tl.zeros_like(y))
+    if GROUP:
+        y = tl.reshape(tl.clamp(y, -127.0, 127.0), (TOKENS * BLOCKS, 128 // GROUP, GROUP))
+        y = tl.reshape(_grouped(y, FORMAT == "affine", TOP), (TOKENS * BLOCKS, 128))
+    elif FORMAT == "affine":
+        one = tl.full((TOKENS,), 1.0, tl.float32)
+        offset = _offset(tl.div_rn(low, divisor), tl.div_rn(high, divisor), one, TOP)
+        offset = _of_rows(offset, TOKENS, BLOCKS)
+        y = tl.clamp(rint(y - offset), 0.0, TOP) + offset
+    else:
+        y = tl.clamp(y, -TOP, TOP)
+        if FORMAT == "int":
+            y = rint(y)
+    return y, scale
+
+
+@triton.jit
 def quantize_tokens_kernel(
     x_ptr,
     shift_ptr,  # [images, K] of the modulation, or None
@@ -143,34 +184,74 @@ def quantize_tokens_kernel(
             absmax = _of_token(tl.max(tl.abs(y), 1), "max", TOKENS, BLOCKS)
             low = absmax  # used by `affine` without groups
             high = absmax
-            if GROUP:
-                scale = tl.div_rn(absmax, 127.0 + tl.zeros_like(absmax))
-            elif FORMAT == "affine":
+            if FORMAT == "affine" and not GROUP:
                 low = -_of_token(tl.max(tl.where(ok, -y, float("-inf")), 1), "max", TOKENS, BLOCKS)
                 high = _of_token(tl.max(tl.where(ok, y, float("-inf")), 1), "max", TOKENS, BLOCKS)
-                step = tl.div_rn(high - low, TOP + tl.zeros_like(low))
-                scale = tl.maximum(step, tl.div_rn(absmax, 127.0 + tl.zeros_like(absmax)))
-            else:
-                scale = tl.div_rn(absmax, TOP + tl.zeros_like(absmax))
-            if static_ptr is not None:
-                scale = tl.load(static_ptr) + tl.zeros_like(scale)
-            divisor = tl.where(scale == 0.0, 1.0, scale)
-            y = tl.div_rn(y, _of_rows(divisor, TOKENS, BLOCKS) + tl.zeros_like(y))
-            if GROUP:
-                y = tl.reshape(tl.clamp(y, -127.0, 127.0), (TOKENS * BLOCKS, 128 // GROUP, GROUP))
-                y = tl.reshape(_grouped(y, FORMAT == "affine", TOP), (TOKENS * BLOCKS, 128))
-            elif FORMAT == "affine":
-                one = tl.full((TOKENS,), 1.0, tl.float32)
-                offset = _offset(tl.div_rn(low, divisor), tl.div_rn(high, divisor), one, TOP)
-                offset = _of_rows(offset, TOKENS, BLOCKS)
-                y = tl.clamp(rint(y - offset), 0.0, TOP) + offset
-            else:
-                y = tl.clamp(y, -TOP, TOP)
-                if FORMAT == "int":
-                    y = rint(y)
+            y, scale = _coded(y, absmax, low, high, static_ptr, TOKENS, BLOCKS, FORMAT, TOP, GROUP)
             tl.store(y_ptr + token * K + column, y.to(y_ptr.dtype.element_ty), mask=ok)
             tokens = first + tl.arange(0, TOKENS)
             tl.store(scale_ptr + tokens, scale, mask=tokens < M)
+
+
+@triton.jit
+def _rotated_chunk(x_ptr, premultiplier_ptr, token, column, h, norm, M, K, PARTS: tl.constexpr):
+    """Return 128 rotated inputs of some tokens, float32 with the values of x's dtype, and which of them are there."""
+    ok = (token < M) & (column < K)
+    y = tl.load(x_ptr + token * K + column, mask=ok, other=0.0).to(tl.float32)
+    if premultiplier_ptr is not None:
+        y = y * tl.load(premultiplier_ptr + column, mask=column < K, other=0).to(tl.float32)
+    y = _rotated(y, h, PARTS) * norm
+    return y.to(x_ptr.dtype.element_ty).to(tl.float32), ok
+
+
+@triton.jit
+def quantize_project_kernel(
+    x_ptr,
+    premultiplier_ptr,  # [K] or None
+    hadamard_ptr,  # [128, 128] of +-1 and 0
+    static_ptr,  # [1] f32 or None
+    down_ptr,  # [rank, K]
+    y_ptr,
+    scale_ptr,
+    thin_ptr,  # [M, rank]
+    M,
+    K,
+    rank,
+    norm,  # 1 / sqrt(block)
+    TOKENS: tl.constexpr,
+    RANK: tl.constexpr,  # a power of two from rank on
+    PARTS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    TOP: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    lane = tl.arange(0, 128)
+    h = tl.load(hadamard_ptr + lane[:, None] * 128 + lane[None, :])
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    token = tokens.to(tl.int64)[:, None]
+    r = tl.arange(0, RANK)
+    thin = tl.zeros((TOKENS, RANK), tl.float32)
+    absmax = tl.zeros((TOKENS,), tl.float32)
+    low = tl.full((TOKENS,), float("inf"), tl.float32)
+    high = -low
+    for start in range(0, K, 128):
+        column = (start + lane)[None, :]
+        y, ok = _rotated_chunk(x_ptr, premultiplier_ptr, token, column, h, norm, M, K, PARTS)
+        absmax = tl.maximum(absmax, tl.max(tl.abs(y), 1))
+        if FORMAT == "affine" and not GROUP:
+            low = tl.minimum(low, -tl.max(tl.where(ok, -y, float("-inf")), 1))
+            high = tl.maximum(high, tl.max(tl.where(ok, y, float("-inf")), 1))
+        down = tl.load(down_ptr + r[:, None] * K + column, mask=(r[:, None] < rank) & (column < K), other=0.0)
+        thin = tl.dot(y.to(x_ptr.dtype.element_ty), tl.trans(down.to(x_ptr.dtype.element_ty)), thin)
+    tl.store(thin_ptr + token * rank + r[None, :], thin.to(thin_ptr.dtype.element_ty), mask=(token < M) & (r[None, :] < rank))
+
+    # Once more: these tokens are in the L2 cache, and their rotation costs less than keeping it would.
+    for start in range(0, K, 128):
+        column = (start + lane)[None, :]
+        y, ok = _rotated_chunk(x_ptr, premultiplier_ptr, token, column, h, norm, M, K, PARTS)
+        y, scale = _coded(y, absmax, low, high, static_ptr, TOKENS, 1, FORMAT, TOP, GROUP)
+        tl.store(y_ptr + token * K + column, y.to(y_ptr.dtype.element_ty), mask=ok)
+        tl.store(scale_ptr + tokens, scale, mask=(tokens < M) & (start == 0))
 
 
 def quantize_tokens(
@@ -224,20 +305,82 @@ def constants_of(
     k: int, dtype: torch.dtype, premultiplier: Tensor | None, format: str, bits: int, group_size: int, capability: int
 ) -> dict:
     """Return the constexpr arguments and num_warps for tokens of width k."""
-    parts = 1 if _signs_alone(dtype, premultiplier) else 2 if dtype == torch.bfloat16 else 3
     blocks = triton.next_power_of_2(triton.cdiv(k, LANES))
-    top = {"fp8": LARGEST, "affine": 2.0**bits - 1}.get(format, 2.0 ** (bits - 1) - 1)
     return {
         "TOKENS": max(1, ROWS // blocks),
         "BLOCKS": blocks,
-        "PARTS": parts,
+        "PARTS": _parts(dtype, premultiplier),
         "FORMAT": format,
-        "TOP": top,
+        "TOP": _top(format, bits),
         "GROUP": group_size,
         # Tensor cores that read shared memory; the others would keep the matrix in registers from one token to the next.
         "KEEP": 90 <= capability < 120,
         "num_warps": 8 if blocks <= ROWS else 16,
     }
+
+
+def quantize_project(
+    x: Tensor,
+    premultiplier: Tensor,
+    block: int,
+    format: str,
+    bits: int,
+    group_size: int,
+    static_scale: Tensor | None,
+    down: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes and scale of the rotated tokens as `quantize_tokens` does, and thin `[m, r]` like x, their product by down.
+
+    Args:
+        x: `[m, k]` float16 or bfloat16, of any width.
+        premultiplier: `[k]` int8 or float32.
+        block: of the Hadamard, a power of two up to 128.
+        format: `int`, `affine` or `fp8`.
+        bits: of a code.
+        group_size: 0, 32, 64 or 128.
+        static_scale: `[1]` float32.
+        down: `[r, k]` float, 1 <= r <= 64.
+    """
+    (x, premultiplier, down) = contiguous(x, premultiplier, down)
+    (m, k), rank = x.shape, down.shape[0]
+    y = torch.empty_like(x, dtype=torch.float8_e4m3fn if format == "fp8" else torch.int8)
+    scale, thin = x.new_empty(m, dtype=torch.float32), x.new_empty(m, rank)
+    if m:
+        constants = project_constants(rank, x.dtype, premultiplier, format, bits, group_size)
+        narrow = x.dtype if _signs_alone(x.dtype, premultiplier) else torch.bfloat16
+        quantize_project_kernel[(triton.cdiv(m, constants["TOKENS"]),)](
+            x, premultiplier, _signs(block, narrow, x.device), static_scale, down, y, scale, thin, m, k, rank, block**-0.5,
+            **constants,
+        )  # fmt: skip
+    return y, scale, thin
+
+
+def project_constants(
+    rank: int, dtype: torch.dtype, premultiplier: Tensor | None, format: str, bits: int, group_size: int
+) -> dict:
+    """Return the constexpr arguments, num_warps and num_stages for a rank."""
+    parts = _parts(dtype, premultiplier)
+    return {
+        # All of `down` is read for so many tokens; more of them, twice cut, would not fit the registers.
+        "TOKENS": 32 if parts == 1 else 16,
+        "RANK": max(16, triton.next_power_of_2(rank)),
+        "PARTS": parts,
+        "FORMAT": format,
+        "TOP": _top(format, bits),
+        "GROUP": group_size,
+        "num_warps": 4 if parts == 1 else 8,
+        "num_stages": 2,
+    }
+
+
+def _parts(dtype: torch.dtype, premultiplier: Tensor | None) -> int:
+    """Return in how many summands of 16 bits a token is rotated."""
+    return 1 if _signs_alone(dtype, premultiplier) else 2 if dtype == torch.bfloat16 else 3
+
+
+def _top(format: str, bits: int) -> float:
+    """Return the largest code."""
+    return {"fp8": LARGEST, "affine": 2.0**bits - 1}.get(format, 2.0 ** (bits - 1) - 1)
 
 
 def _signs_alone(dtype: torch.dtype, premultiplier: Tensor | None) -> bool:

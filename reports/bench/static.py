@@ -133,6 +133,33 @@ def quantize_cases(arch: int) -> Iterator[Case]:
             )
 
 
+def project_cases(arch: int) -> Iterator[Case]:
+    """The largest rank with each format, a small one with the usual."""
+    variants = [
+        ("int", torch.bfloat16, torch.int8, "int", 8, 0, 64),
+        ("int", torch.bfloat16, torch.int8, "int", 8, 0, 32),
+        ("int smoothed", torch.bfloat16, torch.float32, "int", 8, 0, 64),
+        ("int smoothed float16", torch.float16, torch.float32, "int", 8, 0, 64),
+        ("int g64", torch.bfloat16, torch.int8, "int", 4, 64, 64),
+        ("affine", torch.bfloat16, torch.int8, "affine", 8, 0, 64),
+        ("affine g32 smoothed", torch.bfloat16, torch.float32, "affine", 4, 32, 64),
+    ]
+    if arch >= 89:
+        variants.append(("e4m3", torch.bfloat16, torch.int8, "fp8", 8, 0, 64))
+    for name, dtype, multiplier, format, bits, group, rank in variants:
+        smooth = torch.empty(0, dtype=multiplier)
+        constants = quantize_tokens.project_constants(rank, dtype, smooth, format, bits, group)
+        warps = constants.pop("num_warps")
+        stages = constants.pop("num_stages")
+        x = "bf16" if dtype == torch.bfloat16 else "fp16"
+        types = {"x_ptr": f"*{x}", "thin_ptr": f"*{x}", "down_ptr": "*bf16", "hadamard_ptr": "*bf16", "scale_ptr": "*fp32"}
+        types["premultiplier_ptr"] = "*i8" if multiplier == torch.int8 else "*fp32"
+        types["y_ptr"] = "*fp8e4nv" if format == "fp8" else "*i8"
+        types |= dict.fromkeys(("M", "K", "rank"), "i32") | {"norm": "fp32"}
+        constants["static_ptr"] = None
+        yield Case("quantize_project_kernel", f"{name}, rank {rank}", arch, types, constants, warps, stages, "bf16")
+
+
 def decode_cases(arch: int) -> Iterator[Case]:
     """Every packed format that decodes differently, and shorter last blocks."""
     packed = [name for name, f in FORMATS.items() if (f.code_bits < 8 or f.dim > 1) and not name.endswith("e4m3")]
@@ -280,7 +307,11 @@ def fp4_cases(arch: int) -> Iterator[Case]:
 
 def cases(arch: int) -> list[Case]:
     """Return everything that is shipped for an architecture."""
-    return [c for make in (quantize_cases, decode_cases, w8a8_cases, w4_cases, sum_cases, fp4_cases) for c in make(arch)]
+    return [
+        c
+        for make in (quantize_cases, project_cases, decode_cases, w8a8_cases, w4_cases, sum_cases, fp4_cases)
+        for c in make(arch)
+    ]
 
 
 def compiled(case: Case):

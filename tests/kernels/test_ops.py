@@ -70,6 +70,7 @@ def opcheck_samples() -> dict[str, list[tuple]]:
             (random(3, 24).bfloat16(), random_sign(24, 0), 4, "affine", 4, 8),
             (random(24, 3).half().T, random_sign(24, 0), 4, "fp8", 8),
             (random(3, 24), random_sign(24, 0), 8, "int", 8, 0, torch.tensor([0.02])),
+            (random(3, 24).bfloat16(), random_sign(24, 0), 8, "int", 8, 0, None, random(5, 24)),
         ],
         "modulate_quantize": [
             (random(4, 24), random(2, 24), random(2, 24), 1e-6, random_sign(24, 0), 8, "int", 8),
@@ -138,6 +139,13 @@ def test_fused_ops_are_their_parts():
         QUANTDIT.rotate_quantize(modulated, signs, 16, "int", 8),
     ):
         assert torch.equal(fused[0], codes) and torch.equal(fused[1], scale)
+    down = random(3, 48).bfloat16()
+    assert QUANTDIT.rotate_quantize(modulated, signs, 16, "int", 8)[2].shape == (6, 0)
+    for y in (modulated, modulated.half()):
+        codes16, scale16, thin = QUANTDIT.rotate_quantize(y, signs, 16, "int", 8, 0, None, down)
+        rotated = QUANTDIT.rotate(y, signs, 16)
+        assert torch.equal(thin, torch.nn.functional.linear(rotated, down.to(y.dtype))) and thin.dtype == y.dtype
+        assert all(map(torch.equal, (codes16, scale16), QUANTDIT.quantize_tokens(rotated, 8)))
 
     data = stored_weight("int4", 7, 48, 16)
     weight, stored = QUANTDIT.decode8(*data), (*data[:5], data[6])
@@ -163,6 +171,10 @@ REFUSED = {
     "quantize_tokens, negative group": ("quantize_tokens", (random(3, 8), 4, -4)),
     "quantize_tokens, static and affine": ("quantize_tokens", (random(3, 8), 4, 0, True, torch.ones(1))),
     "quantize_tokens, a static scale per token": ("quantize_tokens", (random(3, 8), 8, 0, False, torch.ones(3))),
+    "rotate_quantize, down of another width": (
+        "rotate_quantize",
+        (random(3, 8), random_sign(8, 0), 8, "int", 8, 0, None, random(2, 4)),
+    ),
     "quantize_tokens_fp8, 3-D": ("quantize_tokens_fp8", (random(3, 8, 4),)),
     "decode8, unknown format": ("decode8", (torch.zeros(3, 8, dtype=torch.uint8), None, None, None, "int5", 16, 16)),
     "gemm_w8a8, float codes": ("gemm_w8a8", (random(5, 8), torch.ones(5), random_int8(7, 8), torch.ones(7), None, torch.float32)),

@@ -86,6 +86,7 @@ LAYERS = {
     "no rotation": ("table2", A8, "none"),
     "outlier rotation": ("vq256x4", A8, "outlier"),
     "low rank": ("int4", A8, "hadamard", 8),
+    "low rank, fp8": ("fp8_e4m3", ActivationSpec(8, "fp8"), "hadamard", 40),
     "w4a16": ("table4", A16),
     "w2a16 codebook": ("vq64x2", A16),
     "w4a16 low rank": ("int4", A16, "none", 8),
@@ -131,7 +132,10 @@ def test_every_way_is_taken(layer: Callable, gpu: Callable, monkeypatch: pytest.
     assert ops_of(w4a8, 99) == ["rotate_quantize", "gemm_w4a8"]
     assert ops_of(w4a8, 100) == ["rotate_quantize", "decode8", "gemm_w8a8"]
     assert ops_of(layer("int8", A8), 2) == ["rotate_quantize", "gemm_w8a8"]
-    assert ops_of(layer("int4", A8, "hadamard", 4), 2) == ["rotate", "quantize_tokens", "gemm_w4a8"]
+    assert ops_of(layer("int4", A8, "hadamard", 4), 2) == ["rotate_quantize", "gemm_w4a8"]
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "LARGEST_RANK", 3)
+        assert ops_of(layer("int4", A8, "hadamard", 4), 2) == ["rotate", "quantize_tokens", "gemm_w4a8"]
     assert ops_of(layer("fp8_e4m3", ActivationSpec(8, "fp8"), "none"), 2) == ["quantize_tokens_fp8", "gemm_w8a8"]
     assert ops_of(e4m3, 2) == ["rotate_quantize", "decode8", "gemm_w8a8"]
     w4a16 = layer("table4", A16)

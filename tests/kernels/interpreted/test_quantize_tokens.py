@@ -72,7 +72,7 @@ def test_rotation_of_integers_is_exact(block: int, k: int, dtype: torch.dtype):
     signs = random_sign(k, 0)
     rotated, none = quantize_tokens(x, signs, block, "none")
     assert torch.equal(rotated, ops.rotate_reference(x, signs, block)) and rotated.dtype == dtype and not len(none)
-    expected, expected_scale = ops.rotate_quantize_reference(x, signs, block, "int", 8)
+    expected, expected_scale, _ = ops.rotate_quantize_reference(x, signs, block, "int", 8)
     for capability in (80, 90):
         codes, scale = module.quantize_tokens(x, signs, block, "int", capability=capability)
         assert torch.equal(codes, expected) and torch.equal(scale, expected_scale)
@@ -109,7 +109,7 @@ def test_transform_and_codes_in_one_pass(format: str, modulated: bool):
         expected, expected_scale = ops.modulate_quantize_reference(x, shift, modulation, 1e-6, signs, 128, format, 8)
     else:
         codes, scale = quantize_tokens(x, signs, 128, format, 8)
-        expected, expected_scale = ops.rotate_quantize_reference(x, signs, 128, format, 8)
+        expected, expected_scale, _ = ops.rotate_quantize_reference(x, signs, 128, format, 8)
     assert torch.allclose(scale, expected_scale, rtol=2**-8, atol=0)
     different = codes.float() != expected.float()
     assert float(different.float().mean()) < 0.01
@@ -117,9 +117,54 @@ def test_transform_and_codes_in_one_pass(format: str, modulated: bool):
     assert bool(((codes.float() - expected.float()).abs() <= step).all())
 
 
+KINDS = [("int", 8, 0), ("int", 4, 64), ("affine", 8, 0), ("affine", 4, 32), ("fp8", 8, 0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("m", "k", "block", "rank"), [(1, 48, 16, 1), (63, 192, 64, 32), (37, 320, 16, 40)])
+@pytest.mark.parametrize(("format", "bits", "group"), KINDS)
+def test_thin_and_codes_of_rotated_integers(
+    format: str, bits: int, group: int, m: int, k: int, block: int, rank: int, dtype: torch.dtype
+):
+    """The rotation of small integers is exact, so codes and scales are to the bit; thin is one rounding of float32 sums."""
+    group = group if k % max(group, 1) == 0 else 0
+    generator = torch.Generator().manual_seed(k)
+    x = torch.randint(-3, 4, (m, k), generator=generator).to(dtype)
+    down = torch.randn(rank, k, generator=generator).bfloat16()
+    signs = random_sign(k, 0)
+    codes, scale, thin = module.quantize_project(x, signs, block, format, bits, group, None, down)
+    expected, expected_scale, _ = ops.rotate_quantize_reference(x, signs, block, format, bits, group)
+    assert codes.dtype == expected.dtype and torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(scale, expected_scale)
+    rotated, narrow = ops.rotate_reference(x, signs, block).double(), down.to(dtype).double()
+    exact, magnitude = rotated @ narrow.T, rotated.abs() @ narrow.abs().T
+    assert thin.dtype == dtype and thin.shape == (m, rank)
+    bound = torch.finfo(dtype).eps / 2 * exact.abs() + 2 * (k + 2) * 2.0**-24 * magnitude + 2.0**-25
+    assert bool(((thin.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("static", [None, torch.tensor([0.5])])
+def test_thin_of_smoothed_tokens(dtype: torch.dtype, static: torch.Tensor | None):
+    """What the other kernel makes of the same tokens: two or three parts of each are rotated, in the same order."""
+    x, down = tokens(20, 320, dtype), torch.randn(64, 320, generator=torch.Generator().manual_seed(2)).bfloat16()
+    premultiplier = random_sign(320, 0) * (torch.rand(320, generator=torch.Generator().manual_seed(1)) + 0.3)
+    codes, scale, thin = module.quantize_project(x, premultiplier, 64, "int", 8, 0, static, down)
+    expected, expected_scale = quantize_tokens(x, premultiplier, 64, "int", 8, 0, static)
+    assert float((codes != expected).float().mean()) < 0.01 and int((codes.int() - expected.int()).abs().max()) <= 1
+    assert torch.allclose(scale, expected_scale, rtol=2**-8, atol=0)
+    reference = ops.rotate_quantize_reference(x, premultiplier, 64, "int", 8, 0, static, down)[2].float()
+    assert float((thin.float() - reference).norm() / reference.norm()) < 2 * torch.finfo(dtype).eps
+
+
 def test_no_tokens_and_wide_tokens():
     codes, scale = quantize_tokens(torch.randn(0, 96), None, 1, "int")
     assert (codes.shape, scale.shape) == ((0, 96), (0,))
+    down = torch.randn(3, 96)
+    shapes = [
+        t.shape for t in module.quantize_project(torch.randn(0, 96).half(), random_sign(96, 0), 32, "int", 8, 0, None, down)
+    ]
+    assert shapes == [(0, 96), (0,), (0, 3)]
     x = tokens(3, 8960)
     assert torch.equal(quantize_tokens(x, None, 1, "int")[0], ops.quantize_tokens_reference(x, 8)[0])
     assert math.isfinite(float(quantize_tokens(x, random_sign(8960, 0), 128, "int")[1].sum()))
