@@ -475,21 +475,26 @@ def main() -> int:
     parser.add_argument(
         "--arch", type=int, action="append", choices=sorted(NAMES), help="only these; rows of the others are kept"
     )
+    parser.add_argument("--missing", action="store_true", help="only what the table lacks; its other rows are kept")
     parser.add_argument("--kernel", help="only kernels and variants with this in their names; nothing is written")
     args = parser.parse_args()
+    file = FOLDER / "static.jsonl"
+    kept = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    known = {(row["kernel"], row["variant"], row["arch"]): row for row in kept} if args.missing else {}
+    wanted = [case for arch in args.arch or sorted(NAMES) for case in cases(arch)]
     rows = []
-    for arch in args.arch or sorted(NAMES):
-        for case in cases(arch):
-            if args.kernel and args.kernel not in f"{case.kernel} {case.variant}":
-                continue
-            rows.append(inspect(case))
-            print(f"sm_{arch} {case.kernel} {case.variant}: {_cell(rows[-1])}", flush=True)
+    for case in wanted:
+        if args.kernel and args.kernel not in f"{case.kernel} {case.variant}":
+            continue
+        row = known.get(case.key)
+        if row is None:
+            row = inspect(case)
+            print(f"sm_{case.arch} {case.kernel} {case.variant}: {_cell(row)}", flush=True)
+        rows.append(row)
     if not args.kernel:
-        file = FOLDER / "static.jsonl"
-        kept = [json.loads(line) for line in file.read_text().splitlines()] if args.arch and file.exists() else []
-        made = {row["arch"] for row in rows}
+        made = set(args.arch or NAMES)
         rows = sorted([row for row in kept if row["arch"] not in made] + rows, key=lambda row: row["arch"])
-        (FOLDER / "static.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         (FOLDER / "static.md").write_text(markdown(rows))
     wrong = [row for row in rows if row["errors"]]
     for row in wrong:
