@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except KeyboardInterrupt:
-        print("\nquantdit: interrupted; calibrate goes on where it was with --resume", file=sys.stderr)
+        further = "; the same command with --resume goes on" if args.run is _calibrate else ""
+        print(f"\nquantdit: interrupted{further}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
         if args.traceback:
@@ -217,6 +218,10 @@ def _calibrate(args: argparse.Namespace) -> int:
         if isinstance(pipeline, BareTransformer) and not args.random_weights:
             print(f"quantdit: note: {source.folder} has no pipeline, only a transformer: conditions are made up", file=sys.stderr)
         settings = _settings(args, pipeline)
+        if 0 < settings.samples < len(settings.prompts):
+            print(
+                f"quantdit: note: {settings.samples} of {len(settings.prompts)} prompts are used; see --samples", file=sys.stderr
+            )
         report = calibrate(pipeline, source, plan, args.output, settings, args.resume, args.overwrite, target, training)
         if scratch is not None:
             shutil.rmtree(scratch)

@@ -370,5 +370,5 @@ def _near(value: object, known: tuple | list, fallback: int = 12) -> str:
     """Name the near matches, or the first `fallback` of what is known."""
     near = difflib.get_close_matches(str(value), [str(k) for k in known], n=3, cutoff=0.4)
     if near:
-        return f"; did you mean {' or '.join(near)}?"
+        return f" (did you mean {' or '.join(near)}?)"
     return f"; known: {', '.join(str(k) for k in known[:fallback])}" if fallback else ""

@@ -45,7 +45,9 @@ def open_partial(output: Path, identity: dict, resume: bool, overwrite: bool) ->
     stored = json.loads(json.dumps(identity))
     if partial.exists() and resume and state.exists():
         if _identity(state) != stored:
-            raise ValueError(f"{partial} was begun with another source, recipe or settings; repeat those, or drop --resume")
+            raise ValueError(
+                f"{partial} was begun with another source, recipe or settings; repeat those, or begin again with --overwrite"
+            )
         return partial
     if partial.exists():
         if not partial.is_dir() or (not state.exists() and any(p.name != f"{STATE}.part" for p in partial.iterdir())):
