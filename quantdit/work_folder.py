@@ -46,7 +46,7 @@ def open_partial(output: Path, identity: dict, resume: bool, overwrite: bool) ->
     if partial.exists() and resume and state.exists():
         if _identity(state) != stored:
             raise ValueError(
-                f"{partial} was begun with another source, recipe or settings; repeat those, or begin again with --overwrite"
+                f"{partial} was begun with another source, recipe or settings; --resume needs the same, --overwrite begins again"
             )
         return partial
     if partial.exists():

@@ -18,7 +18,7 @@ import torch
 
 CLASSES = 3
 
-# Every weight format, every kind of activation and of transform, a low-rank branch, a dense layer in a block, a quantized one
+# Every weight format, every kind of activation and of transform, a low-rank branch, a dense layer in a block, quantized ones
 # outside of them.
 MIXED = """
 name = "everything"
@@ -70,7 +70,7 @@ activation_format = "fp8"
 
 [[rule]]
 match = "transformer_blocks.0.ff.net.2"
-weight = "fp8_e4m3"
+weight = "vq256x8"
 activation_bits = 16
 rotation = "none"
 method = "rtn"
@@ -141,7 +141,7 @@ weight = "dense"
 
 [[rule]]
 match = "proj_out_2"
-weight = "dense"
+weight = "vq256x2"
 
 [[rule]]
 match = "*"

@@ -62,7 +62,7 @@ def test_fixture_holds_every_format(everything):
     assert {layer.spec.codebook_rows for layer in layers.values()} == {1, 384}
     rich = layers[RICH].layer_spec
     assert (rich.rotation, rich.smoothed, rich.rank, rich.activation.buckets) == ("outlier", True, 4, 10)
-    assert "proj_out_1" in layers and "proj_out_2" not in layers
+    assert "proj_out_1" in layers and "proj_out_2" in layers
     assert "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1" not in layers
 
 
@@ -249,7 +249,7 @@ def test_surplus_tensor_is_named(copied: Path):
         (f"{RICH}.up", "I16"),
         (f"{RICH}.static_scale", "I32"),
         ("transformer_blocks.0.ff.net.2.data", "F8_E5M2"),
-        ("proj_out_2.weight", "I16"),
+        ("transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.weight", "I16"),
     ],
 )
 def test_changed_dtype_is_named(copied: Path, key: str, dtype: str):
@@ -323,8 +323,10 @@ def test_fp8_nan_is_refused_despite_its_sha256(copied: Path, code: bytes):
 
 
 def test_dense_nan_is_refused_despite_its_sha256(copied: Path):
-    poke(copied, "proj_out_2.weight", b"\xff" * 4)  # NaN in float16, bfloat16 and float32
-    assert "proj_out_2.weight" in refusal(copied)
+    poke(
+        copied, "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.weight", b"\xff" * 4
+    )  # NaN in float16, bfloat16 and float32
+    assert "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.weight" in refusal(copied)
 
 
 def test_changed_weights_name_both_digests(copied: Path):

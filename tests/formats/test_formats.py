@@ -23,7 +23,7 @@ PACKED = tuple(name for name, f in FORMATS.items() if name not in ("int8", "fp8_
 AFFINE = ("int2", "int3", "int4", "int6")
 TABLES = ("table2", "table3", "table4", "table6")
 TABLES_E4M3 = tuple(f"{name}_e4m3" for name in TABLES)
-VECTORS = ("vq256x4", "vq64x2")
+VECTORS = ("vq256x4", "vq64x2", "vq256x2", "vq256x8")
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
