@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from quantdit import transform
-from quantdit.calibration.calls import Call
-from quantdit.calibration.grids import PAIR_LIMIT
+from quantdit.calibration import vectors
+from quantdit.calibration.calls import Call, rows_of
 from quantdit.calibration.layer import Quantized, as_stored, quantized_inputs
 from quantdit.calibration.stats import Stats
 from quantdit.formats import FORMATS
@@ -108,9 +108,7 @@ class SoftLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.bucket = spec, 0
-        self.transform = transform.from_tensors(
-            spec.rotation, spec.block, {n: tensors[n] for n in transform.NAMES if n in tensors}
-        )
+        self.transform = transform.from_tensors(spec.rotation, spec.block, tensors)
         self.static = tensors.get("static_scale")
         self.branch = (tensors["up"].float(), tensors["down"].float()) if spec.rank else None
         self.candidates = candidates
@@ -126,11 +124,7 @@ class SoftLinear(nn.Module):
     def weight(self) -> Tensor:
         """Return the weight `[out, in]` in the transformed space."""
         words = [self.codebook[part.int()] for part in self.candidates]
-        if len(words) == 1:
-            soft = words[0]
-        else:
-            ratios = self.logits.softmax(dim=0)
-            soft = sum(r[..., None] * word for r, word in zip(ratios, words, strict=True))
+        soft = words[0] if len(words) == 1 else sum(r[..., None] * word for r, word in zip(self.ratios, words, strict=True))
         return soft.flatten(1) * self.scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,11 +178,9 @@ class SoftLinear(nn.Module):
         f = FORMATS[self.spec.weight.format]
         winner = self.logits.argmax(dim=0, keepdim=True)
         codes = self.candidates.gather(0, winner)[0]
-        element = torch.int8
-        unit = self.codebook.abs().max().clamp_min(1e-30) / (PAIR_LIMIT // 2)
-        entries = (self.codebook / unit).round()
+        entries, unit = vectors.on_int8_grid(self.codebook)
         error = float((entries * unit - self.codebook).norm() / self.codebook.norm().clamp_min(1e-30))
-        codebook = entries.to(element).reshape(1, -1) if f.dim == 1 else entries.to(element)
+        codebook = entries.to(torch.int8).reshape(1, -1) if f.dim == 1 else entries.to(torch.int8)
         stored = {"data": f.pack(f, codes), "codebook": codebook.contiguous(), "scale": (self.scale * unit).abs()}
         weight = codebook.float().reshape(-1, f.dim)[codes.int()].flatten(1) * stored["scale"][:, None]
         return stored, None if self.output is None else self.output - weight @ self.centre, error
@@ -213,7 +205,7 @@ def soft_linear(made: Quantized, weight: Tensor, bias: Tensor | None, stats: Sta
         training: how many candidates, and their first ratios.
     """
     spec, f = made.spec, FORMATS[made.spec.weight.format]
-    t = transform.from_tensors(spec.rotation, spec.block, {n: made.tensors[n] for n in transform.NAMES if n in made.tensors})
+    t = transform.from_tensors(spec.rotation, spec.block, made.tensors)
     scale = torch.where(made.tensors["scale"] > 0, made.tensors["scale"], 1.0)
     W = transform.apply_to_weight(t, weight.detach().float())
     if spec.rank:
@@ -222,7 +214,7 @@ def soft_linear(made: Quantized, weight: Tensor, bias: Tensor | None, stats: Sta
     codebook = made.tensors["codebook"].float().reshape(f.levels, -1)
     codes = f.unpack(f, made.tensors["data"], W.shape[1] // f.dim).long()
     gram = stats.gram if bias is None else stats.centred_gram
-    candidates, errors = nearest(codes, W, transform.gram(t, gram), codebook, training.candidates)
+    candidates, errors = best_codes(codes, W, transform.gram(t, gram), codebook, training.candidates)
     if training.initial == "uniform":
         logits = torch.zeros(candidates.shape)
     else:
@@ -236,7 +228,7 @@ def soft_linear(made: Quantized, weight: Tensor, bias: Tensor | None, stats: Sta
     return SoftLinear(spec, made.tensors, centre, output, candidates.to(torch.uint8), logits.contiguous())
 
 
-def nearest(codes: Tensor, W: Tensor, H: Tensor, codebook: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def best_codes(codes: Tensor, W: Tensor, H: Tensor, codebook: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return for each group its code and the best other codewords, all other groups held, and their errors.
 
     Both are `[count, out, in / d]`.
@@ -247,10 +239,8 @@ def nearest(codes: Tensor, W: Tensor, H: Tensor, codebook: Tensor, count: int) -
     D = codebook[codes].flatten(1) - W
     slope = D @ H
     found, errors = [], []
-    for g in range(W.shape[1] // d):
+    for g, root in enumerate(vectors.group_roots(H, d)):
         part = slice(g * d, g * d + d)
-        block = H[part, part] + 1e-6 * H.diagonal().mean().clamp_min(1e-30) * torch.eye(d)
-        root = torch.linalg.cholesky(block)
         target = W[:, part] + D[:, part] - torch.cholesky_solve(slope[:, part].T, root).T
         distance = torch.cdist(target @ root, codebook @ root).square()
         # The code it has stays the first: all groups moving to what is best with the others held would overshoot.
@@ -284,7 +274,7 @@ class Examples:
                     yield call, list(outputs)
                 continue
             free = torch.tensor([i for i in range(count) if i % HELD_OUT])
-            yield rows_of(call, outputs, free[torch.randperm(len(free), generator=generator)[:rows]], count)
+            yield cut(call, outputs, free[torch.randperm(len(free), generator=generator)[:rows]], count)
 
     def held_out(self) -> Iterator[tuple[Call, list[Tensor]]]:
         """Yield what `batches` never has: samples of every few calls, or where calls have few samples the last ones."""
@@ -295,7 +285,7 @@ class Examples:
         for number in range(0, len(self.calls), max(1, len(self.calls) // 8)):
             call = self.calls[number]
             count = batch_of(call)
-            yield rows_of(call, self.outputs(number), torch.arange(0, count, HELD_OUT), count)
+            yield cut(call, self.outputs(number), torch.arange(0, count, HELD_OUT), count)
 
     @property
     def _trained(self) -> int:
@@ -308,17 +298,10 @@ def batch_of(call: Call) -> int:
     return 1 if lead is None else len(lead)
 
 
-def rows_of(call: Call, outputs: Sequence[Tensor], keep: Tensor, count: int) -> tuple[Call, list[Tensor]]:
+def cut(call: Call, outputs: Sequence[Tensor], keep: Tensor, count: int) -> tuple[Call, list[Tensor]]:
     """Return a call with some of its samples, and the outputs that belong to them."""
-
-    def cut(value: object) -> object:
-        if isinstance(value, Tensor):
-            return value[keep] if value.ndim and len(value) == count else value
-        if isinstance(value, dict):
-            return {k: cut(v) for k, v in value.items()}
-        return type(value)(cut(v) for v in value) if isinstance(value, tuple | list) else value
-
-    return Call(cut(call.args), cut(call.kwargs), call.bucket), [cut(v) for v in outputs]
+    smaller = Call(rows_of(call.args, keep, count), rows_of(call.kwargs, keep, count), call.bucket)
+    return smaller, rows_of(list(outputs), keep, count)
 
 
 def train(

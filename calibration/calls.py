@@ -49,6 +49,15 @@ class Call:
         return replace(self, args=tuple(args), kwargs=kwargs)
 
 
+def rows_of(value: object, keep: Tensor | slice, count: int) -> object:
+    """Return arguments or outputs with the rows `keep` of every tensor that has `count` of them; the rest as it is."""
+    if isinstance(value, Tensor):
+        return value[keep] if value.ndim and len(value) == count else value
+    if isinstance(value, dict):
+        return {k: rows_of(v, keep, count) for k, v in value.items()}
+    return type(value)(rows_of(v, keep, count) for v in value) if isinstance(value, tuple | list) else value
+
+
 @dataclass(frozen=True)
 class StoredCall:
     """Where a call lies: the file of its arguments, and one of tensors that take the place of some of them.

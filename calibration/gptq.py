@@ -94,32 +94,48 @@ def descend(codes: Tensor, W: Tensor, H: Tensor, grid: Grid, groups: list[Params
     GPTQ never goes back to a column. Here each column in turn takes the level nearest to the best real number for it, all others
     held, `v_i - (H (V - W))_i / H_ii`, which no other level can beat. (CDQuant, Nair and Suggala 2024, arXiv 2406.17542.)
     """
-    width = W.shape[1]
     values = zip(codes.split(group_size, dim=1), groups, strict=True)
     V, codes = torch.cat([grid.value(c, p) for c, p in values], dim=1).T.contiguous(), codes.T.contiguous()
-    D = V - W.T
     H = H.float()
     curvature = H.diagonal()[:, None].clamp_min(1e-30)
+
+    def visit(i: int, slope: Tensor, moved: Tensor) -> None:
+        params = groups[i // group_size]
+        c = grid.encode((V[i] - slope[0] / curvature[i])[:, None], params)
+        v = grid.value(c, params)[:, 0]
+        moved[0] = v - V[i]
+        V[i], codes[i] = v, c[:, 0]
+
+    descent(visit, H, V - W.T, passes, LEAF)
+    return codes.T.contiguous()
+
+
+def descent(visit: Callable[[int, Tensor, Tensor], None], H: Tensor, D: Tensor, passes: int, leaf: int) -> None:
+    """Visit the columns in turn, pass after pass until one changes nothing.
+
+    Args:
+        visit: `(i, slope, moved)`: of column i and those behind it, `slope` is `H D` as it is now, and `moved` is where the visit
+            puts by how much it changed its own.
+        H: `[in, in]` float32.
+        D: `[in, out]`, values less weights; is kept up to date.
+        passes: at most.
+        leaf: as of `sweep`.
+    """
+    block = DESCENT_BLOCK // leaf * leaf
     for _ in range(passes):
         changed = False
-        for start in range(0, width, DESCENT_BLOCK):
-            part = slice(start, min(start + DESCENT_BLOCK, width))
+        for start in range(0, len(D), block):
+            part = slice(start, min(start + block, len(D)))
             slope, moved = H[part] @ D, torch.empty_like(D[part])
 
-            def visit(i: int, start: int = start, slope: Tensor = slope, moved: Tensor = moved) -> None:
-                column = start + i
-                params = groups[column // group_size]
-                c = grid.encode((V[column] - slope[i] / curvature[column])[:, None], params)
-                v = grid.value(c, params)[:, 0]
-                moved[i] = v - V[column]
-                V[column], codes[column] = v, c[:, 0]
+            def here(i: int, start: int = start, slope: Tensor = slope, moved: Tensor = moved) -> None:
+                visit(start + i, slope[i:], moved[i:])
 
-            sweep(visit, H[part, part], moved, slope, LEAF)
+            sweep(here, H[part, part], moved, slope, leaf)
             changed = changed or bool(moved.any())
             D[part] += moved
         if not changed:
             break
-    return codes.T.contiguous()
 
 
 def sweep(visit: Callable[[int], None], M: Tensor, change: Tensor, effect: Tensor, leaf: int) -> None:

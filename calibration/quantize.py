@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quantdit.calibration import vectors
 from quantdit.calibration.gptq import descend, gptq, rtn
-from quantdit.calibration.grids import GRIDS, PAIR_LIMIT
+from quantdit.calibration.grids import GRIDS
 from quantdit.calibration.kmeans import assign, kmeans
 from quantdit.formats import FORMATS, QSpec
 from quantdit.qtensor import QTensor
@@ -81,8 +81,7 @@ def _quantize_vectors(
         for _ in range(CODEBOOK_ROUNDS):
             codes = vectors.feedback(W, gram, codebook, act_order=act_order)
             codebook = vectors.fit_codebook(codebook, codes, W, gram, rms.square())
-    unit = codebook.abs().max().clamp_min(1e-30) / (PAIR_LIMIT // 2)
-    entries = (codebook / unit).round()
+    entries, unit = vectors.on_int8_grid(codebook)
     W = W / unit
     if method == "gptq":
         codes = vectors.feedback(W, gram, entries, act_order=act_order)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from quantdit.calibration.calls import Call
+from quantdit.calibration.calls import Call, rows_of
 from quantdit.calibration.capture import first_tensor, run_block
 from quantdit.calibration.chain import run_call
 from quantdit.calibration.layer import Quantized, quantize_layer
@@ -186,12 +186,4 @@ def _thin(call: Call, number: int) -> Call:
     if stride < 2:
         return call
     keep = slice(number % stride, number % stride + ROWS * stride, stride)
-
-    def cut(value):
-        if isinstance(value, Tensor):
-            return value[keep] if value.ndim and len(value) == count else value
-        if isinstance(value, dict):
-            return {k: cut(v) for k, v in value.items()}
-        return type(value)(cut(v) for v in value) if isinstance(value, tuple | list) else value
-
-    return Call(cut(call.args), cut(call.kwargs), call.bucket, call.output[keep])
+    return Call(rows_of(call.args, keep, count), rows_of(call.kwargs, keep, count), call.bucket, call.output[keep])

@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantdit.calibration.gptq import DESCENT_BLOCK, LEAF, factor, sweep
+from quantdit.calibration.gptq import LEAF, descent, factor, sweep
+from quantdit.calibration.grids import PAIR_LIMIT
 
 CODEBOOK_STEPS = 6  # of conjugate gradients; the error falls by another 0.1 % with 20
 
@@ -58,37 +59,34 @@ def descend(codes: Tensor, W: Tensor, H: Tensor, codebook: Tensor, passes: int) 
 
     A group takes the codeword nearest to `v_g - (H (V - W))_g H_gg^-1` in the metric of H_gg, which no other can beat.
     """
-    d, width = codebook.shape[1], W.shape[1]
-    H = H.float()
-    blocks = H.unflatten(0, (-1, d)).unflatten(2, (-1, d)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    mean = blocks.diagonal(dim1=1, dim2=2).mean().clamp_min(1e-30)
-    # A dead input has no error; a little of the mean keeps its block positive definite.
-    blocks = blocks + 1e-6 * mean * torch.eye(d)
-    roots = torch.linalg.cholesky(blocks)
+    d, H = codebook.shape[1], H.float()
+    roots = group_roots(H, d)
     codes, V = codes.T.contiguous(), codebook[codes].flatten(1).T.contiguous()
-    D = V - W.T
-    step = DESCENT_BLOCK // d * d
-    for _ in range(passes):
-        changed = False
-        for start in range(0, width, step):
-            part = slice(start, min(start + step, width))
-            slope, moved = H[part] @ D, torch.empty_like(D[part])
 
-            def visit(i: int, start: int = start, slope: Tensor = slope, moved: Tensor = moved) -> None:
-                if i % d == 0:
-                    here, group = slice(start + i, start + i + d), (start + i) // d
-                    target = V[here] - torch.cholesky_solve(slope[i : i + d], roots[group])
-                    chosen = nearest(target.T, codebook, roots[group])
-                    new = codebook[chosen].T
-                    moved[i : i + d] = new - V[here]
-                    V[here], codes[group] = new, chosen
+    def visit(i: int, slope: Tensor, moved: Tensor) -> None:
+        if i % d == 0:
+            here, group = slice(i, i + d), i // d
+            target = V[here] - torch.cholesky_solve(slope[:d], roots[group])
+            chosen = nearest(target.T, codebook, roots[group])
+            new = codebook[chosen].T
+            moved[:d] = new - V[here]
+            V[here], codes[group] = new, chosen
 
-            sweep(visit, H[part, part], moved, slope, max(d, LEAF // d * d))
-            changed = changed or bool(moved.any())
-            D[part] += moved
-        if not changed:
-            break
+    descent(visit, H, V - W.T, passes, max(d, LEAF // d * d))
     return codes.T.contiguous()
+
+
+def group_roots(H: Tensor, d: int) -> Tensor:
+    """Return the Cholesky factors `[in / d, d, d]` of the diagonal blocks of H `[in, in]` float32."""
+    blocks = H.unflatten(0, (-1, d)).unflatten(2, (-1, d)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    # A dead input has no error; a little of the mean keeps its block positive definite.
+    return torch.linalg.cholesky(blocks + 1e-6 * H.diagonal().mean().clamp_min(1e-30) * torch.eye(d))
+
+
+def on_int8_grid(codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Return entries that are whole numbers up to PAIR_LIMIT / 2, float32, and the unit that they are in."""
+    unit = codebook.abs().max().clamp_min(1e-30) / (PAIR_LIMIT // 2)
+    return (codebook / unit).round(), unit
 
 
 def nearest(targets: Tensor, codebook: Tensor, metric: Tensor) -> Tensor:

@@ -69,8 +69,7 @@ class QuantLinear(nn.Linear):
     def transform(self) -> Transform:
         """Return what happens to inputs before they are quantized."""
         s = self.layer_spec
-        named = {n: getattr(self, n) for n in transform.NAMES if n in self._buffers}
-        return transform.from_tensors(s.rotation, s.block, named)
+        return transform.from_tensors(s.rotation, s.block, self._buffers)
 
     @property
     def weight(self) -> Tensor:

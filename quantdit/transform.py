@@ -8,6 +8,7 @@ QuaRot, Ashkboos et al. 2024; DuQuant, Lin et al. 2024). Only X and W are transf
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -128,9 +129,12 @@ def tensors(t: Transform) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
-def from_tensors(kind: str, block: int, named: dict[str, Tensor]) -> Transform:
-    """Return the Transform of tensors that agree with `fields(kind, ..., block, ...)`; `block` is t.rotation_block."""
-    return Transform(block=block if kind == "hadamard" else 1, **named)
+def from_tensors(kind: str, block: int, named: Mapping[str, Tensor]) -> Transform:
+    """Return the Transform of tensors that agree with `fields(kind, ..., block, ...)`; `block` is t.rotation_block.
+
+    Of `named`, a layer's tensors, those of other names are left alone.
+    """
+    return Transform(block=block if kind == "hadamard" else 1, **{name: named[name] for name in NAMES if name in named})
 
 
 def fields(kind: str, width: int, block: int = 1, smoothed: bool = False) -> dict[str, Field]:

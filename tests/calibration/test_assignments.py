@@ -14,10 +14,10 @@ from quantdit.calibration.assignments import (
     CERTAIN,
     Examples,
     Training,
+    best_codes,
+    cut,
     held_out_error,
     is_trainable,
-    nearest,
-    rows_of,
     soft_linear,
     train,
 )
@@ -57,7 +57,7 @@ def test_candidates_are_those_of_a_search(d: int):
     W, X, codebook = random(5, 16, seed=2), random(200, 16, seed=3) @ random(16, 16, seed=4), random(9, d, seed=5)
     H = (X.T @ X).double()
     codes = torch.randint(9, (5, 16 // d), generator=torch.Generator().manual_seed(6))
-    found, errors = nearest(codes, W, H, codebook, 3)
+    found, errors = best_codes(codes, W, H, codebook, 3)
     D = (codebook[codes].flatten(1) - W).double()
     for row in range(5):
         for g in range(16 // d):
@@ -187,9 +187,9 @@ def test_of_calls_with_few_samples_the_last_are_held_out():
 
 def test_rows_of_nested_arguments():
     call = Call((torch.arange(4),), {"pair": (torch.arange(8).reshape(4, 2), None), "scale": 2.0}, 3)
-    cut, outputs = rows_of(call, [torch.arange(4) * 10, torch.zeros(())], torch.tensor([1, 3]), 4)
-    assert cut.args[0].tolist() == [1, 3] and cut.kwargs["pair"][0].tolist() == [[2, 3], [6, 7]] and cut.bucket == 3
-    assert cut.kwargs["pair"][1] is None and outputs[0].tolist() == [10, 30] and outputs[1].ndim == 0
+    smaller, outputs = cut(call, [torch.arange(4) * 10, torch.zeros(())], torch.tensor([1, 3]), 4)
+    assert smaller.args[0].tolist() == [1, 3] and smaller.kwargs["pair"][0].tolist() == [[2, 3], [6, 7]] and smaller.bucket == 3
+    assert smaller.kwargs["pair"][1] is None and outputs[0].tolist() == [10, 30] and outputs[1].ndim == 0
 
 
 @pytest.mark.parametrize("given", [{"steps": 0}, {"candidates": 5}, {"candidates": 0}, {"mode": "whole"}, {"initial": "zero"}])
