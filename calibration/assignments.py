@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from quantdit import transform
 from quantdit.calibration import vectors
 from quantdit.calibration.calls import Call, rows_of
-from quantdit.calibration.layer import Quantized, as_stored, quantized_inputs
+from quantdit.calibration.layer import Quantized, as_stored, histogram, quantized_inputs, relative_error
 from quantdit.calibration.stats import Stats
 from quantdit.formats import FORMATS
 from quantdit.layer_spec import LayerSpec
@@ -32,6 +32,7 @@ FROZEN = 0.99
 CERTAIN = 30.0  # of a logit: the others' ratios are then 0 in float32
 ASSIGNMENT_PART = 0.6  # of the steps; the rest is the codebooks'
 CHECKS = 10  # of the held-out error while codebooks are trained
+PATIENCE = 3  # checks without a gain, after which they are as good as they get
 HELD_OUT = 8  # one in so many samples is held out
 INITIAL = ("distance", "uniform")
 MODES = ("block", "end-to-end")
@@ -56,6 +57,8 @@ class Training:
         gated: that term counts only while it is above the least it ever was, as in the released code; otherwise it grows with the
             square of the steps, so that nearly all is decided in the end.
         rows: samples of a call in one step.
+        memory: bytes that logits, their gradients and averages, candidates and soft weights may take at once; layers that take
+            more are trained in parts, one after the other.
     """
 
     steps: int = 300
@@ -67,6 +70,7 @@ class Training:
     regulariser: float = 1.0
     gated: bool = False
     rows: int = 16
+    memory: int = 2 * 2**30
 
     def __post_init__(self) -> None:
         """Check what the command line does not.
@@ -78,6 +82,8 @@ class Training:
             raise ValueError(f"calibration mode {self.mode!r} is unknown; use one of {', '.join(MODES)}")
         if self.initial not in INITIAL:
             raise ValueError(f"initial ratios {self.initial!r} are unknown; use one of {', '.join(INITIAL)}")
+        if self.memory < 1:
+            raise ValueError(f"{self.memory} bytes of memory are not enough to train anything")
         if self.steps < 1 or not 1 <= self.candidates <= MOST_CANDIDATES:
             raise ValueError(
                 f"{self.steps} steps with {self.candidates} candidates are not possible: at least one step, 1 to"
@@ -85,8 +91,13 @@ class Training:
             )
 
 
+def preset(bits: str) -> Training | None:
+    """Return how the preset of `wXaY` calibrates assignments: at 2 bits with the defaults, else not at all."""
+    return Training() if bits.startswith("w2a") else None
+
+
 class SoftLinear(nn.Module):
-    """A quantized linear whose codes are not decided yet. `bits` and `bucket` as in QuantLinear.
+    """A quantized linear whose codes are not decided yet. `bucket` as in QuantLinear.
 
     Attributes:
         candidates: uint8 `[n, out, in / d]`, codes.
@@ -162,28 +173,54 @@ class SoftLinear(nn.Module):
         return float(decided.float().mean())
 
     @torch.no_grad()
-    def decided(self, made: Quantized, bias: Tensor | None) -> Quantized:
-        """Return the layer that `made` was with what was found; `bias` is that of the source."""
-        stored, mended, rounding = self._stored()
-        mended = mended if bias is None else as_stored(mended, bias)
-        return replace(
-            made,
-            tensors=made.tensors | stored,
-            bias=mended,
-            report=made.report | {"codebook_rounding": float(f"{rounding:.3g}")},
-        )
+    def decided(self, made: Quantized, weight: Tensor, bias: Tensor | None, stats: Stats) -> Quantized:
+        """Return the layer that `made` was with what was found; weight and bias are those of the source."""
+        stored, integers, rounding = self._stored()
+        W = transform.apply_to_weight(self.transform, weight.detach().float())
+        if self.branch is not None:
+            W = W - self.branch[0] @ self.branch[1]
+        dense = stored["scale"][:, None] * integers
+        gram = transform.gram(self.transform, stats.gram if bias is None else stats.centred_gram)
+        report = {
+            "weight_only_rel_rmse": relative_error(dense - W, gram, weight.detach().float(), stats.gram),
+            "weight_histogram": histogram(W, stored["scale"]),
+            "codebook_rounding": float(f"{rounding:.3g}"),
+        }
+        mended = None if bias is None else as_stored(self.output - dense @ self.centre, bias)
+        return replace(made, tensors=made.tensors | stored, bias=mended, report=made.report | report)
 
-    def _stored(self) -> tuple[dict[str, Tensor], Tensor | None, float]:
-        """Return data, codebook and scale as they are stored, the bias, and the relative error of rounding the codebook."""
+    def _stored(self) -> tuple[dict[str, Tensor], Tensor, float]:
+        """Return data, codebook and scale as they are stored, `I` float32, and the relative error of rounding the codebook."""
         f = FORMATS[self.spec.weight.format]
         winner = self.logits.argmax(dim=0, keepdim=True)
         codes = self.candidates.gather(0, winner)[0]
         entries, unit = vectors.on_int8_grid(self.codebook)
         error = float((entries * unit - self.codebook).norm() / self.codebook.norm().clamp_min(1e-30))
         codebook = entries.to(torch.int8).reshape(1, -1) if f.dim == 1 else entries.to(torch.int8)
-        stored = {"data": f.pack(f, codes), "codebook": codebook.contiguous(), "scale": (self.scale * unit).abs()}
-        weight = codebook.float().reshape(-1, f.dim)[codes.int()].flatten(1) * stored["scale"][:, None]
-        return stored, None if self.output is None else self.output - weight @ self.centre, error
+        scale = vectors.in_16_bits((self.scale * unit).abs())
+        stored = {"data": f.pack(f, codes), "codebook": codebook.contiguous(), "scale": scale}
+        return stored, codebook.float().reshape(-1, f.dim)[codes.int()].flatten(1), error
+
+
+def bytes_of(made: Quantized, training: Training) -> int:
+    """Return what training a layer takes: of each candidate a code, a logit, its gradient and average; soft weights, float32."""
+    weight, n = made.spec.weight, training.candidates
+    groups = weight.out_features * weight.in_features // FORMATS[weight.format].dim
+    # Each candidate's codewords are kept for the backward pass; the mixture, its product with the scales, the gradient.
+    return groups * n * (1 + 3 * 4) + weight.out_features * weight.in_features * 4 * (n + 3)
+
+
+def parts(made: Mapping[str, Quantized], training: Training) -> list[tuple[str, ...]]:
+    """Return the names of the layers that can be trained, in order, cut into parts that training has memory for."""
+    found: list[tuple[str, ...]] = []
+    room = 0
+    for name in (name for name, layer in made.items() if is_trainable(layer)):
+        needed = bytes_of(made[name], training)
+        if not found or needed > room:
+            found, room = [*found, ()], training.memory
+        found[-1] += (name,)
+        room -= needed
+    return found
 
 
 def is_trainable(made: Quantized) -> bool:
@@ -277,9 +314,12 @@ class Examples:
             yield cut(call, outputs, free[torch.randperm(len(free), generator=generator)[:rows]], count)
 
     def held_out(self) -> Iterator[tuple[Call, list[Tensor]]]:
-        """Yield what `batches` never has: samples of every few calls, or where calls have few samples the last ones."""
+        """Yield what `batches` never has: samples of every few calls, or where calls have few samples the last ones.
+
+        A single call of few samples is all there is, for both.
+        """
         if batch_of(self.calls[0]) < 2 * HELD_OUT:
-            for number in range(self._trained, len(self.calls)):
+            for number in range(min(self._trained, len(self.calls) - 1), len(self.calls)):
                 yield self.calls[number], list(self.outputs(number))
             return
         for number in range(0, len(self.calls), max(1, len(self.calls) // 8)):
@@ -355,7 +395,7 @@ def train(
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     best = held_out_error(run, examples), [p.detach().clone() for p in tables]
     report["held_out_assigned"] = best[0]
-    left = training.steps - until
+    left, checks, made = training.steps - until, 0, 0
     for step in range(left):
         for group, size in zip(optimizer.param_groups, sizes, strict=True):
             group["lr"] = training.codebook_rate * size * (1 - step / left)
@@ -364,12 +404,17 @@ def train(
         loss.backward()
         optimizer.step()
         progress(1)
-        if (step + 1) % max(1, left // CHECKS) == 0 and (now := held_out_error(run, examples)) < best[0]:
-            best = now, [p.detach().clone() for p in tables]
+        if (step + 1) % max(1, left // CHECKS) == 0:
+            made, now, checks = step + 1, held_out_error(run, examples), checks + 1
+            if now < best[0]:
+                best, checks = (now, [p.detach().clone() for p in tables]), 0
+            if checks == PATIENCE:
+                progress(left - step - 1)
+                break
     with torch.no_grad():
         for p, kept in zip(tables, best[1], strict=True):
             p.copy_(kept)
-    return report | {"held_out": best[0]}
+    return report | {"held_out": best[0], "codebook_steps": made}
 
 
 def held_out_error(run: Run, examples: Examples) -> float:

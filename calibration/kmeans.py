@@ -5,28 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 12  # vectors whose distances to all codewords are held at once: what fits a cache
+MEMORY = 4 * 2**20  # bytes of distances at once: what fits a cache is the fastest
 SAMPLE = 1 << 17
 
 
-def assign(vectors: Tensor, weights: Tensor, codebook: Tensor) -> Tensor:
+def assign(vectors: Tensor, weights: Tensor, codebook: Tensor, memory: int = MEMORY) -> Tensor:
     """Return the nearest codeword `[n]` int64 under `sum_j weights[n, j] (vectors[n, j] - codebook[c, j])^2`.
 
-    vectors and weights are `[n, d]`, the codebook `[k, d]`, all float32.
+    vectors and weights are `[n, d]`, the codebook `[k, d]`, all float32. No more than `memory` bytes of distances are held at
+    once, which changes nothing but the speed.
     """
+    chunk = max(1, memory // (4 * len(codebook)))
     # The v^2 term is the same for every codeword; the other two are one product.
     words = torch.cat([codebook.square(), -2 * codebook], dim=1).T.contiguous()
     parts = [
         (torch.cat([w, w * v], dim=1) @ words).argmin(dim=1)
-        for v, w in zip(vectors.split(CHUNK), weights.split(CHUNK), strict=True)
+        for v, w in zip(vectors.split(chunk), weights.split(chunk), strict=True)
     ]
     return torch.cat(parts)
 
 
-def kmeans(vectors: Tensor, weights: Tensor, k: int, seed: int, iterations: int = 30) -> Tensor:
+def kmeans(vectors: Tensor, weights: Tensor, k: int, seed: int, iterations: int = 30, memory: int = MEMORY) -> Tensor:
     """Return the codebook `[k, d]` float32 of vectors `[n, d]` with importance weights `[n, d]` (Arthur and Vassilvitskii 2007).
 
-    Deterministic for a seed. Raises nothing: fewer distinct vectors than k give repeated codewords.
+    Deterministic for a seed. Raises nothing: fewer distinct vectors than k give repeated codewords. Of more than SAMPLE vectors
+    a sample is taken. `memory` as of `assign`.
     """
     generator = torch.Generator().manual_seed(seed)
     if len(vectors) > SAMPLE:
@@ -34,7 +37,7 @@ def kmeans(vectors: Tensor, weights: Tensor, k: int, seed: int, iterations: int 
         vectors, weights = vectors[pick], weights[pick]
     codebook = _plus_plus(vectors, weights, k, generator)
     for _ in range(iterations):
-        cell = assign(vectors, weights, codebook)
+        cell = assign(vectors, weights, codebook, memory)
         mass = torch.zeros_like(codebook).index_add_(0, cell, weights)
         total = torch.zeros_like(codebook).index_add_(0, cell, weights * vectors)
         codebook = torch.where(mass > 0, total / mass.clamp_min(1e-30), codebook)

@@ -88,8 +88,7 @@ def quantize_layer(weight: Tensor, bias: Tensor | None, stats: Stats, plan: Laye
     branch = _low_rank(W, G, rows, scales, stats, activation, rule.low_rank, lambda w: quantize(w, G).dequantize(), seed)
     product = branch.product if branch is not None else torch.zeros(())
     q = quantize(W - product, G)
-    dense = q.dequantize()
-    delta = (dense + product).sub_(W)
+    delta = (q.dequantize() + product).sub_(W)
     tensors = q.tensors() | transform.tensors(t)
     if scales is not None:
         tensors["static_scale"] = scales
@@ -103,7 +102,7 @@ def quantize_layer(weight: Tensor, bias: Tensor | None, stats: Stats, plan: Laye
         "spec": asdict(spec),
         "method": rule.method,
         "rms": stats.rms,
-        "weight_only_rel_rmse": _relative_error(delta, G, weight, stats.gram),
+        "weight_only_rel_rmse": relative_error(delta, G, weight, stats.gram),
         **choices,
         "low_rank": _describe(branch),
         "activation_absmax": [round(float(v), 5) for v in stats.absmax.amax(dim=1)],
@@ -193,7 +192,7 @@ def _choose_transform(
     return choice.transform, report
 
 
-def _relative_error(delta: Tensor, gram: Tensor, weight: Tensor, whole_gram: Tensor) -> float:
+def relative_error(delta: Tensor, gram: Tensor, weight: Tensor, whole_gram: Tensor) -> float:
     """Return rel_rmse of the output: of `delta` under `gram`, which may be centred and rotated, relative to all of `weight`'s."""
     power = energy(weight, whole_gram)
     return (energy(delta, gram) / power) ** 0.5 if power > 0 else 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -89,9 +91,12 @@ def _quantize_vectors(
     else:
         codes = assign(W.reshape(-1, f.dim), weights, entries).reshape(out, width // f.dim)
     spec = QSpec(format, out, width, width)
-    scale = _zero_rows(rms * unit, weight)
+    scale = vectors.in_16_bits(_zero_rows(rms * unit, weight))
     q = QTensor(spec, f.pack(f, codes.to(torch.uint8)), scale, codebook=entries.to(torch.int8))
-    return _refine_scale(q, weight, gram) if method == "gptq" else q
+    if method == "gptq":
+        q = _refine_scale(q, weight, gram)
+        q = replace(q, scale=vectors.in_16_bits(q.scale))
+    return q
 
 
 def _zero_rows(scale: Tensor, weight: Tensor) -> Tensor:
@@ -106,7 +111,7 @@ def _refine_scale(q: QTensor, weight: Tensor, gram: Tensor) -> QTensor:
     power = (projected * integers).sum(dim=1)
     best = (projected * weight).sum(dim=1) / power.clamp_min(1e-30)
     scale = torch.where((power > 0) & (best > 0), best, q.scale)
-    return QTensor(q.spec, **{**q.tensors(), "scale": scale})
+    return replace(q, scale=scale)
 
 
 def energy(weight: Tensor, gram: Tensor) -> float:

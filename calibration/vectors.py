@@ -89,6 +89,16 @@ def on_int8_grid(codebook: Tensor) -> tuple[Tensor, Tensor]:
     return (codebook / unit).round(), unit
 
 
+def in_16_bits(scale: Tensor) -> Tensor:
+    """Return scales float32 rounded to float16, or to bfloat16 where one is out of the range of float16's normal numbers.
+
+    A file then stores them in half the bytes (files.narrowest), which counts beside codes of 2 bits.
+    """
+    normal = torch.finfo(torch.float16)
+    fits = bool(((scale == 0) | ((scale >= normal.tiny) & (scale <= normal.max))).all())
+    return scale.to(torch.float16 if fits else torch.bfloat16).float()
+
+
 def nearest(targets: Tensor, codebook: Tensor, metric: Tensor) -> Tensor:
     """Return the codeword `[n]` int64 of the least `|(t - c) M|^2` for targets `[n, d]`, codebook `[k, d]`, M `[d, d]`."""
     seen, known = targets @ metric, codebook @ metric

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -324,9 +324,7 @@ def _quantize_unit(job: Job, unit: Unit, plans: Mapping[str, LayerPlan], folder:
         tensors = found.tensors if found.bias is None else found.tensors | {"bias": found.bias.detach()}
         stored.update({f"{name}.{field}": t for field, t in tensors.items()})
         layer = _replace(job.transformer, name, found.spec, found.tensors, found.bias)
-        reports[name] = found.report | {"bits_per_weight": round(weight_bits(layer), 4)}
-        if name in stats:
-            reports[name]["rel_rmse"] = _layer_error(linears[name], layer, stats[name])
+        reports[name] = _report(found.report, linears[name], layer, stats.get(name))
     part = tensors_path.with_suffix(".part")
     save_file(stored, part)
     files.fsync(part)
@@ -359,13 +357,8 @@ def _calibrated(
         paths: blocks whose outputs count.
         seed: of the choice of samples.
     """
-    training = job.training
-    soft = {
-        name: assignments.soft_linear(found, linears[name].weight, linears[name].bias, stats[name], training)
-        for name, found in made.items()
-        if assignments.is_trainable(found)
-    }
-    if not soft:
+    groups = assignments.parts(made, job.training)
+    if not groups:
         return dict(made)
     folder = job.folder / "wanted"
     shutil.rmtree(folder, ignore_errors=True)
@@ -381,22 +374,42 @@ def _calibrated(
         for i, call in enumerate(calls):
             call_files.save_outputs(folder / _file(i), run(call))
     examples = assignments.Examples(calls, lambda number: call_files.load_outputs(folder / _file(number)))
-    hard = {name: QuantLinear.from_tensors(found.spec, found.tensors, found.bias) for name, found in made.items()}
-    with replaced(job.transformer, hard):
-        before = assignments.held_out_error(run, examples)
-        with (
-            replaced(job.transformer, soft),
-            torch.enable_grad(),
-            tqdm(total=training.steps, desc="assignments", unit="step", leave=False) as bar,
-        ):
-            report = assignments.train(list(soft.values()), run, examples, training, seed, bar.update)
-        found = {name: layer.decided(made[name], linears[name].bias) for name, layer in soft.items()}
-        final = {name: QuantLinear.from_tensors(f.spec, f.tensors, f.bias) for name, f in found.items()}
-        with replaced(job.transformer, final):
-            report |= {"held_out_before": before, "held_out": assignments.held_out_error(run, examples)}
+    made = dict(made)
+    with tqdm(total=job.training.steps * len(groups), desc="assignments", unit="step", leave=False) as bar:
+        for names in groups:
+            with replaced(job.transformer, _hard(made)):
+                made |= _trained(job, {name: made[name] for name in names}, linears, stats, run, examples, seed, bar.update)
     shutil.rmtree(folder)
-    kept = found if report["held_out"] < before else {name: made[name] for name in soft}
-    return {**made, **{name: replace(f, report=f.report | {"assignments": report}) for name, f in kept.items()}}
+    return made
+
+
+def _trained(
+    job: Job,
+    made: Mapping[str, Quantized],
+    linears: Mapping[str, nn.Linear],
+    stats: Mapping[str, Stats],
+    run: assignments.Run,
+    examples: assignments.Examples,
+    seed: int,
+    progress: Callable[[int], object],
+) -> dict[str, Quantized]:
+    """Return the layers trained at once, all others as the transformer has them; as they were, if that does not help."""
+    before = assignments.held_out_error(run, examples)
+    full = {name: (linears[name].weight, linears[name].bias, stats[name]) for name in made}
+    soft = {name: assignments.soft_linear(found, *full[name], job.training) for name, found in made.items()}
+    with replaced(job.transformer, soft), torch.enable_grad():
+        report = assignments.train(list(soft.values()), run, examples, job.training, seed, progress)
+    found = {name: layer.decided(made[name], *full[name]) for name, layer in soft.items()}
+    with replaced(job.transformer, _hard(found)):
+        after = assignments.held_out_error(run, examples)
+    size = sum(assignments.bytes_of(layer, job.training) for layer in made.values())
+    report |= {"held_out_before": before, "held_out": after, "helped": after < before, "layers": len(made), "bytes": size}
+    kept = found if after < before else made
+    return {name: replace(layer, report=layer.report | {"assignments": report}) for name, layer in kept.items()}
+
+
+def _hard(made: Mapping[str, Quantized]) -> dict[str, QuantLinear]:
+    return {name: QuantLinear.from_tensors(layer.spec, layer.tensors, layer.bias) for name, layer in made.items()}
 
 
 def _calibrate_end_to_end(job: Job, linears: Mapping[str, nn.Linear], reports: dict[str, dict]) -> None:
@@ -409,8 +422,8 @@ def _calibrate_end_to_end(job: Job, linears: Mapping[str, nn.Linear], reports: d
         stats = statistics_of(job, whole)
         found = _calibrated(job, job.transformer, job.calls, full, made, stats, job.blocks, job.unit_seed(len(job.blocks)))
     for name, layer in found.items():
-        _replace(job.transformer, name, layer.spec, layer.tensors, layer.bias)
-        reports[name] = layer.report
+        placed = _replace(job.transformer, name, layer.spec, layer.tensors, layer.bias)
+        reports[name] = _report(layer.report, full[name], placed, stats.get(name))
 
 
 def _install(job: Job, tensors_path: Path, report_path: Path) -> dict[str, dict]:
@@ -450,6 +463,12 @@ def statistics_of(job: Job, unit: Unit) -> dict[str, Stats]:
 def _digest(tensors_path: Path, reports: object) -> str:
     """Return the sha256 of a finished block: its tensors and its reports."""
     return hashlib.sha256((files.sha256(tensors_path) + json.dumps(reports)).encode()).hexdigest()
+
+
+def _report(made: dict, linear: nn.Linear, layer: QuantLinear, stats: Stats | None) -> dict:
+    """Return the report of a layer that is in place, with its size and, where inputs are known, its error."""
+    error = {} if stats is None else {"rel_rmse": _layer_error(linear, layer, stats)}
+    return made | {"bits_per_weight": round(weight_bits(layer), 4)} | error
 
 
 def _layer_error(linear: nn.Linear, layer: QuantLinear, stats: Stats) -> float:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quantdit import transform
-from quantdit.files import CheckpointError, digest, open_weights, read_json, tensor_files, write_json, write_tensors
+from quantdit.files import CheckpointError, digest, narrowest, open_weights, read_json, tensor_files, write_json, write_tensors
 from quantdit.layer_spec import LayerSpec, layer_fields
 from quantdit.linear import QuantLinear, follow_timesteps
 from quantdit.qtensor import FIELDS, check_values
@@ -48,12 +48,17 @@ def _own_keys(layers: dict[str, QuantLinear]) -> set[str]:
     return {f"{name}.{field}" for name, layer in layers.items() for field in layer_fields(layer.layer_spec)}
 
 
+def is_scale(key: str) -> bool:
+    """Return whether a layer's tensor is its scale, float32 in memory and perhaps narrower in a file."""
+    return key.endswith(".scale")
+
+
 def write_transformer(
     model: nn.Module, folder: Path, recipe: dict, provenance: dict, read: Callable[[str], Tensor] | None = None
 ) -> str:
     """Write a transformer with QuantLinear layers; returns the sha256 of its weights (`files.digest`).
 
-    Dense floats are stored as float16 or bfloat16 where that loses nothing, else float32.
+    Dense floats and scales are stored as float16 or bfloat16 where that loses nothing, else float32.
 
     Args:
         model: the transformer.
@@ -72,7 +77,7 @@ def write_transformer(
 
     def tensor(name: str) -> Tensor:
         value = state[name] if read is None or state[name].device.type != "meta" else read(name)
-        return value if name in own else _narrow(value)
+        return value if name in own and not is_scale(name) else narrowest(value)
 
     header = {"spec": SPEC, "recipe": recipe, "provenance": provenance}
     write_tensors(folder, state, tensor, {METHOD: json.dumps(header, sort_keys=True)})
@@ -137,6 +142,8 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Mod
         # Copies: how a mapped tensor lies in its file decides which routine multiplies with it, and so the last bits.
         state = {key: opened[key].get_tensor(key).clone() for key in sorted(opened)}
     layers = quant_layers(model)
+    own = _own_keys(layers)
+    state = {key: t.float() if key in own and is_scale(key) else t for key, t in state.items()}
     for name, layer in layers.items():
         fields = {f: state[f"{name}.{f}"] for f in FIELDS if f in layer._buffers}
         if (wrong := check_values(layer.spec, fields)) is not None:
@@ -149,7 +156,6 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Mod
             wrong = "static_scale has entries that are not positive"
         if wrong is not None:
             raise CheckpointError(f"{weights}: layer {name}: {wrong}; the file was damaged, copy it again")
-    own = _own_keys(layers)
     for key, t in state.items():
         if key not in own and not bool(torch.isfinite(t).all()):
             raise CheckpointError(f"{weights}: tensor {key} has NaN or infinite entries; the file was damaged, copy it again")
@@ -259,22 +265,12 @@ def _check_header(opened: dict, model: nn.Module, weights: Path) -> None:
     for key, tensor in expected.items():
         stored = opened[key].get_slice(key)
         shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
-        dtypes = (_DTYPES[tensor.dtype],) if key in own else _DENSE
+        dtypes = (_DTYPES[tensor.dtype],) if key in own and not is_scale(key) else _DENSE
         if shape != tuple(tensor.shape) or dtype not in dtypes:
             raise CheckpointError(
                 f"{weights}: tensor {key} is {dtype} {shape}, expected {' or '.join(dtypes)} {tuple(tensor.shape)}:"
                 " file and config disagree"
             )
-
-
-def _narrow(t: Tensor) -> Tensor:
-    """Return `t` in the narrowest of float16, bfloat16, float32 that holds it exactly."""
-    if not t.is_floating_point():
-        return t
-    for dtype in (torch.float16, torch.bfloat16):
-        if torch.equal(t.to(dtype).to(t.dtype), t):
-            return t.to(dtype)
-    return t.float()
 
 
 def _is_json(value: object) -> bool:

@@ -81,11 +81,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--output", type=Path, help="folder to write (MODEL-BITS, here)")
     vectors = sub.add_argument_group("assignments of codebooks and tables, calibrated on the outputs of blocks (VQ4DiT)")
-    vectors.add_argument("--weight-format", choices=("table", "vq"), help="with --bits: level tables, or codebooks of vectors")
-    vectors.add_argument("--calibration-steps", type=_count, default=0, metavar="N", help="optimizer steps a block; 0: none")
-    vectors.add_argument("--calibration-mode", choices=("block", "end-to-end"), default="block", help="(%(default)s)")
-    vectors.add_argument("--candidates", type=_positive, default=2, help="codewords for each sub-vector (%(default)s)")
-    vectors.add_argument("--initial-ratios", choices=("distance", "uniform"), default="distance", help="(%(default)s)")
+    vectors.add_argument(
+        "--weight-format", choices=("table", "vq"), help="with --bits: level tables, or codebooks of vectors (w2: vq, else table)"
+    )
+    vectors.add_argument(
+        "--calibration-steps", type=_count, metavar="N", help="optimizer steps, of each block or end to end (w2: 300, else 0)"
+    )
+    vectors.add_argument("--calibration-mode", choices=("block", "end-to-end"), help="a block at a time, or all at once (block)")
+    vectors.add_argument("--candidates", type=_positive, help="codewords that each sub-vector may choose among (2)")
+    vectors.add_argument("--initial-ratios", choices=("distance", "uniform"), help="of the candidates (distance)")
     weights = sub.add_mutually_exclusive_group()
     weights.add_argument(
         "--weights", type=Path, metavar="DIR", help="where the model lies: its whole pipeline, or its transformer alone"
@@ -192,7 +196,6 @@ def _models(args: argparse.Namespace) -> int:
 
 def _calibrate(args: argparse.Namespace) -> int:
     from quantdit import inspection, recipe
-    from quantdit.calibration.assignments import Training
     from quantdit.compiler import ALREADY, REPORT, Target, calibrate
     from quantdit.pipeline import BareTransformer
     from quantdit.work_folder import clear_disk_errors
@@ -206,10 +209,6 @@ def _calibrate(args: argparse.Namespace) -> int:
         if args.bits is None:
             raise ValueError("--weight-format goes with --bits; a recipe names the weight format itself")
         plan = recipe.with_weight_format(plan, args.weight_format)
-    training = None
-    if args.calibration_steps:
-        mode, initial = args.calibration_mode, args.initial_ratios
-        training = Training(args.calibration_steps, mode=mode, candidates=args.candidates, initial=initial)
     if args.output is None:
         args.output = Path(f"{Path(args.model).resolve().name}-{args.bits if args.bits is not None else args.recipe.stem}")
     scratch = args.output.with_name(f"{args.output.name}.random") if args.random_weights else None
@@ -222,6 +221,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             print(
                 f"quantdit: note: {settings.samples} of {len(settings.prompts)} prompts are used; see --samples", file=sys.stderr
             )
+        training = _training(args, settings)
         report = calibrate(pipeline, source, plan, args.output, settings, args.resume, args.overwrite, target, training)
         if scratch is not None:
             shutil.rmtree(scratch)
@@ -242,6 +242,25 @@ def _calibrate(args: argparse.Namespace) -> int:
     if target is not None:
         print(inspection.allocation_summary(report["allocation"]))
     return 0
+
+
+def _training(args: argparse.Namespace, settings):
+    """Return how assignments are calibrated: as the user said, else as the preset does where there are samples; or None."""
+    from dataclasses import replace
+
+    from quantdit.calibration.assignments import Training, preset
+
+    training = preset(args.bits or "") if settings.samples else None
+    if args.calibration_steps is not None:
+        training = Training(args.calibration_steps) if args.calibration_steps else None
+    given = {"mode": args.calibration_mode, "candidates": args.candidates, "initial": args.initial_ratios}
+    given = {key: value for key, value in given.items() if value is not None}
+    if training is None and given and args.calibration_steps is None:
+        raise ValueError(
+            "--calibration-mode, --candidates and --initial-ratios go with --calibration-steps: without it no assignments are"
+            " calibrated"
+        )
+    return None if training is None else replace(training, **given)
 
 
 def _open(args: argparse.Namespace, scratch: Path | None):

@@ -48,6 +48,16 @@ def check_finite(name: str, tensor: Tensor) -> None:
         raise CheckpointError(f"layer {layer}: {count} values of its {kind} are NaN or infinite; the source is damaged")
 
 
+def narrowest(t: Tensor) -> Tensor:
+    """Return a float tensor in the narrowest of float16, bfloat16, float32 that holds it exactly; others as they are."""
+    if not t.is_floating_point():
+        return t
+    for dtype in (torch.float16, torch.bfloat16):
+        if torch.equal(t.to(dtype).to(t.dtype), t):
+            return t.to(dtype)
+    return t.float()
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the weight files of a model folder in order: one, or the shards that its index names.
 

@@ -52,6 +52,7 @@ class Rule:
         bias_correction: the bias takes up what quantization does to the mean of the output.
         table: for `table2..6`, how the levels are chosen.
         table_rows: one table per `layer` or per output `channel`.
+        otherwise: the format of layers whose width `weight` cannot take, whose codewords are vectors; "" refuses such layers.
         optional: a preset's rule may match nothing; a user's may not.
     """
 
@@ -72,6 +73,7 @@ class Rule:
     bias_correction: bool = True
     table: str = "lloyd-max"
     table_rows: str = "layer"
+    otherwise: str = ""
     optional: bool = False
 
     def __post_init__(self) -> None:
@@ -82,6 +84,7 @@ class Rule:
         """
         known = {
             "weight": (*FORMATS, DENSE, AUTO),
+            "otherwise": ("", *FORMATS),
             "group_size": (*GROUP_SIZES, "channel", "auto"),
             "activation_bits": ACTIVATION_BITS,
             "activation_format": ACTIVATION_FORMATS,
@@ -111,6 +114,8 @@ class Rule:
         self._check_together()
 
     def _check_together(self) -> None:
+        if self.otherwise and self.weight not in FORMATS:
+            raise ValueError(f"rule {self.match!r}: otherwise = {self.otherwise!r} goes with a format, not with {self.weight!r}")
         if self.weight == DENSE:
             return
         if self.weight == AUTO:
@@ -175,8 +180,11 @@ class LayerPlan:
 # The weight format per X of wXaY. Level tables beat integers with a group size of equal stored bits: reports/study.
 WEIGHTS = {2: "table2", 3: "table3", 4: "table4", 6: "table6", 8: "int8"}
 
-# The codebook of vectors of the same bits.
+# The codebook of vectors of the same bits as a table of levels.
 VECTORS = {"table2": "vq256x4", "table3": "vq64x2", "table4": "vq256x2"}
+
+# What presets take. At 2 bits four levels are too few: codebooks of vectors, calibrated further (calibration/assignments.py).
+PRESETS = WEIGHTS | {2: "vq256x4"}
 
 # What group_size = "auto" prefers. Narrow codes need small groups; a format not listed needs none.
 AUTO_GROUP = {"int2": 32, "int3": 64, "int4": 64}
@@ -200,36 +208,38 @@ def from_bits(bits: str) -> Recipe:
     if bits not in known:
         raise ValueError(f"unknown bits {bits!r}{_near(bits, known, 0)}; known: {', '.join(known)}")
     x, y = (int(n) for n in re.findall(r"\d+", bits))
-    side = WEIGHTS[x]
+    side = PRESETS[x]
+    otherwise = "" if side == WEIGHTS[x] else WEIGHTS[x]
     return Recipe(
         bits,
         (
             Rule("role:outside", weight=DENSE, optional=True),
-            Rule("role:modulation", weight=side, activation_bits=16, optional=True),
-            Rule("role:embedder", weight=side, activation_bits=16, optional=True),
-            Rule("*", weight=WEIGHTS[x], activation_bits=y, **ACTIVATIONS.get(y, {})),
+            Rule("role:modulation", weight=side, otherwise=otherwise, activation_bits=16, optional=True),
+            Rule("role:embedder", weight=side, otherwise=otherwise, activation_bits=16, optional=True),
+            Rule("*", weight=side, otherwise=otherwise, activation_bits=y, **ACTIVATIONS.get(y, {})),
         ),
     )
 
 
 def with_auto(recipe: Recipe) -> Recipe:
     """Return the recipe with the weight of every rule that quantizes left open: `auto`."""
-    return replace(recipe, rules=tuple(r if r.weight == DENSE else replace(r, weight=AUTO) for r in recipe.rules))
+    return replace(recipe, rules=tuple(r if r.weight == DENSE else replace(r, weight=AUTO, otherwise="") for r in recipe.rules))
 
 
 def with_weight_format(recipe: Recipe, kind: str) -> Recipe:
-    """Return a preset with its tables of levels replaced by codebooks of vectors of the same bits (`vq`), or as it is (`table`).
+    """Return a preset with tables of levels (`table`) or codebooks of vectors (`vq`) of the same bits in place of the other.
 
     Raises:
         ValueError: a width that has no codebook.
     """
-    if kind == "table":
-        return recipe
+    tables = {vector: table for table, vector in VECTORS.items()}
+    wanted = VECTORS if kind == "vq" else tables
     rules = []
     for rule in recipe.rules:
-        if rule.weight != DENSE and rule.weight not in VECTORS:
+        weight = wanted.get(rule.weight, rule.weight)
+        if kind == "vq" and weight != DENSE and weight not in VECTORS.values():
             raise ValueError(f"{recipe.name}: there are codebooks of vectors for 2, 3 and 4 bits; use w2, w3 or w4")
-        rules.append(rule if rule.weight == DENSE else replace(rule, weight=VECTORS[rule.weight]))
+        rules.append(replace(rule, weight=weight, otherwise=tables.get(weight, "")))
     return replace(recipe, rules=tuple(rules))
 
 
@@ -315,6 +325,8 @@ def options(recipe: Recipe, layers: list[Layer]) -> dict[str, dict[str, LayerPla
         for number, rule in enumerate(recipe.rules):
             if rule.matches(layer.name, layer.role):
                 used.add(number)
+                if rule.otherwise and layer.in_features % FORMATS[rule.weight].dim:
+                    rule = replace(rule, weight=rule.otherwise, otherwise="")
                 if rule.weight != DENSE:
                     weights = WEIGHTS.values() if rule.weight == AUTO else (rule.weight,)
                     plans[layer.name] = {w: _plan(replace(rule, weight=w), number, layer, recipe) for w in weights}
@@ -330,7 +342,9 @@ def _plan(rule: Rule, number: int, layer: Layer, recipe: Recipe) -> LayerPlan:
     f = FORMATS[rule.weight]
     where = f"recipe {recipe.name}, rule {number + 1} ({rule.match!r}): layer {layer.name} has {width} inputs, which"
     if width % f.dim:
-        raise ValueError(f"{where} {f.name} cannot take {f.dim} at a time; give this layer a scalar format in an earlier rule")
+        raise ValueError(
+            f'{where} {f.name} cannot take {f.dim} at a time; name a scalar format for such layers, as in otherwise = "table2"'
+        )
     if isinstance(rule.group_size, int) and width % rule.group_size:
         raise ValueError(f'{where} group_size = {rule.group_size} does not divide; use group_size = "auto" or "channel"')
     wanted = 0 if rule.activation_group_size == "token" else rule.activation_group_size

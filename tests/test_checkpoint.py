@@ -87,6 +87,17 @@ def test_every_layer_comes_back_bit_for_bit(everything):
         assert torch.equal(other.weight, layer.weight)
 
 
+def test_scales_beside_codebooks_of_vectors_take_16_bits_in_the_file(everything):
+    layers = quant_layers(everything.transformer)
+    with safe_open(everything.folder / "transformer" / WEIGHTS, framework="pt") as file:
+        for name, layer in layers.items():
+            width = file.get_slice(f"{name}.scale").get_dtype()
+            assert width == "F16" or not layer.spec.format.startswith("vq"), name
+            assert layer.scale.dtype == torch.float32
+            if layer.spec.format.startswith("vq"):
+                assert torch.equal(file.get_tensor(f"{name}.scale").float(), layer.scale)
+
+
 def test_save_load_save_gives_the_same_bytes(everything, tmp_path: Path):
     first = everything.folder / "transformer"
     digest = write_transformer(

@@ -51,8 +51,9 @@ def refusal(act: Callable[[], object]) -> str:
 def test_grammar_offers_every_combination(x: int, y: int):
     plans = recipe.resolve(recipe.from_bits(f"w{x}a{y}"), LAYERS)
     block = plans["blocks.0.attn.to_q"].rule
-    weight = "int8" if x == 8 else f"table{x}"
-    assert (FORMATS[block.weight].code_bits, block.weight, block.activation_bits) == (x, weight, y)
+    weight = {2: "vq256x4", 8: "int8"}.get(x, f"table{x}")
+    f = FORMATS[block.weight]
+    assert (f.code_bits / f.dim, block.weight, block.activation_bits) == (x, weight, y)
     assert plans["blocks.0.ff.out"].rule == block
     # Bits per weight are those asked for in every layer of a block; one row per image: no gain in fewer activation bits.
     for side in ("blocks.0.norm.linear", "blocks.0.emb.linear"):
@@ -364,7 +365,7 @@ def test_vector_that_does_not_divide_names_rule_layer_and_fix(toml):
     layers = [Layer("blocks.0.attn.to_q", "attention", 64, 66)]
     text = '[[rule]]\nmatch = "*"\nweight = "{}"\n'
     message = refusal(lambda: recipe.resolve(toml(text.format("vq256x4")), layers))
-    for word in ("mine", "rule 1", "'*'", "blocks.0.attn.to_q", "66", "vq256x4", "4", "earlier rule"):
+    for word in ("mine", "rule 1", "'*'", "blocks.0.attn.to_q", "66", "vq256x4", "4", "otherwise"):
         assert word in message
     assert recipe.resolve(toml(text.format("vq64x2")), layers)["blocks.0.attn.to_q"].rule.weight == "vq64x2"
 
@@ -403,6 +404,23 @@ def test_every_preset_makes_a_layer_that_can_be_stored(bits: str, width: int):
 def test_channel_group_is_the_whole_width(toml):
     plans = recipe.resolve(toml('[[rule]]\nmatch = "*"\ngroup_size = "channel"\n'), LAYERS)
     assert {name: plan.group_size for name, plan in plans.items()} == {layer.name: layer.in_features for layer in LAYERS}
+
+
+def test_layers_that_codewords_do_not_divide_take_what_the_rule_says_otherwise():
+    layers = [Layer("even", "attention", 8, 32), Layer("odd", "attention", 8, 33)]
+    plans = recipe.resolve(recipe.from_bits("w2a16"), layers)
+    assert [plans[name].rule.weight for name in ("even", "odd")] == ["vq256x4", "table2"]
+    with pytest.raises(ValueError, match=r'layer odd has 33 inputs, which vq256x4 .* otherwise = "table2"'):
+        recipe.resolve(recipe.Recipe("mine", (Rule("*", weight="vq256x4"),)), layers)
+    with pytest.raises(ValueError, match="goes with a format, not with 'dense'"):
+        Rule("*", weight="dense", otherwise="table2")
+
+
+def test_weight_formats_replace_each_other():
+    vq, table = (recipe.with_weight_format(recipe.from_bits("w2a16"), kind) for kind in ("vq", "table"))
+    assert vq == recipe.from_bits("w2a16") and recipe.with_weight_format(table, "vq") == vq
+    assert {rule.weight for rule in table.rules} == {"table2", "dense"} and {rule.otherwise for rule in table.rules} == {""}
+    assert {rule.weight for rule in recipe.with_weight_format(recipe.from_bits("w3a8"), "vq").rules} == {"vq64x2", "dense"}
 
 
 @pytest.mark.parametrize("bits", ["w4a8", "w2a16", "w8a4"])

@@ -20,7 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROWS, TABLE, PLOT = HERE / "scaling.jsonl", HERE / "scaling.md", HERE / "scaling.png"
-BUDGET = 8 * 2**30
+BUDGET = 12 * 2**30
 
 
 @dataclass(frozen=True)

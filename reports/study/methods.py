@@ -19,6 +19,8 @@ import torch
 
 import quantdit
 from quantdit import recipe
+from quantdit.calibration import assignments
+from quantdit.calibration.assignments import Training
 from quantdit.compiler import Settings, Target, calibrate
 from quantdit.evaluation.picture import side_by_side
 from quantdit.pipeline import load_pipeline
@@ -32,10 +34,14 @@ NEAREST = {"method": "rtn", "bias_correction": False}
 FIXED = NEAREST | {"table": "gaussian"}
 PLAIN = {"act_order": False, "descent": 0, "bias_correction": False}
 FP8 = {"activation_format": "fp8"}
+# How assignments are calibrated (calibration/assignments.py); other keys change rules. w2's preset does, with two candidates.
+STEPS, MODE, CANDIDATES = (f"training.{field}" for field in ("steps", "mode", "candidates"))
+UNTRAINED = {STEPS: 0}
+TABLE2 = {"weight": "table2"} | UNTRAINED
 # Widths chosen layer by layer, in as many bytes as the preset takes; w2 has nothing narrower to choose.
 MIXED = {"weight": recipe.AUTO}
 
-# bits, method, changes to every quantizing rule of the preset. No change: the preset itself.
+# bits, method, changes to every quantizing rule of the preset and to its training. No change: the preset itself.
 METHODS: tuple[tuple[str, str, dict], ...] = (
     ("w4a8", "preset", {}),
     ("w3a8", "preset", {}),
@@ -52,12 +58,24 @@ METHODS: tuple[tuple[str, str, dict], ...] = (
     ("w4a8", "no rotation", {"rotation": "none"}),
     ("w4a8", "rotation auto", {"rotation": "auto"}),
     ("w4a8", "smoothing rms", {"smooth": "rms"}),
-    ("w2a16", "round to nearest", NEAREST),
-    ("w2a16", "fixed Gaussian table, no data", FIXED),
-    ("w2a16", "int2 g32", {"weight": "int2", "group_size": 32}),
-    ("w2a16", "twin-log", {"table": "twin-log"}),
-    ("w2a16", "rotation auto", {"rotation": "auto"}),
-    ("w2a16", "rank 16", {"low_rank": 16}),
+    ("w2a16", "round to nearest", TABLE2 | NEAREST),
+    ("w2a16", "fixed Gaussian table, no data", TABLE2 | FIXED),
+    ("w2a16", "int2 g32", UNTRAINED | {"weight": "int2", "group_size": 32}),
+    ("w2a16", "twin-log", TABLE2 | {"table": "twin-log"}),
+    ("w2a16", "rotation auto", TABLE2 | {"rotation": "auto"}),
+    ("w2a16", "rank 16", TABLE2 | {"low_rank": 16}),
+    ("w2a16", "table, error feedback", TABLE2),
+    ("w2a16", "int2 per channel, round to nearest", {"weight": "int2", "group_size": "channel"} | NEAREST),
+    ("w2a16", "int2 per channel", {"weight": "int2", "group_size": "channel"}),
+    ("w2a16", "k-means", NEAREST | UNTRAINED),
+    ("w2a16", "k-means + GPTVQ", UNTRAINED),
+    ("w2a16", "block, n = 1", {CANDIDATES: 1}),
+    ("w2a16", "block, n = 3", {CANDIDATES: 3}),
+    ("w2a16", "end to end, n = 1", {MODE: "end-to-end", CANDIDATES: 1}),
+    ("w2a16", "end to end, n = 2", {MODE: "end-to-end"}),
+    ("w2a16", "end to end, n = 3", {MODE: "end-to-end", CANDIDATES: 3}),
+    ("w2a16", "from k-means, end to end, n = 1", NEAREST | {MODE: "end-to-end", CANDIDATES: 1}),
+    ("w2a16", "from k-means, end to end, n = 2", NEAREST | {MODE: "end-to-end"}),
     ("w3a8", "round to nearest", NEAREST),
     ("w3a8", "fixed Gaussian table, no data", FIXED),
     ("w3a8", "int3 g64", {"weight": "int3", "group_size": 64}),
@@ -96,6 +114,7 @@ METHODS: tuple[tuple[str, str, dict], ...] = (
 def changed(bits: str, changes: dict) -> Recipe:
     """Return the preset with `changes` in every rule that quantizes; activations only where the preset quantizes them."""
     preset = recipe.from_bits(bits)
+    changes = {key: value for key, value in changes.items() if not key.startswith("training.")}
     rules = []
     for rule in preset.rules:
         fitting = {k: v for k, v in changes.items() if not k.startswith("activation_") or rule.activation_bits < 16}
@@ -106,6 +125,13 @@ def changed(bits: str, changes: dict) -> Recipe:
     return Recipe(bits, tuple(rules))
 
 
+def trained(bits: str, changes: dict) -> Training | None:
+    """Return the preset's training with `changes`; None for no steps."""
+    given = {key.removeprefix("training."): value for key, value in changes.items() if key.startswith("training.")}
+    training = assignments.preset(bits)
+    return None if training is None or given.get("steps") == 0 else replace(training, **given)
+
+
 def make_row(bits: str, method: str, changes: dict, preset_bits: float, work: Path, output: Path) -> dict:
     """Calibrate, sample with every seed, measure; mixed precision gets `preset_bits` a weight."""
     folder = work / "candidate"
@@ -113,7 +139,8 @@ def make_row(bits: str, method: str, changes: dict, preset_bits: float, work: Pa
     pipeline, source = load_pipeline(measure.MODEL)
     settings = Settings(guidance=measure.GUIDANCE, seed=SEED)
     target = Target(size_budget=preset_bits / 16) if changes.get("weight") == recipe.AUTO else None
-    report = calibrate(pipeline, source, changed(bits, changes), folder, settings, overwrite=True, target=target)
+    plan, training = changed(bits, changes), trained(bits, changes)
+    report = calibrate(pipeline, source, plan, folder, settings, overwrite=True, target=target, training=training)
     pipeline, _ = load_pipeline(str(folder))
     reference, features = measure.load_reference(work)
     images = measure.sample(pipeline)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from quantdit.calibration.assignments import (
     Examples,
     Training,
     best_codes,
+    bytes_of,
     cut,
     held_out_error,
     is_trainable,
+    parts,
     soft_linear,
     train,
 )
@@ -96,7 +99,7 @@ def test_a_decided_layer_is_the_quantized_one(linear: nn.Linear, rule: dict, bia
     with torch.no_grad():
         soft.logits[0], soft.logits[1] = CERTAIN, -CERTAIN
         torch.testing.assert_close(soft(x), has(x), rtol=1e-4, atol=1e-4)
-    decided = soft.decided(made, linear.bias)
+    decided = soft.decided(made, linear.weight, linear.bias, seen)
     again = QuantLinear.from_tensors(decided.spec, decided.tensors, decided.bias)
     assert float((again(x) - has(x)).norm() / has(x).norm()) < 0.02  # the codebook is rounded once more
     assert torch.equal(decided.tensors["data"], made.tensors["data"])
@@ -147,7 +150,7 @@ def test_training_lowers_the_held_out_error_and_ends_with_one_codeword_each(line
     seeds = torch.get_rng_state()
     report = train([soft], run_of(soft), examples, training, 0)
     assert torch.equal(torch.get_rng_state(), seeds)
-    decided = soft.decided(made, linear.bias)
+    decided = soft.decided(made, linear.weight, linear.bias, seen)
     after = held_out_error(run_of(QuantLinear.from_tensors(decided.spec, decided.tensors, decided.bias)), examples)
     assert after < (0.95 if candidates > 1 else 1) * before and after == pytest.approx(report["held_out"], rel=0.02)
     assert bool((soft.ratios.amax(0) == 1).all())
@@ -160,8 +163,43 @@ def test_same_seed_same_layer(linear: nn.Linear):
         made, seen = made_of(linear)
         soft = soft_linear(made, linear.weight, linear.bias, seen, Training(steps=10))
         train([soft], lambda call, soft=soft: [torch.tanh(soft(call.args[0]))], examples_of(linear), Training(steps=10), seed)
-        ends.append(soft.decided(made, linear.bias).tensors["codebook"].float() * float(soft.scale.detach().mean()))
+        ends.append(
+            soft.decided(made, linear.weight, linear.bias, seen).tensors["codebook"].float() * float(soft.scale.detach().mean())
+        )
     assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
+
+
+def test_layers_too_large_to_be_trained_at_once_are_trained_in_parts(linear: nn.Linear):
+    weights = ("vq64x2", "int4", "vq64x2", "vq64x2", "vq64x2")
+    made = {name: made_of(linear, weight=weight)[0] for name, weight in zip("abcde", weights, strict=True)}
+    training = Training(candidates=2)
+    one = bytes_of(made["a"], training)
+    # Codes, logits with their gradients and averages of each of the pairs; the layer's soft weights.
+    assert one == OUT * WIDTH // 2 * 2 * 13 + OUT * WIDTH * 4 * 5
+    assert parts(made, training) == [("a", "c", "d", "e")]
+    assert parts(made, replace(training, memory=2 * one)) == [("a", "c"), ("d", "e")]
+    assert parts(made, replace(training, memory=1)) == [("a",), ("c",), ("d",), ("e",)]
+    assert parts({"b": made["b"]}, training) == []
+
+
+def test_what_is_trained_reports_its_own_error(linear: nn.Linear):
+    made, seen = made_of(linear, method="rtn")
+    soft = soft_linear(made, linear.weight, linear.bias, seen, Training(candidates=1))
+    with torch.no_grad():
+        soft.scale.mul_(1.5)
+    report = soft.decided(made, linear.weight, linear.bias, seen).report
+    before = made.report["weight_only_rel_rmse"]
+    assert 1.2 * before < report["weight_only_rel_rmse"] < 0.9 and report["weight_only_rel_rmse"] > 0.3
+    assert report["weight_histogram"]["reach"] < 0.8 * made.report["weight_histogram"]["reach"]
+
+
+def test_training_ends_when_nothing_is_gained_any_more(linear: nn.Linear):
+    made, seen = made_of(linear)
+    training = Training(steps=100, candidates=1, codebook_rate=0.0)
+    soft = soft_linear(made, linear.weight, linear.bias, seen, training)
+    done = []
+    report = train([soft], lambda call: [torch.tanh(soft(call.args[0]))], examples_of(linear), training, 0, done.append)
+    assert report["codebook_steps"] == 30 and sum(done) == 100
 
 
 def test_training_never_sees_what_is_held_out():
@@ -211,7 +249,12 @@ def test_calibrate_with_assignments(cli, pixel_dit: Path, tmp_path: Path, mode: 
         assert ran.code == 0, ran.err
         digests.append(files.digest(tmp_path / name / "transformer"))
     assert digests[1] == digests[2] != digests[0]
-    report = files.read_json(tmp_path / "first" / REPORT)
+    plain, report = (files.read_json(tmp_path / name / REPORT) for name in ("plain", "first"))
+    trained = [name for name, layer in report["layers"].items() if layer.get("assignments", {}).get("helped")]
+    assert trained
+    for name in trained:
+        assert report["layers"][name]["rel_rmse"] != plain["layers"][name]["rel_rmse"]
+        assert 0 < report["layers"][name]["assignments"]["bytes"] <= Training().memory
     found = [layer["assignments"] for layer in report["layers"].values() if "assignments" in layer]
     assert found and all(row["held_out_before"] > 0 for row in found)
     assert report["provenance"]["training"] == {**report["provenance"]["training"], "steps": 20, "mode": mode}

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from quantdit.calibration.kmeans import CHUNK, SAMPLE, assign, kmeans
+from quantdit.calibration.kmeans import SAMPLE, assign, kmeans
 from quantdit.calibration.quantize import quantize_weight
 from quantdit.formats import FORMATS
 
@@ -49,10 +49,13 @@ def test_assign_heeds_the_weights():
     assert assign(vectors, weights, codebook).tolist() == [0, 1]
 
 
-def test_assign_across_chunks():
+@pytest.mark.parametrize("memory", [1, 12 * 7, 12 * 1000, 12 * 10**6])
+def test_the_memory_bound_changes_nothing(memory: int):
     codebook = torch.tensor([[-3.0], [0.0], [3.0]])
-    index = torch.arange(CHUNK + 100) % 3
-    assert torch.equal(assign(codebook[index], torch.ones(len(index), 1), codebook), index)
+    index = torch.arange(1100) % 3
+    assert torch.equal(assign(codebook[index], torch.ones(len(index), 1), codebook, memory), index)
+    vectors, weights = random(1100, 2), random(1100, 2, seed=1).abs()
+    assert torch.equal(kmeans(vectors, weights, 9, 0, 3, memory), kmeans(vectors, weights, 9, 0, 3))
 
 
 def test_separated_clusters_are_found():
