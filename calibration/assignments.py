@@ -26,6 +26,7 @@ from quantdit.calibration.calls import Call, rows_of
 from quantdit.calibration.layer import Quantized, as_stored, histogram, quantized_inputs, relative_error
 from quantdit.calibration.stats import Stats
 from quantdit.formats import FORMATS
+from quantdit.formats.codebook import words
 from quantdit.layer_spec import LayerSpec
 
 FROZEN = 0.99
@@ -100,7 +101,7 @@ class SoftLinear(nn.Module):
     """A quantized linear whose codes are not decided yet. `bucket` as in QuantLinear.
 
     Attributes:
-        candidates: uint8 `[n, out, in / d]`, codes.
+        candidates: uint8 `[n, out, in / d]`, codes (int32 where they have signs).
         logits: float32, the same shape; a parameter.
         codebook: float32 `[k, d]`, scale float32 `[out]`; parameters.
         centre: float32 `[in]`, the mean of the transformed inputs; None without a bias.
@@ -125,7 +126,7 @@ class SoftLinear(nn.Module):
         self.candidates = candidates
         # Entries are trained in units of the largest, so that one rate suits all layers.
         unit = tensors["codebook"].float().abs().max().clamp_min(1)
-        codebook = tensors["codebook"].float().reshape(FORMATS[spec.weight.format].levels, -1) / unit
+        codebook = tensors["codebook"].float().reshape(-1, FORMATS[spec.weight.format].dim) / unit
         self.logits = nn.Parameter(logits)
         self.codebook = nn.Parameter(codebook)
         self.scale = nn.Parameter(tensors["scale"] * unit)
@@ -134,8 +135,9 @@ class SoftLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """Return the weight `[out, in]` in the transformed space."""
-        words = [self.codebook[part.int()] for part in self.candidates]
-        soft = words[0] if len(words) == 1 else sum(r[..., None] * word for r, word in zip(self.ratios, words, strict=True))
+        f = FORMATS[self.spec.weight.format]
+        found = [words(self.codebook, part.int(), f.sign_split) for part in self.candidates]
+        soft = found[0] if len(found) == 1 else sum(r[..., None] * word for r, word in zip(self.ratios, found, strict=True))
         return soft.flatten(1) * self.scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,12 +196,12 @@ class SoftLinear(nn.Module):
         f = FORMATS[self.spec.weight.format]
         winner = self.logits.argmax(dim=0, keepdim=True)
         codes = self.candidates.gather(0, winner)[0]
-        entries, unit = vectors.on_int8_grid(self.codebook)
+        entries, unit = vectors.on_int8_grid(self.codebook.clamp_min(0) if f.sign_split else self.codebook)
         error = float((entries * unit - self.codebook).norm() / self.codebook.norm().clamp_min(1e-30))
         codebook = entries.to(torch.int8).reshape(1, -1) if f.dim == 1 else entries.to(torch.int8)
         scale = vectors.in_16_bits((self.scale * unit).abs())
         stored = {"data": f.pack(f, codes), "codebook": codebook.contiguous(), "scale": scale}
-        return stored, codebook.float().reshape(-1, f.dim)[codes.int()].flatten(1), error
+        return stored, words(entries, codes.int(), f.sign_split).flatten(1), error
 
 
 def bytes_of(made: Quantized, training: Training) -> int:
@@ -207,7 +209,8 @@ def bytes_of(made: Quantized, training: Training) -> int:
     weight, n = made.spec.weight, training.candidates
     groups = weight.out_features * weight.in_features // FORMATS[weight.format].dim
     # Each candidate's codewords are kept for the backward pass; the mixture, its product with the scales, the gradient.
-    return groups * n * (1 + 3 * 4) + weight.out_features * weight.in_features * 4 * (n + 3)
+    code = FORMATS[weight.format].code_dtype.itemsize
+    return groups * n * (code + 3 * 4) + weight.out_features * weight.in_features * 4 * (n + 3)
 
 
 def parts(made: Mapping[str, Quantized], training: Training) -> list[tuple[str, ...]]:
@@ -248,10 +251,10 @@ def soft_linear(made: Quantized, weight: Tensor, bias: Tensor | None, stats: Sta
     if spec.rank:
         W = W - made.tensors["up"].float() @ made.tensors["down"].float()
     W = W / scale[:, None]
-    codebook = made.tensors["codebook"].float().reshape(f.levels, -1)
+    codebook = made.tensors["codebook"].float().reshape(-1, f.dim)
     codes = f.unpack(f, made.tensors["data"], W.shape[1] // f.dim).long()
     gram = stats.gram if bias is None else stats.centred_gram
-    candidates, errors = best_codes(codes, W, transform.gram(t, gram), codebook, training.candidates)
+    candidates, errors = best_codes(codes, W, transform.gram(t, gram), codebook, training.candidates, f.sign_split)
     if training.initial == "uniform":
         logits = torch.zeros(candidates.shape)
     else:
@@ -262,29 +265,37 @@ def soft_linear(made: Quantized, weight: Tensor, bias: Tensor | None, stats: Sta
     output = None if bias is None else bias.detach().float() + weight.detach().float() @ stats.mean
     if centre is not None and spec.rank:
         output = output - made.tensors["up"].float() @ (made.tensors["down"].float() @ centre)
-    return SoftLinear(spec, made.tensors, centre, output, candidates.to(torch.uint8), logits.contiguous())
+    return SoftLinear(spec, made.tensors, centre, output, candidates.to(f.code_dtype), logits.contiguous())
 
 
-def best_codes(codes: Tensor, W: Tensor, H: Tensor, codebook: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def best_codes(
+    codes: Tensor, W: Tensor, H: Tensor, codebook: Tensor, count: int, sign_split: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return for each group its code and the best other codewords, all other groups held, and their errors.
 
-    Both are `[count, out, in / d]`.
+    Both are `[count, out, in / d]`. With `sign_split` the others have the signs that are best for the group.
 
     The error of codeword c at group g is `(t - c) H_gg (t - c)^T` with t the best real numbers for it (vectors.descend).
     """
-    d, H = codebook.shape[1], H.float()
-    D = codebook[codes].flatten(1) - W
+    (k, d), H = codebook.shape, H.float()
+    D = words(codebook, codes, sign_split).flatten(1) - W
     slope = D @ H
     found, errors = [], []
     for g, root in enumerate(vectors.group_roots(H, d)):
         part = slice(g * d, g * d + d)
         target = W[:, part] + D[:, part] - torch.cholesky_solve(slope[:, part].T, root).T
-        distance = torch.cdist(target @ root, codebook @ root).square()
+        has = codes[:, g, None]
+        if sign_split:
+            distance, flips = vectors.signed_errors(target, codebook, root)
+            distance, flips = distance + (target @ root).square().sum(dim=1, keepdim=True), flips[:, None]
+        else:
+            distance, flips = torch.cdist(target @ root, codebook @ root).square(), 0
         # The code it has stays the first: all groups moving to what is best with the others held would overshoot.
-        ranked = distance.scatter(1, codes[:, g, None], -1.0)
-        chosen = ranked.topk(count, dim=1, largest=False).indices
-        found.append(chosen)
-        errors.append(distance.gather(1, chosen))
+        own = ((words(codebook, codes[:, g], sign_split) - target) @ root).square().sum(dim=1, keepdim=True)
+        others = distance.scatter(1, has % k, torch.where(has // k * k == flips, torch.inf, distance.gather(1, has % k)))
+        chosen = others.topk(count - 1, dim=1, largest=False)
+        found.append(torch.cat([has, chosen.indices + flips], dim=1))
+        errors.append(torch.cat([own, chosen.values.clamp_min(0)], dim=1))
     return tuple(torch.stack(parts, 2).transpose(0, 1).contiguous() for parts in (found, errors))
 
 

@@ -78,21 +78,24 @@ def _quantize_vectors(
     rms = torch.where(rms > 0, rms, torch.ones_like(rms))
     W = weight / rms[:, None]
     weights = importance.reshape(-1, f.dim).repeat(out, 1)
-    codebook = kmeans(W.reshape(-1, f.dim), weights, f.levels, seed)
+    groups, split = W.reshape(-1, f.dim), f.sign_split
+    codebook = kmeans(groups.abs() if split else groups, weights, f.codewords, seed)
     if method == "gptq":
         for _ in range(CODEBOOK_ROUNDS):
-            codes = vectors.feedback(W, gram, codebook, act_order=act_order)
-            codebook = vectors.fit_codebook(codebook, codes, W, gram, rms.square())
-    entries, unit = vectors.on_int8_grid(codebook)
+            codes = vectors.feedback(W, gram, codebook, act_order=act_order, sign_split=split)
+            codebook = vectors.fit_codebook(codebook, codes, W, gram, rms.square(), sign_split=split)
+    entries, unit = vectors.on_int8_grid(codebook.clamp_min(0) if split else codebook)
     W = W / unit
     if method == "gptq":
-        codes = vectors.feedback(W, gram, entries, act_order=act_order)
-        codes = vectors.descend(codes, W, gram, entries, descent) if descent else codes
+        codes = vectors.feedback(W, gram, entries, act_order=act_order, sign_split=split)
+        codes = vectors.descend(codes, W, gram, entries, descent, split) if descent else codes
     else:
-        codes = assign(W.reshape(-1, f.dim), weights, entries).reshape(out, width // f.dim)
+        groups = W.reshape(-1, f.dim)
+        codes = assign(groups.abs() if split else groups, weights, entries)
+        codes = (codes + vectors.sign_codes(groups) * f.codewords if split else codes).reshape(out, width // f.dim)
     spec = QSpec(format, out, width, width)
     scale = vectors.in_16_bits(_zero_rows(rms * unit, weight))
-    q = QTensor(spec, f.pack(f, codes.to(torch.uint8)), scale, codebook=entries.to(torch.int8))
+    q = QTensor(spec, f.pack(f, codes.to(f.code_dtype)), scale, codebook=entries.to(torch.int8))
     if method == "gptq":
         q = _refine_scale(q, weight, gram)
         q = replace(q, scale=vectors.in_16_bits(q.scale))

@@ -6,6 +6,8 @@ d consecutive inputs, a group, are decided at once. Given the groups before it, 
 
 so its codeword is the one nearest to t in the metric of `R_gg`, its upper triangular diagonal block (GPTVQ takes the diagonal of
 that metric alone). Between passes the codebook is fitted to the output error of the codes it got, all of its entries at once.
+
+Where signs are split off (formats/codebook.py), they are part of a code, and a group takes the signs of its target.
 """
 
 from __future__ import annotations
@@ -17,11 +19,14 @@ from torch import Tensor
 
 from quantdit.calibration.gptq import LEAF, descent, factor, sweep
 from quantdit.calibration.grids import PAIR_LIMIT
+from quantdit.formats.codebook import words
 
 CODEBOOK_STEPS = 6  # of conjugate gradients; the error falls by another 0.1 % with 20
 
 
-def feedback(W: Tensor, H: Tensor, codebook: Tensor, damp: float = 0.01, act_order: bool = False) -> Tensor:
+def feedback(
+    W: Tensor, H: Tensor, codebook: Tensor, damp: float = 0.01, act_order: bool = False, sign_split: bool = False
+) -> Tensor:
     """Return the codes `[out, in / d]` int64 of error feedback.
 
     Args:
@@ -30,6 +35,7 @@ def feedback(W: Tensor, H: Tensor, codebook: Tensor, damp: float = 0.01, act_ord
         codebook: `[k, d]` float32.
         damp: part of the mean diagonal added to the diagonal.
         act_order: groups in order of falling power.
+        sign_split: whether signs are free, and the codebook one of magnitudes.
     """
     d, width = codebook.shape[1], W.shape[1]
     power = H.diagonal().reshape(-1, d).sum(dim=1)
@@ -46,29 +52,34 @@ def feedback(W: Tensor, H: Tensor, codebook: Tensor, damp: float = 0.01, act_ord
             part = slice(i, i + d)
             metric = R[part, part]
             moved = torch.linalg.solve_triangular(metric.T, effect[part], upper=False)
-            chosen = nearest((W[part] + moved).T, codebook, metric)
-            D[part] = W[part] - codebook[chosen].T
+            chosen = nearest((W[part] + moved).T, codebook, metric, sign_split)
+            D[part] = W[part] - words(codebook, chosen, sign_split).T
             codes[places[i // d]] = chosen
 
     sweep(visit, R.T, D, effect, max(d, LEAF // d * d))
     return codes.T.contiguous()
 
 
-def descend(codes: Tensor, W: Tensor, H: Tensor, codebook: Tensor, passes: int) -> Tensor:
+def descend(codes: Tensor, W: Tensor, H: Tensor, codebook: Tensor, passes: int, sign_split: bool = False) -> Tensor:
     """Return codes `[out, in / d]` of no larger output error `tr((V - W) H (V - W)^T)`: each group in turn, all others held.
 
-    A group takes the codeword nearest to `v_g - (H (V - W))_g H_gg^-1` in the metric of H_gg, which no other can beat.
+    A group takes the codeword nearest to `v_g - (H (V - W))_g H_gg^-1` in the metric of H_gg, which no other can beat. Where
+    signs are split off, another could, with other signs than the target's: a group keeps the code it has if that is nearer.
     """
     d, H = codebook.shape[1], H.float()
     roots = group_roots(H, d)
-    codes, V = codes.T.contiguous(), codebook[codes].flatten(1).T.contiguous()
+    codes, V = codes.T.contiguous(), words(codebook, codes, sign_split).flatten(1).T.contiguous()
 
     def visit(i: int, slope: Tensor, moved: Tensor) -> None:
         if i % d == 0:
             here, group = slice(i, i + d), i // d
             target = V[here] - torch.cholesky_solve(slope[:d], roots[group])
-            chosen = nearest(target.T, codebook, roots[group])
-            new = codebook[chosen].T
+            chosen = nearest(target.T, codebook, roots[group], sign_split)
+            new = words(codebook, chosen, sign_split).T
+            if sign_split:
+                has = V[here]
+                worse = (roots[group].T @ (new - target)).norm(dim=0) > (roots[group].T @ (has - target)).norm(dim=0)
+                chosen, new = torch.where(worse, codes[group], chosen), torch.where(worse, has, new)
             moved[:d] = new - V[here]
             V[here], codes[group] = new, chosen
 
@@ -99,14 +110,46 @@ def in_16_bits(scale: Tensor) -> Tensor:
     return scale.to(torch.float16 if fits else torch.bfloat16).float()
 
 
-def nearest(targets: Tensor, codebook: Tensor, metric: Tensor) -> Tensor:
-    """Return the codeword `[n]` int64 of the least `|(t - c) M|^2` for targets `[n, d]`, codebook `[k, d]`, M `[d, d]`."""
+def nearest(targets: Tensor, codebook: Tensor, metric: Tensor, sign_split: bool = False) -> Tensor:
+    """Return the code `[n]` int64 of the least `|(t - c) M|^2` for targets `[n, d]`, codebook `[k, d]`, M `[d, d]`.
+
+    With `sign_split` the signs are the targets' own, and the codeword the best one for them.
+    """
+    if sign_split:
+        errors, flips = signed_errors(targets, codebook, metric)
+        return errors.argmin(dim=1) + flips
     seen, known = targets @ metric, codebook @ metric
     return torch.addmm(known.square().sum(dim=1), seen, known.T, alpha=-2).argmin(dim=1)
 
 
+def signed_errors(targets: Tensor, codebook: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `|(t - s c) M|^2 - |t M|^2` `[n, k]` of every codeword c with the signs s of the target, and their code `[n]`.
+
+    With `G = M M^T` that is `sum_ij s_i s_j G_ij c_i c_j - 2 sum_i s_i (t G)_i c_i`: one product of what depends on the target
+    with what depends on the codeword.
+    """
+    k, d = codebook.shape
+    G, signs = metric @ metric.T, torch.where(targets < 0, -1.0, 1.0)
+    i, j = torch.triu_indices(d, d, 1)
+    of_target = torch.cat([signs[:, i] * signs[:, j], (targets @ G) * signs], dim=1)
+    of_codeword = torch.cat([2 * G[i, j] * codebook[:, i] * codebook[:, j], -2 * codebook], dim=1)
+    errors = torch.addmm(codebook.square() @ G.diagonal(), of_target, of_codeword.T)
+    return errors, sign_codes(targets) * k
+
+
+def sign_codes(vectors: Tensor) -> Tensor:
+    """Return for vectors `[..., d]` the number `[...]` int64 whose bit j says that entry j is negative."""
+    return ((vectors < 0) << torch.arange(vectors.shape[-1])).sum(dim=-1)
+
+
 def fit_codebook(
-    codebook: Tensor, codes: Tensor, W: Tensor, H: Tensor, row_weight: Tensor, steps: int = CODEBOOK_STEPS
+    codebook: Tensor,
+    codes: Tensor,
+    W: Tensor,
+    H: Tensor,
+    row_weight: Tensor,
+    steps: int = CODEBOOK_STEPS,
+    sign_split: bool = False,
 ) -> Tensor:
     """Return the codebook `[k, d]` after steps of conjugate gradients on the output error of the codes, never a worse one.
 
@@ -119,18 +162,21 @@ def fit_codebook(
         H: `[in, in]`.
         row_weight: `[out]`, the square of each channel's scale.
         steps: of conjugate gradients, each a product `[out, in] [in, in]`.
+        sign_split: whether codes hold signs.
     """
-    d, index, H = codebook.shape[1], codes.flatten(), H.float()
+    (k, d), H = codebook.shape, H.float()
+    index = codes.flatten() % k
+    signs = words(torch.ones_like(codebook), codes, True).flatten(1) if sign_split else 1
 
     def collected(y: Tensor) -> Tensor:
         return torch.zeros_like(codebook).index_add_(0, index, (row_weight[:, None] * y).reshape(-1, d))
 
     def product(c: Tensor) -> Tensor:
-        return collected(c[index].reshape(W.shape) @ H)
+        return collected(signs * (signs * c[index].reshape(W.shape) @ H))
 
     mass = collected(H.diagonal().clamp_min(0).expand_as(W))
     usable = mass > 0
-    residual = collected((W - codebook[index].reshape(W.shape)) @ H)
+    residual = collected(signs * ((W - signs * codebook[index].reshape(W.shape)) @ H))
     return codebook + _conjugate_gradients(product, residual, torch.where(usable, 1 / mass.clamp_min(1e-30), 0.0), steps)
 
 

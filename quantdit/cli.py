@@ -82,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", type=Path, help="folder to write (MODEL-BITS, here)")
     vectors = sub.add_argument_group("assignments of codebooks and tables, calibrated on the outputs of blocks (VQ4DiT)")
     vectors.add_argument(
-        "--weight-format", choices=("table", "vq"), help="with --bits: level tables, or codebooks of vectors (w2: vq, else table)"
+        "--weight-format",
+        choices=("table", "vq", "ssvq"),
+        help="with --bits: level tables, codebooks of vectors, or these with signs split off (w2: vq, else table)",
     )
     vectors.add_argument(
         "--calibration-steps", type=_count, metavar="N", help="optimizer steps, of each block or end to end (w2: 300, else 0)"

@@ -180,8 +180,12 @@ class LayerPlan:
 # The weight format per X of wXaY. Level tables beat integers with a group size of equal stored bits: reports/study.
 WEIGHTS = {2: "table2", 3: "table3", 4: "table4", 6: "table6", 8: "int8"}
 
-# The codebook of vectors of the same bits as a table of levels.
-VECTORS = {"table2": "vq256x4", "table3": "vq64x2", "table4": "vq256x2"}
+# What --weight-format replaces a preset's weights by: tables of levels, codebooks of vectors, the same with signs split off.
+WEIGHT_FORMATS = {
+    "table": {2: "table2", 3: "table3", 4: "table4"},
+    "vq": {2: "vq256x4", 3: "vq64x2", 4: "vq256x2"},
+    "ssvq": {2: "ssvq256x8", 3: "ssvq256x4"},
+}
 
 # What presets take. At 2 bits four levels are too few: codebooks of vectors, calibrated further (calibration/assignments.py).
 PRESETS = WEIGHTS | {2: "vq256x4"}
@@ -227,19 +231,21 @@ def with_auto(recipe: Recipe) -> Recipe:
 
 
 def with_weight_format(recipe: Recipe, kind: str) -> Recipe:
-    """Return a preset with tables of levels (`table`) or codebooks of vectors (`vq`) of the same bits in place of the other.
+    """Return a preset with the weights of a kind of WEIGHT_FORMATS, of the same bits.
 
     Raises:
-        ValueError: a width that has no codebook.
+        ValueError: a width that the kind does not have.
     """
-    tables = {vector: table for table, vector in VECTORS.items()}
-    wanted = VECTORS if kind == "vq" else tables
-    rules = []
+    bits = {weight: x for of_kind in WEIGHT_FORMATS.values() for x, weight in of_kind.items()}
+    offered, rules = WEIGHT_FORMATS[kind], []
     for rule in recipe.rules:
-        weight = wanted.get(rule.weight, rule.weight)
-        if kind == "vq" and weight != DENSE and weight not in VECTORS.values():
-            raise ValueError(f"{recipe.name}: there are codebooks of vectors for 2, 3 and 4 bits; use w2, w3 or w4")
-        rules.append(replace(rule, weight=weight, otherwise=tables.get(weight, "")))
+        if rule.weight != DENSE:
+            x = bits.get(rule.weight)
+            if x not in offered:
+                widths = " or ".join(f"w{x}" for x in offered)
+                raise ValueError(f"{recipe.name}: --weight-format {kind} has no weights of this width; use {widths}")
+            rule = replace(rule, weight=offered[x], otherwise="" if kind == "table" else WEIGHT_FORMATS["table"][x])
+        rules.append(rule)
     return replace(recipe, rules=tuple(rules))
 
 

@@ -18,8 +18,8 @@ import torch
 
 CLASSES = 3
 
-# Every weight format, every kind of activation and of transform, a low-rank branch, a dense layer in a block, quantized ones
-# outside of them.
+# Every weight format but vq256x2 and vq256x8, which are as vq256x4 is; every kind of activation and of transform, a low-rank
+# branch, a dense layer in a block, quantized ones outside of them.
 MIXED = """
 name = "everything"
 
@@ -70,7 +70,7 @@ activation_format = "fp8"
 
 [[rule]]
 match = "transformer_blocks.0.ff.net.2"
-weight = "vq256x8"
+weight = "ssvq256x8"
 activation_bits = 16
 rotation = "none"
 method = "rtn"
@@ -141,7 +141,7 @@ weight = "dense"
 
 [[rule]]
 match = "proj_out_2"
-weight = "vq256x2"
+weight = "ssvq256x4"
 
 [[rule]]
 match = "*"

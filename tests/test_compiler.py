@@ -43,6 +43,7 @@ activation_bits = 8
 match = "*"
 weight = "dense"
 """
+ONCE = ("--samples", "1", "--steps", "1")
 QUICK = ("--samples", "2", "--steps", "2")
 
 
@@ -229,7 +230,9 @@ def test_all_zero_layer_stays_zero(cli, pixel_dit: Path, tmp_path: Path):
 
 
 def test_one_sample_of_one_step_is_enough_to_run(cli, pixel_dit: Path, tmp_path: Path):
-    ran = cli("calibrate", "--model", pixel_dit, "--bits", "w2a4", "--output", tmp_path / "out", "--samples", "1", "--steps", "1")
+    ran = cli(
+        "calibrate", "--model", pixel_dit, "--bits", "w2a4", "--output", tmp_path / "out", *ONCE, "--calibration-steps", "2"
+    )
     assert ran.code == 0, ran.err
 
 
@@ -418,7 +421,7 @@ def test_weight_that_is_not_finite_names_the_layer(cli, pixel_dit: Path, tmp_pat
 )
 def test_nan_outside_the_quantized_weights_names_its_tensor(cli, pixel_dit: Path, tmp_path: Path, tensor: str):
     model = sources(tmp_path, pixel_dit, lambda t: t[tensor].view(-1)[0].fill_(float("nan")))
-    ran = cli("calibrate", "--model", model, "--bits", "w8a8", "--output", tmp_path / "out", "--samples", "1", "--steps", "1")
+    ran = cli("calibrate", "--model", model, "--bits", "w8a8", "--output", tmp_path / "out", *ONCE)
     assert ran.code == 1 and tensor.rpartition(".")[0] in ran.error
     assert not (tmp_path / "out").exists()
 

@@ -18,7 +18,7 @@ def random_tensors(spec: QSpec, seed: int = 0) -> dict[str, torch.Tensor]:
     """Stored tensors with values that `check_values` accepts."""
     generator = torch.Generator().manual_seed(seed)
     f = FORMATS[spec.format]
-    codes = torch.randint(f.levels, (spec.out_features, spec.in_features // f.dim), generator=generator).to(torch.uint8)
+    codes = torch.randint(f.levels, (spec.out_features, spec.in_features // f.dim), generator=generator).to(f.code_dtype)
     if spec.format == "fp8_e4m3":
         codes[codes % 128 == 127] = 0
     tensors = {"data": f.pack(f, codes), "scale": torch.rand(spec.out_features, generator=generator) + 0.1}
@@ -28,7 +28,9 @@ def random_tensors(spec: QSpec, seed: int = 0) -> dict[str, torch.Tensor]:
         tensors["multiplier"] = torch.randint(1, 127 // top + 1, fields["multiplier"].shape, generator=generator).to(torch.uint8)
         tensors["offset"] = torch.randint(-128, 1, fields["offset"].shape, generator=generator).to(torch.int8)
     if "codebook" in fields:
-        entries = torch.randint(-128, 128, fields["codebook"].shape, generator=generator)  # e4m3 rounds them, none to NaN
+        entries = torch.randint(
+            0 if f.sign_split else -128, 128, fields["codebook"].shape, generator=generator
+        )  # e4m3 rounds them, none to NaN
         tensors["codebook"] = entries.float().to(fields["codebook"].dtype)
     return tensors
 

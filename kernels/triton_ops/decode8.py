@@ -1,6 +1,6 @@
 """`decode8` of any stored format (quantdit/formats), as an op into a scratch matrix and as a tile inside a GEMM.
 
-Reference: `Format.decode8`. Packing, formats/packing.py: blocks of 128 codes, cut into planes of 4, 2 and 1 bits; code j of a
+Reference: `Format.decode8`. Packing, formats/packing.py: blocks of 128 codes, cut into planes of 8, 4, 2 and 1 bits; code j of a
 block of t lies, of a plane of p bits, in byte `j % r` at bit `p (j // r)`, r = t p / 8. A row's last block is shorter.
 """
 
@@ -111,6 +111,12 @@ def stored_tile(
         j = (first % 128 + lane // DIM)[None, :]
         if BITS == 8:
             code = tl.load(base + j, mask=ok, other=0).to(tl.int32)
+        elif BITS == 16:
+            code = tl.load(base + j, mask=ok, other=0).to(tl.int32)
+            negative = tl.load(base + T + j, mask=ok, other=0).to(tl.int32)
+        elif BITS == 12:
+            code = tl.load(base + j, mask=ok, other=0).to(tl.int32)
+            negative = _plane(base, j, ok, T, 4, T)
         elif BITS == 6:
             code = _plane(base, j, ok, 0, 4, T) | (_plane(base, j, ok, T // 2, 2, T) << 4)
         elif BITS == 3:
@@ -126,6 +132,8 @@ def stored_tile(
             value = tl.load(table + code, mask=ok, other=0)
         else:
             value = tl.load(codebook_ptr + code * DIM + (column % DIM)[None, :], mask=ok, other=0)
+            if BITS > 8:  # magnitudes; the bits above are signs
+                value = tl.where(((negative >> (column % DIM)[None, :]) & 1) == 1, 0 - value, value)
     return value
 
 

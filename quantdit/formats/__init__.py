@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from quantdit.formats.affine import INT2, INT3, INT4, INT6, INT8
 from quantdit.formats.codebook import (
+    SSVQ256X4,
+    SSVQ256X8,
     TABLE2,
     TABLE2_E4M3,
     TABLE3,
@@ -38,6 +40,8 @@ FORMATS: dict[str, Format] = {
     "vq64x2": VQ64X2,
     "vq256x2": VQ256X2,
     "vq256x8": VQ256X8,
+    "ssvq256x8": SSVQ256X8,
+    "ssvq256x4": SSVQ256X4,
     "fp8_e4m3": FP8_E4M3,
 }
 

@@ -7,6 +7,10 @@
 * `vq256x4` (2 bits a weight), `vq64x2` (3 bits), `vq256x2` (4 bits), `vq256x8` (1 bit): a codebook int8 `[k, d]` of vectors of
   d consecutive inputs (VQ4DiT, arXiv 2408.17131).
 
+* `ssvq256x8` (2 bits), `ssvq256x4` (3 bits): the signs split off (SSVQ, arXiv 2503.08668). A code is an entry of a codebook of
+  magnitudes int8 `[256, d]`, none negative, in the low 8 bits, and above them a bit for each of the d weights, set where it is
+  negative: 65,536 or 4,096 different vectors of 256 entries.
+
 Stored: `data` (packed assignments, packing.py) and `codebook`.
 """
 
@@ -23,7 +27,7 @@ from quantdit.formats.packing import pack_codes, packed_bytes, unpack_codes
 
 
 def _fields(f: Format, s: QSpec, entry: torch.dtype = torch.int8) -> dict[str, Field]:
-    codebook = (s.codebook_rows, f.levels) if f.dim == 1 else (f.levels, f.dim)
+    codebook = (s.codebook_rows, f.levels) if f.dim == 1 else (f.codewords, f.dim)
     return {
         "data": Field(torch.uint8, (s.out_features, packed_bytes(s.in_features // f.dim, f.code_bits))),
         "codebook": Field(entry, codebook),
@@ -41,10 +45,29 @@ def _unpack(f: Format, data: Tensor, n: int) -> Tensor:
 def _decode8(f: Format, s: QSpec, t: Mapping[str, Tensor]) -> Tensor:
     assignments = unpack_codes(t["data"], f.code_bits, s.in_features // f.dim)
     codebook = t["codebook"].view(torch.uint8)  # bytes, whatever they mean: indexing knows no float8
+    if f.sign_split:
+        return words(t["codebook"], assignments, True).flatten(1)
     if f.dim > 1:
-        return codebook.view(torch.int8)[assignments.int()].reshape(s.out_features, s.in_features)
+        return words(codebook.view(torch.int8), assignments.int()).flatten(1)
     entries = codebook[0][assignments.int()] if s.codebook_rows == 1 else torch.gather(codebook, 1, assignments.long())
     return entries.view(t["codebook"].dtype)
+
+
+def words(codebook: Tensor, codes: Tensor, sign_split: bool = False) -> Tensor:
+    """Return the vectors `[..., d]` of codes `[...]` int32 or int64: entries of the codebook `[k, d]`.
+
+    With `sign_split` it is entry `code mod k`, whose number j is negated where bit j of `code div k` is set.
+    """
+    if not sign_split:
+        return codebook[codes]
+    k, d = codebook.shape
+    negative = (codes // k)[..., None] >> torch.arange(d, dtype=codes.dtype, device=codes.device) & 1
+    return codebook[(codes % k).int()] * (1 - 2 * negative).to(codebook.dtype)
+
+
+def _check_magnitudes(f: Format, s: QSpec, t: Mapping[str, Tensor]) -> str | None:
+    negative = int((t["codebook"] < 0).sum())
+    return f"{negative} entries of a codebook of magnitudes are negative" if negative else None
 
 
 def _check(f: Format, s: QSpec, t: Mapping[str, Tensor]) -> str | None:
@@ -66,3 +89,5 @@ VQ256X4 = Format("vq256x4", 8, 4, _fields, _pack, _unpack, _decode8, _check)
 VQ64X2 = Format("vq64x2", 6, 2, _fields, _pack, _unpack, _decode8, _check)
 VQ256X2 = Format("vq256x2", 8, 2, _fields, _pack, _unpack, _decode8, _check)
 VQ256X8 = Format("vq256x8", 8, 8, _fields, _pack, _unpack, _decode8, _check)
+SSVQ256X8 = Format("ssvq256x8", 16, 8, _fields, _pack, _unpack, _decode8, _check_magnitudes, sign_split=True)
+SSVQ256X4 = Format("ssvq256x4", 12, 4, _fields, _pack, _unpack, _decode8, _check_magnitudes, sign_split=True)

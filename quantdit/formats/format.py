@@ -46,9 +46,10 @@ class Format:
         name: the word used in recipes and checkpoints.
         code_bits: width of one code.
         dim: weights per code (1 for scalar formats).
+        sign_split: whether a code is a codeword of magnitudes and, above it, a bit for each weight that is negative.
         fields: `spec -> {field name: Field}`, everything stored besides `scale` (float32 `[out]`).
-        pack: codes `[out, in // dim]` uint8 -> `data`.
-        unpack: `data`, `in_features // dim` -> codes `[out, in // dim]` uint8; `unpack(pack(codes)) == codes`.
+        pack: codes `[out, in // dim]` uint8 (int32 above 8 bits) -> `data`.
+        unpack: `data`, `in_features // dim` -> codes `[out, in // dim]` of the same dtype; `unpack(pack(codes)) == codes`.
         decode8: spec and stored tensors -> `I` `[out, in]`, int8 (float8_e4m3fn for `fp8_e4m3`).
         check: spec and stored tensors -> what is wrong with the values, or None; shapes and dtypes are already right.
     """
@@ -61,8 +62,19 @@ class Format:
     unpack: Callable[[Format, Tensor, int], Tensor]
     decode8: Callable[[Format, QSpec, Mapping[str, Tensor]], Tensor]
     check: Callable[[Format, QSpec, Mapping[str, Tensor]], str | None]
+    sign_split: bool = False
 
     @property
     def levels(self) -> int:
         """Return the number of different codes."""
         return 2**self.code_bits
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Return the dtype of codes: uint8, int32 above 8 bits."""
+        return torch.uint8 if self.code_bits <= 8 else torch.int32
+
+    @property
+    def codewords(self) -> int:
+        """Return the number of entries of a codebook: one for each code, but for the bits that are signs."""
+        return self.levels >> self.dim if self.sign_split else self.levels

@@ -83,6 +83,8 @@ RULES = (
     {"weight": "vq64x2", "rotation": "outlier"},
     {"smooth": "rms", "low_rank": 4},
     {"weight": "table4", "activation_bits": 8},
+    {"weight": "ssvq256x4"},
+    {"weight": "ssvq256x8", "activation_bits": 8},
 )
 
 
@@ -268,7 +270,7 @@ def test_calibrate_with_assignments(cli, pixel_dit: Path, tmp_path: Path, mode: 
     ("given", "words"),
     [
         (("--bits", "w2a16", "--samples", "0", "--calibration-steps", "5"), ("--samples 0", "--calibration-steps")),
-        (("--bits", "w8a8", "--weight-format", "vq"), ("w2, w3 or w4",)),
+        (("--bits", "w8a8", "--weight-format", "vq"), ("w2 or w3 or w4",)),
         (("--bits", "w2a16", "--calibration-steps", "5", "--candidates", "9"), ("9 candidates", "4")),
     ],
 )

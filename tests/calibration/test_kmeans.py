@@ -149,9 +149,10 @@ def test_quantized_vectors_are_the_nearest_codewords(name: str):
     weight, gram = random(24, 64), torch.diag(random(64, seed=1).square() + 0.1)
     q = quantize_weight(weight, gram, name, 64, "rtn", seed=2)
     vectors = (weight / q.scale[:, None]).reshape(-1, f.dim)
+    vectors = vectors.abs() if f.sign_split else vectors
     importance = gram.diagonal().reshape(-1, f.dim).repeat(24, 1)
     exact = distances(vectors, importance, q.codebook.float())
-    chosen = f.unpack(f, q.data, 64 // f.dim).reshape(-1, 1).long()
+    chosen = f.unpack(f, q.data, 64 // f.dim).reshape(-1, 1).long() % f.codewords
     # Entries reach 64: squares of 4096 in float32, 10 roundings.
     tolerance = 10 * U32 * 3 * float(importance.sum(dim=1).max() * vectors.abs().max().clamp_min(64) ** 2)
     assert bool((exact.gather(1, chosen)[:, 0] <= exact.amin(dim=1) + tolerance).all())

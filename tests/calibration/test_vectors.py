@@ -9,10 +9,12 @@ import torch
 
 from quantdit.calibration.gptq import factor
 from quantdit.calibration.quantize import energy, output_error, quantize_weight
-from quantdit.calibration.vectors import descend, feedback, fit_codebook, nearest
+from quantdit.calibration.vectors import descend, feedback, fit_codebook, nearest, sign_codes, signed_errors
 from quantdit.formats import FORMATS
+from quantdit.formats.codebook import words
 
 VECTORS = [name for name, f in FORMATS.items() if f.dim > 1]
+SIGNED = [name for name in VECTORS if FORMATS[name].sign_split]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -121,6 +123,61 @@ def test_feedback_and_descent_lower_the_output_error(name: str):
     descended = quantize_weight(W, H, name, 128, "gptq", act_order=True, descent=2)
     errors = [output_error(q.dequantize() - W, W, H) for q in (plain, fed, descended)]
     assert errors[1] < 0.95 * errors[0] and errors[2] <= errors[1]
+
+
+@pytest.mark.parametrize("d", [2, 4])
+def test_signed_codewords_are_those_of_a_search_among_the_targets_signs(d: int):
+    targets, codebook, metric = random(60, d), random(9, d, seed=1).abs(), random(d, d, seed=2)
+    codes = nearest(targets, codebook, metric, sign_split=True)
+    found = words(codebook, codes, True)
+    signs = torch.where(targets < 0, -1.0, 1.0)
+    assert bool((found * signs >= 0).all())
+    tried = ((targets[:, None] - signs[:, None] * codebook).double() @ metric.double()).square().sum(-1)
+    assert torch.equal(codes % 9, tried.argmin(dim=1))
+    errors, flips = signed_errors(targets, codebook, metric)
+    expected = tried - (targets.double() @ metric.double()).square().sum(1, keepdim=True)
+    torch.testing.assert_close(errors.double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(codes, errors.argmin(1) + flips)
+
+
+def test_codes_of_signs_name_the_negative_ones():
+    assert sign_codes(torch.tensor([[1.0, 2.0, 3.0], [-1.0, 2.0, -3.0], [0.0, -0.5, 0.0]])).tolist() == [0, 0b101, 0b010]
+
+
+@pytest.mark.parametrize("d", [4, 8])
+def test_descent_with_signs_never_raises_the_error(d: int):
+    W, H, codebook = random(6, 48, seed=9), correlated_gram(48, seed=10), random(20, d, seed=11).abs()
+    codes = feedback(W, H, codebook, sign_split=True)
+    errors = []
+    for _ in range(8):
+        errors.append(energy((words(codebook, codes, True).flatten(1) - W).double(), H))
+        codes = descend(codes, W, H, codebook, 1, sign_split=True)
+    assert errors[1] < 0.999 * errors[0] and all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(errors))
+
+
+def test_a_codebook_of_magnitudes_is_fitted_too():
+    W, H, codebook = random(16, 64, seed=12), correlated_gram(64, seed=13), random(10, 4, seed=14).abs()
+    codes, row_weight = feedback(W, H, codebook, sign_split=True), random(16, seed=15).abs() + 0.1
+
+    def weighted(c: torch.Tensor) -> torch.Tensor:
+        D = (words(c, codes, True).flatten(1) - W.double()) * row_weight.double().sqrt()[:, None]
+        return (D @ H.double() * D).sum()
+
+    fitted = fit_codebook(codebook, codes, W, H, row_weight, 200, sign_split=True)
+    moved = fitted.double().requires_grad_(True)
+    loss = weighted(moved)
+    loss.backward()
+    assert float(loss.detach()) < float(weighted(codebook.double()))
+    assert float(moved.grad.abs().max()) < 1e-3 * float(loss.detach())
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_signs_split_off_are_worth_their_bits(name: str):
+    """On Gaussian weights, against codebooks of vectors of the same bits."""
+    W, H = random(512, 256, seed=22), torch.eye(256)
+    plain, ratio = {"ssvq256x8": ("vq256x4", 0.995), "ssvq256x4": ("vq64x2", 0.95)}[name]
+    errors = [output_error(quantize_weight(W, H, n, 256, "rtn").dequantize() - W, W, H) for n in (name, plain)]
+    assert errors[0] < ratio * errors[1]
 
 
 def test_same_seed_same_codes():

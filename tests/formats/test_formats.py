@@ -16,7 +16,7 @@ import torch
 
 from quantdit.formats import FORMATS, Format, QSpec
 from quantdit.formats.packing import pack_codes, packed_bytes, unpack_codes
-from quantdit.qtensor import check_values, spec_fields
+from quantdit.qtensor import QTensor, check_values, spec_fields
 
 WIDTHS = (1, 7, 8, 40, 64, 100, 128, 129, 136, 192, 300)
 PACKED = tuple(name for name, f in FORMATS.items() if name not in ("int8", "fp8_e4m3"))  # these go through packing.py
@@ -24,16 +24,20 @@ AFFINE = ("int2", "int3", "int4", "int6")
 TABLES = ("table2", "table3", "table4", "table6")
 TABLES_E4M3 = tuple(f"{name}_e4m3" for name in TABLES)
 VECTORS = ("vq256x4", "vq64x2", "vq256x2", "vq256x8")
+SIGN_SPLIT = ("ssvq256x8", "ssvq256x4")
+FEW = 256  # of the codes of wide formats
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def every_code_everywhere(levels: int, width: int) -> torch.Tensor:
-    """Codes `[levels, width]` uint8 in which every code stands at every position once."""
-    return ((torch.arange(levels)[:, None] + torch.arange(width)) % levels).to(torch.uint8)
+    """Codes `[levels, width]` in which every code stands at every position once; of more than FEW levels, so many of them."""
+    step = max(1, levels // FEW)
+    codes = (torch.arange(0, levels, step)[:, None] + torch.arange(width) * (step + 1)) % levels
+    return codes.to(torch.uint8 if levels <= 256 else torch.int32)
 
 
 def random_codes(f: Format, rows: int, width: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(f.levels, (rows, width), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    return torch.randint(f.levels, (rows, width), generator=torch.Generator().manual_seed(seed)).to(f.code_dtype)
 
 
 def slow_pack(row: list[int], bits: int) -> list[int]:
@@ -43,7 +47,7 @@ def slow_pack(row: list[int], bits: int) -> list[int]:
         block = row[start : start + 128]
         block = block + [0] * (-len(block) % 8)
         t, low = len(block), 0
-        for p in {1: [1], 2: [2], 3: [2, 1], 4: [4], 6: [4, 2], 8: [8]}[bits]:
+        for p in {1: [1], 2: [2], 3: [2, 1], 4: [4], 6: [4, 2], 8: [8], 12: [8, 4], 16: [8, 8]}[bits]:
             r = t * p // 8
             plane = [0] * r
             for j, code in enumerate(block):
@@ -68,7 +72,7 @@ def slow_e4m3(code: int) -> float:
 
 def test_the_lists_here_cover_the_table():
     """A new format lands in the generic tests by itself; this says that it also needs a slow definition of its decode."""
-    assert {*AFFINE, *TABLES, *TABLES_E4M3, *VECTORS, "int8", "fp8_e4m3"} == set(FORMATS)
+    assert {*AFFINE, *TABLES, *TABLES_E4M3, *VECTORS, *SIGN_SPLIT, "int8", "fp8_e4m3"} == set(FORMATS)
     assert all(name == f.name for name, f in FORMATS.items())
 
 
@@ -79,9 +83,9 @@ def test_unpack_inverts_pack(name: str, width: int):
     codes = every_code_everywhere(f.levels, width)
     data = f.pack(f, codes)
     unpacked = f.unpack(f, data, width)
-    assert unpacked.dtype == torch.uint8
+    assert unpacked.dtype == codes.dtype == f.code_dtype
     assert torch.equal(unpacked, codes)
-    expected = spec_fields(QSpec(name, f.levels, width * f.dim, width * f.dim))["data"]
+    expected = spec_fields(QSpec(name, len(codes), width * f.dim, width * f.dim))["data"]
     assert (data.dtype, tuple(data.shape)) == (expected.dtype, expected.shape)
 
 
@@ -97,10 +101,10 @@ def test_pack_takes_any_strides_and_leaves_its_input_alone(name: str):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8, 12, 16])
 def test_packed_bytes_are_those_of_the_docstring(bits: int, width: int):
     generator = torch.Generator().manual_seed(width)
-    codes = torch.randint(2**bits, (3, width), generator=generator).to(torch.uint8)
+    codes = torch.randint(2**bits, (3, width), generator=generator).to(torch.uint8 if bits <= 8 else torch.int32)
     packed = pack_codes(codes, bits)
     assert packed.tolist() == [slow_pack(row, bits) for row in codes.tolist()]
     assert packed.shape[1] == packed_bytes(width, bits)
@@ -133,13 +137,13 @@ def test_element_0_lies_in_the_low_bits(bits: int):
     assert pack_codes(codes, bits)[0].nonzero().tolist() == [[128 * bits // 8]]
 
 
-@pytest.mark.parametrize("name", [name for name in PACKED if FORMATS[name].code_bits < 8])
+@pytest.mark.parametrize("name", [name for name in PACKED if FORMATS[name].code_bits != 8])
 @pytest.mark.parametrize("width", [8, 100, 300])
 def test_codes_out_of_range_are_refused(name: str, width: int):
     """Wherever in the row they stand; of 8-bit formats every uint8 is a code."""
     f = FORMATS[name]
     for position in {0, width // 2, width - 1}:
-        codes = torch.zeros(2, width, dtype=torch.uint8)
+        codes = torch.zeros(2, width, dtype=f.code_dtype)
         codes[1, position] = f.levels
         with pytest.raises(ValueError, match=f"{f.levels} does not fit {f.code_bits} bits"):
             f.pack(f, codes)
@@ -275,6 +279,52 @@ def test_vector_decode(name: str, count: int):
     assert integers.dtype == torch.int8
     entries = codebook.tolist()
     assert integers.tolist() == [[entry for code in row for entry in entries[code]] for row in codes.tolist()]
+
+
+@pytest.mark.parametrize("count", [1, 8, 25, 129])
+@pytest.mark.parametrize("name", SIGN_SPLIT)
+def test_sign_split_decode(name: str, count: int):
+    """The low 8 bits choose magnitudes; bit 8 + j negates number j."""
+    f = FORMATS[name]
+    assert (f.codewords, f.code_bits) == (256, 8 + f.dim)
+    codes = torch.cat([every_code_everywhere(f.levels, count), torch.full((1, count), f.levels - 1, dtype=torch.int32)])
+    codebook = torch.randint(0, 128, (256, f.dim), generator=torch.Generator().manual_seed(2))
+    codebook[0], codebook[-1] = 0, 127
+    spec = QSpec(name, len(codes), count * f.dim, count * f.dim)
+    stored = {"data": f.pack(f, codes), "codebook": codebook.to(torch.int8)}
+    integers = f.decode8(f, spec, stored)
+    assert integers.dtype == torch.int8 and f.check(f, spec, stored) is None
+    entries = codebook.tolist()
+    expected = [
+        [-entries[code % 256][j] if code >> (8 + j) & 1 else entries[code % 256][j] for code in row for j in range(f.dim)]
+        for row in codes.tolist()
+    ]
+    assert integers.tolist() == expected
+
+
+@pytest.mark.parametrize("name", SIGN_SPLIT)
+def test_negative_magnitudes_are_refused(name: str):
+    f = FORMATS[name]
+    codebook = torch.ones(256, f.dim, dtype=torch.int8)
+    codebook[7, 1] = -1
+    stored = {"data": torch.zeros(3, packed_bytes(2, f.code_bits), dtype=torch.uint8), "codebook": codebook}
+    assert "1 entries of a codebook of magnitudes" in f.check(f, QSpec(name, 3, 2 * f.dim, 2 * f.dim), stored)
+
+
+@pytest.mark.parametrize("name", (*VECTORS, *SIGN_SPLIT))
+def test_every_stored_code_has_an_entry(name: str):
+    """Whatever bytes a hostile file holds: assignments beyond the codebook cannot be, and another codebook is refused."""
+    f = FORMATS[name]
+    spec = QSpec(name, 5, 16 * f.dim, 16 * f.dim)
+    fields = spec_fields(spec)
+    data = torch.randint(256, fields["data"].shape, generator=torch.Generator().manual_seed(4)).to(torch.uint8)
+    data[0] = 255
+    codes = f.unpack(f, data, 16)
+    low = codes.long() % f.codewords if f.sign_split else codes.long()
+    assert int(low.max()) < f.codewords == fields["codebook"].shape[0]
+    short = {"data": data, "scale": torch.ones(5), "codebook": torch.ones(f.codewords - 1, f.dim, dtype=torch.int8)}
+    with pytest.raises(ValueError, match=f"codebook: expected .*{f.codewords}"):
+        QTensor(spec, **short)
 
 
 def test_int8_codes_are_the_two_s_complement_of_i():

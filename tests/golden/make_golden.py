@@ -26,8 +26,10 @@ def digests() -> dict[str, str]:
     """Return format name -> sha256 of the bytes that `pack` makes of the seeded codes `[ROWS, CODES]`."""
     result = {}
     for name, f in FORMATS.items():
-        noise = hashlib.shake_256(f"quantdit {name}".encode()).digest(ROWS * CODES)
-        codes = torch.tensor([byte % f.levels for byte in noise], dtype=torch.uint8).reshape(ROWS, CODES)
+        width = f.code_dtype.itemsize
+        noise = hashlib.shake_256(f"quantdit {name}".encode()).digest(ROWS * CODES * width)
+        numbers = [int.from_bytes(noise[i : i + width], "little") for i in range(0, len(noise), width)]
+        codes = torch.tensor([number % f.levels for number in numbers], dtype=f.code_dtype).reshape(ROWS, CODES)
         packed = f.pack(f, codes).contiguous().view(torch.uint8)
         result[name] = hashlib.sha256(packed.numpy().tobytes()).hexdigest()
     return result

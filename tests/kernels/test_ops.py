@@ -30,13 +30,17 @@ def stored_weight(name: str, rows: int, width: int, group: int, codebook_rows: i
     f = FORMATS[name]
     spec = QSpec(name, rows, width, group, codebook_rows)
     generator = torch.Generator().manual_seed(3)
-    codes = torch.randint(f.levels, (rows, width // f.dim), generator=generator).to(torch.uint8)
+    codes = torch.randint(f.levels, (rows, width // f.dim), generator=generator).to(f.code_dtype)
     if name == "fp8_e4m3":
         codes[codes % 128 == 127] = 0
     tensors: dict[str, torch.Tensor | None] = dict.fromkeys(("multiplier", "offset", "codebook"))
     for key, field in spec_fields(spec).items():
         if key in tensors:
-            low, high = {"multiplier": (0, 127 // f.levels + 1), "offset": (-128, 1), "codebook": (-128, 128)}[key]
+            low, high = {
+                "multiplier": (0, 127 // f.levels + 1),
+                "offset": (-128, 1),
+                "codebook": (0 if f.sign_split else -128, 128),
+            }[key]
             tensors[key] = torch.randint(low, high, field.shape, generator=generator).to(field.dtype)
     return f.pack(f, codes), *tensors.values(), name, width, group
 

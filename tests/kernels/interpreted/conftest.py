@@ -60,7 +60,7 @@ def weight() -> Callable[..., QTensor]:
         f = FORMATS[name]
         spec = QSpec(name, n, k, group or k, codebook_rows)
         generator = torch.Generator().manual_seed(3)
-        codes = torch.randint(f.levels, (n, k // f.dim), generator=generator).to(torch.uint8)
+        codes = torch.randint(f.levels, (n, k // f.dim), generator=generator).to(f.code_dtype)
         if name == "fp8_e4m3":
             codes[codes % 128 == 127] = 0
         tensors = {"data": f.pack(f, codes), "scale": torch.rand(n, generator=generator) / 100}

@@ -44,6 +44,8 @@ CASES = [
     ("vq64x2", 256, 1),
     ("vq256x2", 256, 1),
     ("vq256x8", 256, 1),
+    ("ssvq256x8", 256, 1),
+    ("ssvq256x4", 256, 1),
 ]
 
 
@@ -60,7 +62,8 @@ def test_a8_is_exact(name: str, group: int, rows: int, asm: bool, config: Config
 
 
 @pytest.mark.parametrize(
-    ("name", "k"), [("int4", 44), ("int4", 320), ("table4", 300), ("table3", 192), ("vq64x2", 352), ("int8", 176)]
+    ("name", "k"),
+    [("int4", 44), ("int4", 320), ("table4", 300), ("table3", 192), ("vq64x2", 352), ("ssvq256x4", 352), ("int8", 176)],
 )
 @pytest.mark.parametrize("config", [TILE, SPLIT], ids=["whole", "split"])
 @pytest.mark.parametrize("m", [1, 63])
