@@ -6,7 +6,7 @@
               w4a8      packed weight, m below `decode_from_m`                    gemm_w4a8, decoded in registers
               decode    packed weight, m from there on, or e4m3 activations       decode8 to scratch, then gemm_w8a8
               w4a16     16-bit activations, m up to `w4a16_up_to_m`               gemm_w4a16
-              dense     16-bit activations, more tokens, or float32               decode8, then torch's product
+              dense     16-bit activations, more tokens, float32, or split signs  decode8, then torch's product
 
 `QUANTDIT_KERNELS` or `using(mode)` chooses otherwise: `packed` and `decode` fix the product of packed weights with quantized
 activations, `torch` takes torch._int_mm and torch._scaled_mm for w8a8, `reference` runs the definitions of kernels/ops.py. The
@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quantdit.formats import FORMATS
 from quantdit.kernels import ops
 from quantdit.layer_spec import LayerSpec
 
@@ -88,6 +89,7 @@ def choose(m: int, layer: LayerSpec, dtype: torch.dtype, capability: int) -> Way
     a, weight = layer.activation, layer.weight
     if a.bits == 16:
         few = m <= CROSSOVER["w4a16_up_to_m"][architecture(capability)] and dtype != torch.float32 and mode != "reference"
+        few = few and not FORMATS[weight.format].sign_split
         return Way("separate", "w4a16" if few else "dense")
     prepare = "fused" if layer.rotation == "hadamard" and layer.rank <= LARGEST_RANK else "separate"
     if weight.format in WHOLE:
