@@ -252,7 +252,8 @@ def _training(args: argparse.Namespace, settings):
 
     from quantdit.calibration.assignments import Training, preset
 
-    training = preset(args.bits or "") if settings.samples else None
+    chosen = args.size_budget is not None or args.max_drift is not None  # then layers have other widths than the preset
+    training = preset(args.bits or "") if settings.samples and not chosen else None
     if args.calibration_steps is not None:
         training = Training(args.calibration_steps) if args.calibration_steps else None
     given = {"mode": args.calibration_mode, "candidates": args.candidates, "initial": args.initial_ratios}
