@@ -19,7 +19,9 @@ def peak() -> int:
 
 
 def in_gib(size: int) -> str:
-    """Return a size as `2.5GiB`, rounded up."""
+    """Return a size as `2.5GiB`, rounded up; below a tenth of that in MiB."""
+    if size < 2**30 / 10:
+        return f"{math.ceil(size / 2**20 * 10) / 10:g}MiB"
     return f"{math.ceil(size / 2**30 * 10) / 10:g}GiB"
 
 

