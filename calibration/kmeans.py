@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 MEMORY = 4 * 2**20  # bytes of distances at once: what fits a cache is the fastest
-SAMPLE = 1 << 17
+# Vectors that are fitted; twice as many, half as often again, take four times as long for 1.5 % of the squared error.
+SAMPLE = 1 << 16
 
 
 def assign(vectors: Tensor, weights: Tensor, codebook: Tensor, memory: int = MEMORY) -> Tensor:
@@ -25,7 +26,7 @@ def assign(vectors: Tensor, weights: Tensor, codebook: Tensor, memory: int = MEM
     return torch.cat(parts)
 
 
-def kmeans(vectors: Tensor, weights: Tensor, k: int, seed: int, iterations: int = 30, memory: int = MEMORY) -> Tensor:
+def kmeans(vectors: Tensor, weights: Tensor, k: int, seed: int, iterations: int = 20, memory: int = MEMORY) -> Tensor:
     """Return the codebook `[k, d]` float32 of vectors `[n, d]` with importance weights `[n, d]` (Arthur and Vassilvitskii 2007).
 
     Deterministic for a seed. Raises nothing: fewer distinct vectors than k give repeated codewords. Of more than SAMPLE vectors

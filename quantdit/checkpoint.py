@@ -43,7 +43,7 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
-def _own_keys(layers: dict[str, QuantLinear]) -> set[str]:
+def own_keys(layers: dict[str, QuantLinear]) -> set[str]:
     """Return the state-dict keys that quantized layers may have besides their bias; all other tensors are dense."""
     return {f"{name}.{field}" for name, layer in layers.items() for field in layer_fields(layer.layer_spec)}
 
@@ -72,7 +72,7 @@ def write_transformer(
     """
     folder.mkdir(parents=True, exist_ok=True)
     layers = quant_layers(model)
-    own = _own_keys(layers)
+    own = own_keys(layers)
     state = model.state_dict()
 
     def tensor(name: str) -> Tensor:
@@ -142,7 +142,7 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Mod
         # Copies: how a mapped tensor lies in its file decides which routine multiplies with it, and so the last bits.
         state = {key: opened[key].get_tensor(key).clone() for key in sorted(opened)}
     layers = quant_layers(model)
-    own = _own_keys(layers)
+    own = own_keys(layers)
     state = {key: t.float() if key in own and is_scale(key) else t for key, t in state.items()}
     for name, layer in layers.items():
         fields = {f: state[f"{name}.{f}"] for f in FIELDS if f in layer._buffers}
@@ -255,7 +255,7 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
 
 def _check_header(opened: dict, model: nn.Module, weights: Path) -> None:
     layers = quant_layers(model)
-    own = _own_keys(layers)
+    own = own_keys(layers)
     expected = model.state_dict()
     names = opened.keys()
     if missing := sorted(expected.keys() - names):

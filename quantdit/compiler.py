@@ -27,7 +27,7 @@ from quantdit.calibration.calls import StoredCalls
 from quantdit.calibration.salience import salient_calls
 from quantdit.formats import QSpec
 from quantdit.layer_spec import LayerSpec, stored_bytes
-from quantdit.linear import QuantLinear, weight_bits
+from quantdit.linear import QuantLinear
 from quantdit.models import adapter as adapters
 from quantdit.pipeline import Source
 from quantdit.recipe import LayerPlan, Recipe
@@ -205,9 +205,10 @@ def _finished_before(output: Path, source: Source, identity: dict) -> dict | Non
 
 def size_of(transformer: nn.Module, folder: Path) -> dict:
     """Count what a written transformer folder holds: bytes in all, and stored bits per weight of the quantized layers."""
-    layers = checkpoint.quant_layers(transformer).values()
-    weights_count = sum(m.in_features * m.out_features for m in layers)
-    stored = sum(weight_bits(m) * m.in_features * m.out_features for m in layers)
+    layers = checkpoint.quant_layers(transformer)
+    weights_count = sum(m.in_features * m.out_features for m in layers.values())
+    sizes, own = files.tensor_bytes(folder), checkpoint.own_keys(layers)
+    stored = 8 * sum(size for key, size in sizes.items() if key in own)
     return {
         "file_bytes": sum(path.stat().st_size for path in files.weight_files(folder)),
         "quantized_weights": weights_count,

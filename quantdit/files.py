@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -86,6 +87,24 @@ def tensor_files(folder: Path) -> dict[str, Path]:
                 if key in found:
                     raise CheckpointError(f"{path}: tensor {key} is in {found[key].name} too; copy the folder again")
                 found[key] = path
+    return found
+
+
+WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "BOOL": 1}
+
+
+def tensor_bytes(folder: Path) -> dict[str, int]:
+    """Return the bytes of each tensor in the weight files of a model folder, from their headers.
+
+    Raises:
+        CheckpointError: as `tensor_files`.
+    """
+    found = {}
+    for path in weight_files(folder):
+        with open_weights(path) as file:
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                stored = file.get_slice(key)
+                found[key] = math.prod(stored.get_shape()) * WIDTHS[stored.get_dtype()]
     return found
 
 

@@ -85,5 +85,5 @@ def test_wrong_input_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match="columns is 0"):
         clip_grid(CLIPS, LABELS, 0)
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ImportError, match=r"pip install quantdit\[video\]"):
+    with pytest.raises(ImportError, match=r"pip install 'quantdit\[video\]'"):
         write_clips(CLIPS, LABELS, tmp_path / "clips.mp4")

