@@ -27,10 +27,10 @@ from quantdit.calibration.assignments import (
 from quantdit.calibration.calls import Call
 from quantdit.calibration.layer import Quantized, quantize_layer
 from quantdit.calibration.stats import Stats
-from quantdit.compiler import REPORT
+from quantdit.compiler import REPORT, Settings, calibrate
 from quantdit.linear import QuantLinear
 from quantdit.pipeline import load_pipeline
-from quantdit.recipe import LayerPlan, Rule
+from quantdit.recipe import LayerPlan, Rule, from_bits
 
 WIDTH, OUT = 32, 24
 
@@ -243,13 +243,15 @@ def test_impossible_training_is_refused(given: dict):
 
 @pytest.mark.parametrize("mode", ["block", "end-to-end"])
 def test_calibrate_with_assignments(cli, pixel_dit: Path, tmp_path: Path, mode: str):
-    few = ("--samples", "16", "--steps", "3", "--bits", "w2a16", "--weight-format", "vq")
+    few = ("--samples", "16", "--steps", "3", "--bits", "w2a16")
     steps = ("--calibration-steps", "20", "--calibration-mode", mode)
-    digests = []
-    for name, more in (("plain", ()), ("first", steps), ("second", steps)):
+    for name, more in (("plain", ("--calibration-steps", "0")), ("first", steps)):
         ran = cli("calibrate", "--model", pixel_dit, "--output", tmp_path / name, *few, *more)
         assert ran.code == 0, ran.err
-        digests.append(files.digest(tmp_path / name / "transformer"))
+    pipeline, source = load_pipeline(str(pixel_dit))
+    settings, training = Settings(samples=16, steps=3), Training(steps=20, mode=mode)
+    calibrate(pipeline, source, from_bits("w2a16"), tmp_path / "second", settings, training=training)
+    digests = [files.digest(tmp_path / name / "transformer") for name in ("plain", "first", "second")]
     assert digests[1] == digests[2] != digests[0]
     plain, report = (files.read_json(tmp_path / name / REPORT) for name in ("plain", "first"))
     trained = [name for name, layer in report["layers"].items() if layer.get("assignments", {}).get("helped")]
@@ -264,6 +266,9 @@ def test_calibrate_with_assignments(cli, pixel_dit: Path, tmp_path: Path, mode: 
     loaded, _ = load_pipeline(str(tmp_path / "first"))
     layers = [m for m in loaded.transformer.modules() if isinstance(m, QuantLinear)]
     assert layers and all(m.spec.format == "vq256x4" for m in layers)
+    # What is loaded is to the bit what calibration ended with and evaluated.
+    in_memory, stored = pipeline.transformer.state_dict(), loaded.transformer.state_dict()
+    assert in_memory.keys() == stored.keys() and all(torch.equal(in_memory[key], stored[key]) for key in stored)
 
 
 @pytest.mark.parametrize(
