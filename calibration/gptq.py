@@ -150,19 +150,20 @@ def sweep(visit: Callable[[int], None], M: Tensor, change: Tensor, effect: Tenso
         effect: `[k, out]`, added to.
         leaf: columns within which the effect is brought one by one.
     """
+    _sweep(visit, M, change, effect, leaf, 0, len(change))
 
-    def over(start: int, end: int) -> None:
-        if end - start > leaf:
-            middle = start + (end - start + 2 * leaf - 1) // (2 * leaf) * leaf
-            over(start, middle)
-            effect[middle:end].addmm_(M[middle:end, start:middle], change[start:middle])
-            over(middle, end)
-            return
-        for i in range(start, end):
-            visit(i)
-            effect[i + 1 : end].addr_(M[i + 1 : end, i], change[i])
 
-    over(0, len(change))
+# Not a function inside: one that calls itself is a cycle, and would keep the matrices until the garbage collector comes round.
+def _sweep(visit: Callable[[int], None], M: Tensor, change: Tensor, effect: Tensor, leaf: int, start: int, end: int) -> None:
+    if end - start > leaf:
+        middle = start + (end - start + 2 * leaf - 1) // (2 * leaf) * leaf
+        _sweep(visit, M, change, effect, leaf, start, middle)
+        effect[middle:end].addmm_(M[middle:end, start:middle], change[start:middle])
+        _sweep(visit, M, change, effect, leaf, middle, end)
+        return
+    for i in range(start, end):
+        visit(i)
+        effect[i + 1 : end].addr_(M[i + 1 : end, i], change[i])
 
 
 def _fit_groups(W: Tensor, importance: Tensor, grid: Grid, group_size: int) -> list[Params]:

@@ -83,6 +83,7 @@ def quantize_layer(weight: Tensor, bias: Tensor | None, stats: Stats, plan: Laye
 
     t, choices = _choose_transform(weight, stats, plan, fitted, error, seed)
     W, G = transform.apply_to_weight(t, weight), transform.gram(t, gram)
+    gram = G  # the other, as large, is not needed any more
     rows = transform.apply(t, stats.rows)
     scales = static_scales(rows, stats.row_buckets, activation)
     branch = _low_rank(W, G, rows, scales, stats, activation, rule.low_rank, lambda w: quantize(w, G).dequantize(), seed)

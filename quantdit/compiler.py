@@ -132,6 +132,8 @@ def calibrate(
     if resume and work_folder.is_finished(output, identity):
         work_folder.publish(output.with_name(f"{output.name}.partial"), output, identity)
         return files.read_json(output / REPORT)
+    if any(streaming.is_streamed(t) for t in transformers.values()):
+        memory.give_back_at_once()
     if resume and not overwrite and (report := _finished_before(output, source, identity)) is not None:
         return report | {ALREADY: True}
     partial = work_folder.open_partial(output, identity, resume, overwrite)

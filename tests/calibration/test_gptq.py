@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 
 from quantdit.calibration import gptq as error_feedback
 from quantdit.calibration import quantize
-from quantdit.calibration.gptq import descend, factor, gptq, rtn
+from quantdit.calibration.gptq import descend, factor, gptq, rtn, sweep
 from quantdit.calibration.grids import GRIDS, Grid
 from quantdit.calibration.quantize import energy, output_error, quantize_weight
 from quantdit.formats import FORMATS
@@ -384,3 +386,16 @@ def test_output_error_of_next_to_nothing_is_a_real_number(seed: int):
 
 def test_every_scalar_format_has_a_grid():
     assert set(GRIDS) == set(SCALAR)
+
+
+def test_matrices_are_freed_without_the_garbage_collector():
+    """A function that calls itself and holds them would keep gigabytes alive until the collector comes round."""
+    M, change, effect = random(100, 100), torch.zeros(100, 3), torch.zeros(100, 3)
+    freed = weakref.ref(M)
+    gc.disable()
+    try:
+        sweep(lambda i: None, M, change, effect, 8)
+        del M
+        assert freed() is None
+    finally:
+        gc.enable()
