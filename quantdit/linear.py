@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,34 @@ class QuantLinear(nn.Linear):
             dense = dense + self.up.float() @ self.down.float()
         dense = transform.weight_back(self.transform, dense)
         return dense if self.bias is None else dense.to(self.bias.dtype)
+
+    def extend_branch(self, up: Tensor, down: Tensor) -> None:
+        """Add `up` `[out, r]` times `down` `[r, in]` float to the weight, as further columns and rows of the low-rank branch.
+
+        They are stored as bfloat16; what was there keeps its bits, so that `shorten_branch` undoes it.
+
+        Raises:
+            ValueError: the branch would have a larger rank than the weight.
+        """
+        spec = replace(self.layer_spec, rank=self.layer_spec.rank + down.shape[0])
+        layer_fields(spec)
+        down = transform.apply_to_weight(self.transform, down.float())
+        more = {"up": up.to(self.data.device, torch.bfloat16), "down": down.to(self.data.device, torch.bfloat16)}
+        if self.layer_spec.rank:
+            more = {"up": torch.cat([self.up, more["up"]], 1), "down": torch.cat([self.down, more["down"]])}
+        self._set_branch(spec, more)
+
+    def shorten_branch(self, rank: int) -> None:
+        """Leave the first `rank` columns and rows of the low-rank branch."""
+        kept = {"up": self.up[:, :rank].contiguous(), "down": self.down[:rank].clone()} if rank else {}
+        self._set_branch(replace(self.layer_spec, rank=rank), kept)
+
+    def _set_branch(self, spec: LayerSpec, tensors: dict[str, Tensor]) -> None:
+        for name in ("up", "down"):
+            self._buffers.pop(name, None)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.layer_spec = spec
 
     def decoded(self) -> Tensor:
         """Return `I` `[out, in]`, kept between calls on CPU."""
@@ -187,6 +216,15 @@ def weight_bits(layer: QuantLinear) -> float:
     """Return stored bits per weight of a layer: scales, codebooks, rotation and low-rank branch included, the bias not."""
     stored = sum(b.nbytes for b in layer.buffers(recurse=False))
     return 8 * stored / math.prod((layer.out_features, layer.in_features))
+
+
+def dense_linear(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
+    """Return an ordinary linear of the layer's decoded weight; its inputs are no longer quantized."""
+    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+    return linear
 
 
 def follow_timesteps(transformer: nn.Module, edges: tuple[float, ...]) -> None:

@@ -251,6 +251,20 @@ def without_data(recipe: Recipe) -> Recipe:
     return replace(recipe, rules=tuple(rules))
 
 
+def from_any(given: Recipe | Mapping | str | Path) -> Recipe:
+    """Return the recipe itself, or that of a dictionary, of a TOML file, or of bits such as `w4a8`.
+
+    Raises:
+        ValueError: as `from_bits`, `from_toml`, `from_dict`.
+        OSError: the file cannot be read.
+    """
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, Mapping):
+        return from_dict(given)
+    return from_toml(Path(given)) if isinstance(given, Path) or given.endswith(".toml") else from_bits(given)
+
+
 def from_toml(path: Path) -> Recipe:
     """Read a recipe file: `name = "..."` and `[[rule]]` tables with the fields of `Rule`.
 
