@@ -21,7 +21,7 @@ from quantdit import checkpoint, files
 from quantdit import recipe as recipes
 from quantdit.after_import import watch
 from quantdit.calibration.no_data import quantize_without_data, unit_seed
-from quantdit.checkpoint import METHOD, SPEC, CheckpointError
+from quantdit.checkpoint import METHOD, CheckpointError
 from quantdit.layer_spec import LayerSpec, layer_fields
 from quantdit.linear import QuantLinear, dense_linear
 from quantdit.models import adapter as adapters
@@ -197,7 +197,9 @@ class QuantDiTQuantizer(DiffusersQuantizer):
         else:
             made = checkpoint.quant_layers(model)
             if missing := [name for name in self._plans if name not in made]:
-                raise CheckpointError(f"the weights of layer {missing[0]} (and {len(missing) - 1} more) are not there; copy it again")
+                raise CheckpointError(
+                    f"no file holds the weight of layer {missing[0]} (and {len(missing) - 1} more); copy it again"
+                )
             config = self.quantization_config
             provenance = {"quantdit": quantdit.__version__, "calibration": {"samples": 0, "seed": config.seed}}
             config.state = checkpoint.describe(model, config.recipe.to_dict(), provenance)

@@ -48,7 +48,19 @@ SCRIPTS = ("cli", "models.train")
 
 PUBLIC = ["FORMATS", "Format", "QSpec", "QTensor", "QuantDiTConfig", "Recipe", "Rule", "load", "quantize"]
 LATER = {"QuantDiTConfig", "load", "quantize"}  # imported when they are asked for
-HEAVY = ("diffusers", "peft", "triton", "onnx", "onnxruntime", "matplotlib", "transformers", "accelerate", "skimage", "scipy", "PIL")
+HEAVY = (
+    "diffusers",
+    "peft",
+    "triton",
+    "onnx",
+    "onnxruntime",
+    "matplotlib",
+    "transformers",
+    "accelerate",
+    "skimage",
+    "scipy",
+    "PIL",
+)
 
 
 def modules() -> dict[str, Path]:
