@@ -13,6 +13,7 @@ from types import ModuleType
 REGISTER = {
     "diffusers.quantizers.auto": "quantdit.diffusers_quantizer",
     "transformers.quantizers.auto": "quantdit.transformers_quantizer",
+    "diffusers.loaders.lora_pipeline": "quantdit.flux_lora",
     "peft.tuners.lora.model": "quantdit.lora",
     "peft.tuners.lycoris_utils": "quantdit.lora",
 }

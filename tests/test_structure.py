@@ -32,7 +32,7 @@ ORDER = (
     ("recipe",),
     ("kernels", "models"),
     ("calibration", "linear"),
-    ("", "lora"),
+    ("", "lora", "flux_lora"),
     ("checkpoint",),
     ("streaming", "random_weights", "diffusers_quantizer"),
     ("pipeline",),
