@@ -1,4 +1,4 @@
-"""diffusers' loader of Flux LoRAs asks the state dict for the weight of each layer, to compare shapes; quantized ones have none."""
+"""The state dict that diffusers' loader of Flux LoRAs compares shapes with: quantized layers have no weight in theirs."""
 
 from __future__ import annotations
 

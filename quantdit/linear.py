@@ -111,13 +111,18 @@ class QuantLinear(nn.Linear):
 
     def decoded(self) -> Tensor:
         """Return `I` `[out, in]`, kept between calls on CPU."""
+        if torch.compiler.is_compiling():  # whether a kept one is up to date cannot be asked in a graph
+            return self._decode()
         stored = tuple((id(t), version_of(t)) for t in self._buffers.values())
         if self._decoded is not None and self._decoded[0] == stored:
             return self._decoded[1]
-        integers = torch.ops.quantdit.decode8(*self._stored(), self.spec.format, self.in_features, self.spec.group_size)
-        if self.cache_decoded and self.data.device.type == "cpu" and not torch.compiler.is_compiling():
+        integers = self._decode()
+        if self.cache_decoded and self.data.device.type == "cpu":
             self._decoded = (stored, integers)
         return integers
+
+    def _decode(self) -> Tensor:
+        return torch.ops.quantdit.decode8(*self._stored(), self.spec.format, self.in_features, self.spec.group_size)
 
     def forget(self) -> None:
         """Drop what is kept between calls."""
@@ -234,12 +239,13 @@ def follow_timesteps(transformer: nn.Module, edges: tuple[float, ...]) -> None:
     without a timestep uses the last one.
     """
     transformer.timestep_edges = tuple(edges)
-    layers = [m for m in transformer.modules() if isinstance(m, QuantLinear) and m.layer_spec.activation.buckets]
+    if any(isinstance(m, QuantLinear) and m.layer_spec.activation.buckets for m in transformer.modules()):
+        transformer.register_forward_pre_hook(_tell_timestep, with_kwargs=True)
 
-    def tell(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        bucket = bucket_of(timestep_of(args, kwargs), edges)
-        for layer in layers:
-            layer.bucket = bucket
 
-    if layers:
-        transformer.register_forward_pre_hook(tell, with_kwargs=True)
+def _tell_timestep(transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Set the bucket of the layers that the transformer has by now: copies, pickles and adapters around them included."""
+    bucket = bucket_of(timestep_of(args, kwargs), transformer.timestep_edges)
+    for module in transformer.modules():
+        if isinstance(module, QuantLinear) and module.layer_spec.activation.buckets:
+            module.bucket = bucket

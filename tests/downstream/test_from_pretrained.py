@@ -117,7 +117,7 @@ def test_bfloat16_is_saved_as_it_runs(made, run, tmp_path: Path):
 def test_a_whole_pipeline_loads_and_samples_as_ours(plain_dit: Path, tmp_path: Path):
     from diffusers import DiffusionPipeline
 
-    pipeline, source = load_pipeline(str(plain_dit))
+    pipeline, _ = load_pipeline(str(plain_dit))
     quantdit.quantize(pipeline.transformer, "w4a8", lambda: pipeline([1, 2], num_inference_steps=2))
     expected = pipeline([3], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
     pipeline.save_pretrained(tmp_path / "out")
