@@ -85,7 +85,7 @@ def write_transformer(
 
     def tensor(name: str) -> Tensor:
         value = state[name] if read is None or state[name].device.type != "meta" else read(name)
-        return value if name in own else _narrow(value)
+        return value if name in own else narrow(value)
 
     header = {"spec": SPEC, "recipe": recipe, "provenance": provenance}
     write_tensors(folder, state, tensor, {METHOD: json.dumps(header, sort_keys=True)})
@@ -367,7 +367,7 @@ def _check_header(opened: dict, model: nn.Module, weights: Path) -> None:
             )
 
 
-def _narrow(t: Tensor) -> Tensor:
+def narrow(t: Tensor) -> Tensor:
     """Return `t` in the narrowest of float16, bfloat16, float32 that holds it exactly."""
     if not t.is_floating_point():
         return t
