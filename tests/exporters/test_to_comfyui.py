@@ -71,10 +71,19 @@ def comfy_linear(x: Tensor, tensors: dict[str, Tensor], marker: dict) -> Tensor:
     return y + tensors["bias"].float() if "bias" in tensors else y
 
 
+def ours(place: str) -> str:
+    """Return the name in diffusers of a layer of the original Wan."""
+    renamed = {"self_attn": "attn1", "cross_attn": "attn2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}
+    renamed |= {f".{theirs}": f".{name}" for theirs, name in (("o", "to_out.0"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"))}
+    for theirs, name in renamed.items():
+        place = place.removesuffix(theirs) + name if place.endswith(theirs) else place.replace(f"{theirs}.", f"{name}.")
+    return place
+
+
 def stored(file: Path) -> dict[str, tuple[dict[str, Tensor], dict]]:
     """Return tensors and marker of each quantized layer of a file."""
     tensors = load_file(file)
-    names = [key.removesuffix(".comfy_quant") for key in tensors if key.endswith(".comfy_quant")]
+    names = sorted(key.removesuffix(".comfy_quant") for key in tensors if key.endswith(".comfy_quant"))
     return {
         name: (
             {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")},
@@ -89,14 +98,10 @@ def test_every_layer_computes_the_same(wan: Path, tmp_path: Path):
     layers, found = checkpoint.quant_layers(checkpoint.read_transformer(wan)), stored(tmp_path / "wan.safetensors")
     assert sum(counts.values()) == len(layers) == len(found)
     assert counts == {"asym_w4a8_int8": 4, "int8_tensorwise": len(layers) - 4}
-    renamed = {"attn1": "self_attn", "attn2": "cross_attn", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2", "to_out.0": "o"}
-    renamed |= {f"to_{c}": c for c in "qkv"}
     forms = set()
-    for name, layer in layers.items():
-        place = name
-        for ours, theirs in renamed.items():
-            place = place.replace(ours, theirs)
-        tensors, marker = found[place]
+    for place, (tensors, marker) in found.items():
+        name = ours(place)
+        layer = layers.pop(name)
         forms.add((marker["format"], bool(marker.get("convrot")), bool(marker.get("full_precision_matrix_mult"))))
         x = torch.randn(7, layer.in_features, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
@@ -104,6 +109,7 @@ def test_every_layer_computes_the_same(wan: Path, tmp_path: Path):
         # Sums in another order; a rounded token may fall on the other side of a tie, by one part in 127 of its largest entry.
         error = (comfy_linear(x, tensors, marker) - expected).norm() / expected.norm()
         assert float(error) < (1e-5 if layer.layer_spec.activation.bits == 16 else 1e-3), name
+    assert not layers
     assert forms == {
         ("asym_w4a8_int8", False, False),
         ("int8_tensorwise", True, False),
@@ -111,6 +117,29 @@ def test_every_layer_computes_the_same(wan: Path, tmp_path: Path):
         ("int8_tensorwise", False, False),
         ("int8_tensorwise", False, True),
     }
+
+
+def test_comfy_kitchen_itself_computes_the_same(wan: Path, tmp_path: Path):
+    """The library that ComfyUI runs these formats with, on its eager backend, which defines the others."""
+    kitchen = pytest.importorskip("comfy_kitchen.tensor", reason="pip install comfy-kitchen")
+    to_comfyui(wan, tmp_path / "wan.safetensors")
+    layers = checkpoint.quant_layers(checkpoint.read_transformer(wan))
+    for place, (tensors, marker) in stored(tmp_path / "wan.safetensors").items():
+        layer = layers[ours(place)]
+        options = {key: marker[key] for key in ("convrot", "convrot_groupsize", "group_size") if key in marker}
+        if marker["format"] == "asym_w4a8_int8":
+            layout, options["scale"] = "AsymW4A8Int8Layout", tensors["weight_s_rel"]
+            options |= {"s_channel": tensors["weight_s_channel"], "codebook": tensors["weight_codebook"]}
+        else:
+            layout, options["scale"] = "TensorWiseINT8Layout", tensors["weight_scale"]
+        shape = (layer.out_features, layer.in_features)
+        parameters = kitchen.get_layout_class(layout).Params(**options, orig_dtype=torch.float32, orig_shape=shape)
+        weight = kitchen.QuantizedTensor(tensors["weight"], layout, parameters)
+        weight = weight.dequantize() if marker.get("full_precision_matrix_mult") else weight
+        x = torch.randn(33, layer.in_features, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            expected, y = layer(x), torch.nn.functional.linear(x, weight, tensors["bias"].float())
+        assert float((y - expected).norm() / expected.norm()) < 1e-5
 
 
 def test_dense_tensors_have_the_names_that_diffusers_converts_from(wan: Path, tmp_path: Path):
