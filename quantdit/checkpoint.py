@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantdit import transform
+from quantdit import memory, transform
 from quantdit.files import (
     CheckpointError,
     digest,
@@ -140,10 +140,12 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Mod
         with open_weights(path) as file:
             for key in sorted(file.keys()):
                 # Copies: how a mapped tensor lies in its file decides which routine multiplies with it, and so the last bits.
-                state[key] = file.get_tensor(key).clone()
-                if key not in own:
-                    check_dense(key, state[key], path)
-                    state[key] = state[key].to(torch.float32 if stays_float32(model, key) else dtype)
+                tensor = file.get_tensor(key)
+                if key in own:
+                    state[key] = tensor.clone()
+                else:
+                    check_dense(key, tensor, path)
+                    state[key] = tensor.to(torch.float32 if stays_float32(model, key) else dtype, copy=True)
     model.load_state_dict(state, assign=True)
     finish(model, edges, _place(paths))
     return model.requires_grad_(False).eval()
@@ -204,6 +206,7 @@ def finish(model: nn.Module, edges: tuple[float, ...], weights: Path) -> None:
         if wrong is not None:
             raise CheckpointError(f"{weights}: layer {name}: {wrong}; the file was damaged, copy it again")
     follow_timesteps(model, edges)
+    memory.give_back()
 
 
 def own_keys(model: nn.Module) -> set[str]:
