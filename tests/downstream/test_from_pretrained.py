@@ -150,13 +150,15 @@ def test_text_encoders_are_refused_with_what_to_do():
 # ---- quantization while loading
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_quantized_while_loading_is_what_the_command_line_makes_without_data(made, run, cli, tmp_path: Path, dtype: torch.dtype):
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, "w4a8"), (torch.bfloat16, "w8a16")], ids=str)
+def test_quantized_while_loading_is_what_the_command_line_makes_without_data(
+    made, run, cli, tmp_path: Path, dtype: torch.dtype, bits: str
+):
     source = tmp_path / "source"
     # Weights of 16 bits, as published; what is cast to float16 and back was rounded before it is quantized.
     made.cls.from_pretrained(made.folder / "full", torch_dtype=torch.bfloat16).save_pretrained(source)
-    loaded = made.cls.from_pretrained(source, torch_dtype=dtype, quantization_config=QuantDiTConfig(bits="w4a8", seed=3))
-    ran = cli("calibrate", "--model", source, "--bits", "w4a8", "--samples", 0, "--seed", 3, "--output", tmp_path / "out")
+    loaded = made.cls.from_pretrained(source, torch_dtype=dtype, quantization_config=QuantDiTConfig(bits=bits, seed=3))
+    ran = cli("calibrate", "--model", source, "--bits", bits, "--samples", 0, "--seed", 3, "--output", tmp_path / "out")
     assert ran.code == 0, ran.err
     written = checkpoint.read_transformer(tmp_path / "out" / "transformer", dtype)
     assert same_tensors(loaded, written)
