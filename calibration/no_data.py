@@ -41,3 +41,8 @@ def quantize_without_data(weight: Tensor, bias: Tensor | None, plan: LayerPlan, 
         "weight_histogram": histogram(W, q.scale),
     }
     return Quantized(spec, {name: tensor.contiguous() for name, tensor in tensors.items()}, bias, report)
+
+
+def unit_seed(seed: int, number: int) -> int:
+    """Return the seed of the linears in the block of this number; those outside of blocks have the number after the last."""
+    return seed * 1009 + number

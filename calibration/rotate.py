@@ -14,7 +14,8 @@ from torch import Tensor
 from quantdit import hadamard, transform
 from quantdit.transform import Transform
 
-ROTATIONS = ("none", "hadamard", "outlier", "ars", "auto")
+ROTATIONS = ("none", "hadamard", "outlier", "ars", "auto", "regular")
+BUILT = (*transform.KINDS, "regular")
 GREEDY_STEPS = 256
 ARS_THRESHOLD = 1.0
 
@@ -40,7 +41,7 @@ def build(kind: str, rows: Tensor, seed: int, factor: Tensor | None = None, step
     rotated whatever the kind.
 
     Args:
-        kind: a name of transform.KINDS.
+        kind: a name of transform.KINDS, or `regular`: a Hadamard whose signs make it ConvRot's (`hadamard.regular_sign`).
         rows: `[r, k]` float, a sample of the inputs as they come, neither smoothed nor rotated.
         seed: of the Hadamard's signs (`hadamard.random_sign`) and of the greedy rotations.
         factor: smoothing factor `[k]`, which inputs are divided by before the rotation; None for none.
@@ -49,14 +50,16 @@ def build(kind: str, rows: Tensor, seed: int, factor: Tensor | None = None, step
     Raises:
         ValueError: unknown kind, or rows with NaN or infinite entries.
     """
-    if kind not in transform.KINDS:
-        raise ValueError(f"unknown rotation {kind!r}; known: {', '.join(transform.KINDS)}")
+    if kind not in BUILT:
+        raise ValueError(f"unknown rotation {kind!r}; known: {', '.join(BUILT)}")
     width = rows.shape[1]
-    block = hadamard.block_size(width)
+    block = hadamard.regular_block_size(width) if kind == "regular" else hadamard.block_size(width)
     if kind == "none" or block == 1:
         rotation = Transform()
     elif kind == "hadamard":
         rotation = Transform(premultiplier=hadamard.random_sign(width, seed), block=block)
+    elif kind == "regular":
+        rotation = Transform(premultiplier=hadamard.regular_sign(width, block), block=block)
     else:
         x = rows if factor is None else rows.float() / factor.float()
         rotation = outlier_rotation(x, block, seed, steps)
@@ -97,7 +100,8 @@ def choose(
         raise ValueError(f"unknown rotation {rotation!r}; known: {', '.join(ROTATIONS)}")
     if rotation != "auto":
         kind = ars(rms, threshold) if rotation == "ars" else rotation
-        return Choice(kind, build(kind, rows, seed, factor), {})
+        built = build(kind, rows, seed, factor)
+        return Choice(built.kind if kind == "regular" else kind, built, {})
     built = candidates(rows, seed, factor)
     errors = {kind: error(t) for kind, t in built.items()}
     finite = {kind: e for kind, e in errors.items() if e < float("inf")}  # NaN is not

@@ -7,10 +7,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from quantdit import checkpoint, files
 from quantdit.compiler import REPORT
+from quantdit.linear import dense_linear
 from quantdit.work_folder import copy_rest
 
 
@@ -29,11 +29,8 @@ def to_dense(folder: Path, output: Path, dtype: torch.dtype = torch.bfloat16) ->
         raise files.CheckpointError(f"{folder} has no transformer folder; give the folder that quantdit calibrate wrote")
     transformer = checkpoint.read_transformer(folder / "transformer")
     for name, layer in checkpoint.quant_layers(transformer).items():
-        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-        linear.weight = nn.Parameter(layer.weight.float(), requires_grad=False)
-        linear.bias = layer.bias
         parent, _, child = name.rpartition(".")
-        setattr(transformer.get_submodule(parent), child, linear)
+        setattr(transformer.get_submodule(parent), child, dense_linear(layer, torch.float32))
     output.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: OUTPUT.partial may hold an interrupted calibration.
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))

@@ -30,7 +30,7 @@ from quantdit.calibration.assignments import Training
 from quantdit.calibration.calls import Call, StoredCall, StoredCalls
 from quantdit.calibration.chain import Link, Unchained
 from quantdit.calibration.layer import Quantized, quantize_layer
-from quantdit.calibration.no_data import quantize_without_data
+from quantdit.calibration.no_data import quantize_without_data, unit_seed
 from quantdit.calibration.sensitivity import replaced
 from quantdit.calibration.stats import Stats
 from quantdit.layer_spec import LayerSpec
@@ -74,7 +74,7 @@ class Job:
 
     def unit_seed(self, number: int) -> int:
         """Return the seed of the unit of this number."""
-        return self.seed * 1009 + number
+        return unit_seed(self.seed, number)
 
     def loaded(self, path: str):
         """Have a part of the model in memory."""

@@ -3,12 +3,15 @@
 `transformer/config.json` holds `quantization_config`: `quant_method`, `spec`, the recipe, each layer's `LayerSpec`, the timestep
 edges of static scales, and the sha256 of the weights. `transformer/diffusion_pytorch_model.safetensors`, or the shards of its
 index, hold `<layer>.<field>` for every tensor of its `LayerSpec`, and what stayed dense. The same tensors give the same bytes.
+Diffusers writes config.json before it knows the weights; what its `save_pretrained` writes has the sha256 of its tensors in their
+file's header instead.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
@@ -17,8 +20,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantdit import transform
-from quantdit.files import CheckpointError, digest, narrowest, open_weights, read_json, tensor_files, write_json, write_tensors
+from quantdit import memory, transform
+from quantdit.files import (
+    CheckpointError,
+    digest,
+    digest_of,
+    narrowest,
+    open_weights,
+    read_json,
+    tensors_in,
+    weight_files,
+    write_json,
+    write_tensors,
+)
 from quantdit.layer_spec import LayerSpec, layer_fields
 from quantdit.linear import QuantLinear, follow_timesteps
 from quantdit.qtensor import FIELDS, check_values
@@ -43,14 +57,19 @@ def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
-def own_keys(layers: dict[str, QuantLinear]) -> set[str]:
-    """Return the state-dict keys that quantized layers may have besides their bias; all other tensors are dense."""
-    return {f"{name}.{field}" for name, layer in layers.items() for field in layer_fields(layer.layer_spec)}
+def own_keys(model: nn.Module) -> set[str]:
+    """Return the state-dict keys of a model's quantized layers besides their biases; all other tensors are dense."""
+    return {f"{name}.{field}" for name, layer in quant_layers(model).items() for field in layer_fields(layer.layer_spec)}
 
 
 def is_scale(key: str) -> bool:
     """Return whether a layer's tensor is its scale, float32 in memory and perhaps narrower in a file."""
     return key.endswith(".scale")
+
+
+def in_memory(key: str, tensor: Tensor) -> Tensor:
+    """Return a copy of a quantized layer's tensor that a file holds, as the layer has it."""
+    return tensor.to(torch.float32, copy=True) if is_scale(key) else tensor.clone()
 
 
 def write_transformer(
@@ -71,9 +90,7 @@ def write_transformer(
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    layers = quant_layers(model)
-    own = own_keys(layers)
-    state = model.state_dict()
+    own, state = own_keys(model), model.state_dict()
 
     def tensor(name: str) -> Tensor:
         value = state[name] if read is None or state[name].device.type != "meta" else read(name)
@@ -84,17 +101,21 @@ def write_transformer(
     found = digest(folder)
     config = {k: v for k, v in dict(model.config).items() if not k.startswith("_") and k != "quantization_config" and _is_json(v)}
     config = {"_class_name": type(model).__name__, "_diffusers_version": version("diffusers"), **config}
-    config["quantization_config"] = {
+    config["quantization_config"] = describe(model, recipe, provenance) | {"sha256": found}
+    write_json(folder / "config.json", config)
+    return found
+
+
+def describe(model: nn.Module, recipe: dict, provenance: dict) -> dict:
+    """Return the quantization_config of a transformer with QuantLinear layers, but for the sha256 of its file."""
+    return {
         "quant_method": METHOD,
         "spec": SPEC,
-        "sha256": found,
         "recipe": recipe,
         "provenance": provenance,
         "timestep_edges": list(getattr(model, "timestep_edges", ())),
-        "layers": {name: asdict(m.layer_spec) for name, m in layers.items()},
+        "layers": {name: asdict(m.layer_spec) for name, m in quant_layers(model).items()},
     }
-    write_json(folder / "config.json", config)
-    return found
 
 
 def is_quantized(folder: Path) -> bool:
@@ -113,56 +134,139 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Mod
     Raises:
         CheckpointError: the folder is no quantdit checkpoint, is of a newer spec, or is damaged.
     """
-    config = read_json(folder / "config.json")
+    where = folder / "config.json"
+    config = read_json(where)
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
-        raise CheckpointError(f"{folder / 'config.json'}: no quantization_config of quantdit; was this folder made by quantdit?")
+        raise CheckpointError(f"{where}: no quantization_config of quantdit; was this folder made by quantdit?")
+    check_spec(quantization, where)
+    paths = weight_files(folder)
+    _check_plausible(config, len(tensors_in(paths)), where)
+    model = build_on_meta(config, folder)
+    edges = prepare(model, quantization, paths, where)
+    own, state = own_keys(model), {}
+    for path in paths:
+        with open_weights(path) as file:
+            for key in sorted(file.keys()):
+                # Copies: how a mapped tensor lies in its file decides which routine multiplies with it, and so the last bits.
+                tensor = file.get_tensor(key)
+                if key in own:
+                    state[key] = in_memory(key, tensor)
+                else:
+                    check_dense(key, tensor, path)
+                    state[key] = tensor.to(torch.float32 if stays_float32(model, key) else dtype, copy=True)
+    model.load_state_dict(state, assign=True)
+    finish(model, edges, _place(paths))
+    return model.requires_grad_(False).eval()
+
+
+def check_spec(quantization: dict, where: Path) -> None:
+    """Refuse a quantization_config of another version.
+
+    Raises:
+        CheckpointError: it is older, newer, or none.
+    """
     spec = quantization.get("spec")
     if type(spec) is not int or spec != SPEC:
         older = type(spec) is int and 0 < spec < SPEC
         remedy = "calibrate the model again" if older else "upgrade with pip install -U quantdit"
-        raise CheckpointError(
-            f"{folder / 'config.json'}: checkpoint spec {spec!r}, but this quantdit reads spec {SPEC}; {remedy}"
-        )
-    places = tensor_files(folder)
-    weights = next(iter(places.values()), folder)
-    weights = weights if len(set(places.values())) <= 1 else folder
-    _check_plausible(config, len(places), folder / "config.json")
-    model = _skeleton(config, quantization, folder)
-    edges = _timestep_edges(quantization, quant_layers(model), folder / "config.json")
+        raise CheckpointError(f"{where}: checkpoint spec {spec!r}, but this quantdit reads spec {SPEC}; {remedy}")
+
+
+def prepare(model: nn.Module, quantization: dict, paths: list[Path], where: Path) -> tuple[float, ...]:
+    """Replace a full-precision model's linears by QuantLinear layers on the meta device; returns the timestep edges.
+
+    What can be checked of the files before their tensors are allocated is: names, dtypes, shapes, the sha256.
+
+    Args:
+        model: parameters on the meta device.
+        quantization: the quantization_config, of this SPEC.
+        paths: of its weight files.
+        where: the config came from.
+
+    Raises:
+        CheckpointError: the config fits neither the model nor the files, or these are damaged.
+    """
+    _put_layers(model, quantization, where)
+    edges = _timestep_edges(quantization, quant_layers(model), where)
+    weights = _place(paths)
+    places = tensors_in(paths)
     with ExitStack() as stack:
-        files = {path: stack.enter_context(open_weights(path)) for path in sorted(set(places.values()))}
-        opened = {key: files[path] for key, path in places.items()}
-        _check_header(opened, model, weights)
-        if (got := digest(folder)) != quantization.get("sha256"):
-            raise CheckpointError(
-                f"{weights}: sha256 is {got[:12]}..., the config says {str(quantization.get('sha256'))[:12]}...;"
-                " the file was damaged or changed, copy it again"
-            )
-        # Copies: how a mapped tensor lies in its file decides which routine multiplies with it, and so the last bits.
-        state = {key: opened[key].get_tensor(key).clone() for key in sorted(opened)}
-    layers = quant_layers(model)
-    own = own_keys(layers)
-    state = {key: t.float() if key in own and is_scale(key) else t for key, t in state.items()}
-    for name, layer in layers.items():
-        fields = {f: state[f"{name}.{f}"] for f in FIELDS if f in layer._buffers}
-        if (wrong := check_values(layer.spec, fields)) is not None:
+        opened = {path: stack.enter_context(open_weights(path)) for path in paths}
+        _check_header({key: opened[path] for key, path in places.items()}, model, weights)
+        _check_digest(quantization, paths, list(opened.values()), weights)
+    return edges
+
+
+def finish(model: nn.Module, edges: tuple[float, ...], weights: Path) -> None:
+    """Check the values of the quantized layers of a model whose tensors are in place, and have it follow its timesteps.
+
+    Raises:
+        CheckpointError: scales that are not finite, codes that leave the int8 range, a rotation that is none.
+    """
+    for name, layer in quant_layers(model).items():
+        state = layer._buffers
+        if (wrong := check_values(layer.spec, {f: state[f] for f in FIELDS if f in state})) is not None:
             raise CheckpointError(f"{weights}: layer {name}: {wrong}; the file was damaged, copy or calibrate it again")
-        named = {n: state[f"{name}.{n}"] for n in transform.NAMES if n in layer._buffers}
-        moved = transform.from_tensors(layer.layer_spec.rotation, layer.layer_spec.block, named)
-        others = {n: state[f"{name}.{n}"] for n in ("static_scale", "up", "down") if n in layer._buffers}
-        wrong = transform.check_values(moved) or _not_finite(others)
+        others = {n: state[n] for n in ("static_scale", "up", "down") if n in state}
+        wrong = transform.check_values(layer.transform) or _not_finite(others)
         if "static_scale" in others and not bool((others["static_scale"] > 0).all()):
             wrong = "static_scale has entries that are not positive"
         if wrong is not None:
             raise CheckpointError(f"{weights}: layer {name}: {wrong}; the file was damaged, copy it again")
-    for key, t in state.items():
-        if key not in own and not bool(torch.isfinite(t).all()):
-            raise CheckpointError(f"{weights}: tensor {key} has NaN or infinite entries; the file was damaged, copy it again")
-    state = {k: t if k in own else t.to(dtype) for k, t in state.items()}
-    model.load_state_dict(state, assign=True)
     follow_timesteps(model, edges)
-    return model.requires_grad_(False).eval()
+    memory.give_back()
+
+
+def check_dense(key: str, tensor: Tensor, weights: Path) -> None:
+    """Refuse a dense tensor with NaN or infinite entries.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{weights}: tensor {key} has NaN or infinite entries; the file was damaged, copy it again")
+
+
+def stays_float32(model: nn.Module, key: str) -> bool:
+    """Return whether a dense tensor is float32 whatever the dtype of the model, as its class in diffusers asks for."""
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return not {kept}.isdisjoint(key.split(".")) if isinstance(kept, str) else not set(kept).isdisjoint(key.split("."))
+
+
+def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the sha256 of the tensors' names, dtypes, shapes and bytes, in whatever order they come."""
+    sums = []
+    for name, t in tensors:
+        data = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        sums.append(hashlib.sha256(f"{name} {t.dtype} {tuple(t.shape)} ".encode() + data.tobytes()).hexdigest())
+    return hashlib.sha256("".join(sorted(sums)).encode()).hexdigest()
+
+
+def _check_digest(quantization: Mapping, paths: list[Path], opened: list, weights: Path) -> None:
+    stated, source = quantization.get("sha256"), "config"
+    if stated is None:
+        stated, source = _header_digest(opened[0]), "header"
+        got = tensors_digest((key, file.get_tensor(key)) for file in opened for key in file.keys())  # noqa: SIM118
+    else:
+        got = digest_of(paths)
+    if got != stated:
+        raise CheckpointError(
+            f"{weights}: sha256 is {got[:12]}..., the {source} says {str(stated)[:12]}...;"
+            " the file was damaged or changed, copy it again"
+        )
+
+
+def _header_digest(file) -> str | None:
+    """Return the sha256 of its tensors that `save_pretrained` put into a file's header."""
+    try:
+        return json.loads((file.metadata() or {}).get(METHOD, "{}")).get("tensors_sha256")
+    except (ValueError, RecursionError, AttributeError):
+        return None
+
+
+def _place(paths: list[Path]) -> Path:
+    return paths[0] if len(paths) == 1 else paths[0].parent
 
 
 def _check_plausible(config: dict, tensors: int, where: Path) -> None:
@@ -198,10 +302,8 @@ def build_on_meta(config: dict, folder: Path, compute_buffers: bool = True) -> n
         raise CheckpointError(f"{where}: {cls.__name__} cannot be built from it: {error}") from error
 
 
-def _skeleton(config: dict, quantization: dict, folder: Path) -> nn.Module:
-    """Build the transformer with its quantized layers, parameters on the meta device."""
-    where = folder / "config.json"
-    model = build_on_meta(config, folder)
+def _put_layers(model: nn.Module, quantization: dict, where: Path) -> None:
+    """Put the quantized layers, on the meta device, into a full-precision model."""
     layers = quantization.get("layers")
     if not isinstance(layers, dict):
         raise CheckpointError(f"{where}: quantization_config.layers must be a table of layers")
@@ -214,7 +316,6 @@ def _skeleton(config: dict, quantization: dict, folder: Path) -> nn.Module:
         if not isinstance(linear, nn.Linear):
             raise CheckpointError(f"{where}: layer {name!r} is a {type(linear).__name__}, expected a Linear")
         setattr(parent, name.rpartition(".")[2], _layer(name, entry, linear, where))
-    return model
 
 
 def _layer(name: str, entry: object, linear: nn.Linear, where: Path) -> QuantLinear:
@@ -254,9 +355,7 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
 
 
 def _check_header(opened: dict, model: nn.Module, weights: Path) -> None:
-    layers = quant_layers(model)
-    own = own_keys(layers)
-    expected = model.state_dict()
+    own, expected = own_keys(model), model.state_dict()
     names = opened.keys()
     if missing := sorted(expected.keys() - names):
         raise CheckpointError(f"{weights}: tensor {missing[0]} is missing (and {len(missing) - 1} more); copy it again")

@@ -161,9 +161,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("folder", type=Path, metavar="DIR")
     sub.add_argument(
-        "--to", choices=("dense",), required=True, help="dense: its transformer as bfloat16, which plain diffusers loads"
+        "--to",
+        choices=("dense", "comfyui"),
+        required=True,
+        help="dense: its transformer as bfloat16, which plain diffusers loads; comfyui: one file in ComfyUI's own formats",
     )
-    sub.add_argument("--output", type=Path, required=True, help="folder to write")
+    sub.add_argument("--output", type=Path, required=True, help="folder to write, or FILE.safetensors for ComfyUI")
 
     sub = command(
         "bench",
@@ -372,10 +375,15 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from quantdit.exporters.to_comfyui import to_comfyui
     from quantdit.exporters.to_dense import to_dense
 
-    to_dense(args.folder, args.output)
-    print(args.output)
+    if args.to == "comfyui":
+        counts = to_comfyui(args.folder, args.output)
+        print(f"{args.output}: {', '.join(f'{count} layers as {name}' for name, count in sorted(counts.items()))}")
+    else:
+        to_dense(args.folder, args.output)
+        print(args.output)
     return 0
 
 

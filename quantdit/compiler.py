@@ -209,7 +209,7 @@ def size_of(transformer: nn.Module, folder: Path) -> dict:
     """Count what a written transformer folder holds: bytes in all, and stored bits per weight of the quantized layers."""
     layers = checkpoint.quant_layers(transformer)
     weights_count = sum(m.in_features * m.out_features for m in layers.values())
-    sizes, own = files.tensor_bytes(folder), checkpoint.own_keys(layers)
+    sizes, own = files.tensor_bytes(folder), checkpoint.own_keys(transformer)
     stored = 8 * sum(size for key, size in sizes.items() if key in own)
     return {
         "file_bytes": sum(path.stat().st_size for path in files.weight_files(folder)),
@@ -424,7 +424,7 @@ def _check_budget(budget: int, least: int, whole: int, target: Target) -> None:
 def _bytes(linear: nn.Linear, plan: LayerPlan) -> int:
     """Return the stored bytes of a layer so planned, without what only calibration can tell (such as a rank)."""
     q = QSpec(plan.rule.weight, linear.out_features, linear.in_features, plan.group_size)
-    block = hadamard.block_size(linear.in_features) if plan.rule.rotation == "hadamard" else 1
+    block = hadamard.block_size(linear.in_features) if plan.rule.rotation in ("hadamard", "regular") else 1
     return stored_bytes(LayerSpec(q, rotation="hadamard", block=block) if block > 1 else LayerSpec(q))
 
 

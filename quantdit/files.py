@@ -80,8 +80,17 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     Raises:
         CheckpointError: a missing or damaged file, or a tensor in two files.
     """
+    return tensors_in(weight_files(folder))
+
+
+def tensors_in(paths: Iterable[Path]) -> dict[str, Path]:
+    """Return in which of these files each tensor lies.
+
+    Raises:
+        CheckpointError: a missing or damaged file, or a tensor in two files.
+    """
     found: dict[str, Path] = {}
-    for path in weight_files(folder):
+    for path in paths:
         with open_weights(path) as file:
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 if key in found:
@@ -157,8 +166,13 @@ def write_tensors(
 
 
 def digest(folder: Path) -> str:
-    """Return the sha256 of a model folder's weights: of the file, or of the sha256s of its shards."""
-    sums = [sha256(path) for path in weight_files(folder)]
+    """Return the sha256 of a model folder's weights."""
+    return digest_of(weight_files(folder))
+
+
+def digest_of(paths: Iterable[Path]) -> str:
+    """Return the sha256 of a file, or of the sha256s of several."""
+    sums = [sha256(path) for path in paths]
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 

@@ -39,3 +39,37 @@ def random_sign(width: int, seed: int) -> Tensor:
     """Return `[width]` int8 of +1 and -1, the same for the same seed and width."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + width)
     return (torch.randint(0, 2, (width,), generator=generator, dtype=torch.int8) * 2 - 1).to(torch.int8)
+
+
+def regular_block_size(width: int) -> int:
+    """Return the largest power of four that divides `width`, at most LARGEST_BLOCK; 1 if there is none."""
+    block = block_size(width)
+    return block if block.bit_length() % 2 else block // 2
+
+
+def regular_sign(width: int, block: int) -> Tensor:
+    """Return `[width]` int8, +1 and -1, whose `diag(sign) (1 kron H_b)` is ConvRot's rotation (`regular`) column by column.
+
+    The columns are in another order and some negated, which changes neither the size of a token's largest value nor rounding.
+
+    Raises:
+        ValueError: the block is no power of four that divides the width.
+    """
+    if block < 1 or block & (block - 1) or not block.bit_length() % 2 or width % block:
+        raise ValueError(f"a regular Hadamard matrix needs a power of four that divides {width}, got {block}")
+    sign = torch.ones(1, dtype=torch.int8)
+    while len(sign) < block:
+        sign = torch.kron(sign, torch.tensor([1, 1, 1, -1], dtype=torch.int8))
+    return sign.repeat(width // block)
+
+
+def regular(n: int) -> Tensor:
+    """Return the regular Hadamard matrix `[n, n]` of ConvRot: symmetric, orthonormal, float64, n a power of four.
+
+    All its rows and columns have the same sum, so that a constant offset of the inputs spreads evenly.
+    """
+    four = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float64) / 2
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while h.shape[0] < n:
+        h = torch.kron(h, four)
+    return h

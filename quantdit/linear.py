@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -80,15 +81,48 @@ class QuantLinear(nn.Linear):
         dense = transform.weight_back(self.transform, dense)
         return dense if self.bias is None else dense.to(self.bias.dtype)
 
+    def extend_branch(self, up: Tensor, down: Tensor) -> None:
+        """Add `up` `[out, r]` times `down` `[r, in]` float to the weight, as further columns and rows of the low-rank branch.
+
+        They are stored as bfloat16; what was there keeps its bits, so that `shorten_branch` undoes it.
+
+        Raises:
+            ValueError: the branch would have a larger rank than the weight.
+        """
+        spec = replace(self.layer_spec, rank=self.layer_spec.rank + down.shape[0])
+        layer_fields(spec)
+        down = transform.apply_to_weight(self.transform, down.float())
+        more = {"up": up.to(self.data.device, torch.bfloat16), "down": down.to(self.data.device, torch.bfloat16)}
+        if self.layer_spec.rank:
+            more = {"up": torch.cat([self.up, more["up"]], 1), "down": torch.cat([self.down, more["down"]])}
+        self._set_branch(spec, more)
+
+    def shorten_branch(self, rank: int) -> None:
+        """Leave the first `rank` columns and rows of the low-rank branch."""
+        kept = {"up": self.up[:, :rank].contiguous(), "down": self.down[:rank].clone()} if rank else {}
+        self._set_branch(replace(self.layer_spec, rank=rank), kept)
+
+    def _set_branch(self, spec: LayerSpec, tensors: dict[str, Tensor]) -> None:
+        for name in ("up", "down"):
+            self._buffers.pop(name, None)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.layer_spec = spec
+
     def decoded(self) -> Tensor:
         """Return `I` `[out, in]`, kept between calls on CPU."""
+        if torch.compiler.is_compiling():  # whether a kept one is up to date cannot be asked in a graph
+            return self._decode()
         stored = tuple((id(t), version_of(t)) for t in self._buffers.values())
         if self._decoded is not None and self._decoded[0] == stored:
             return self._decoded[1]
-        integers = torch.ops.quantdit.decode8(*self._stored(), self.spec.format, self.in_features, self.spec.group_size)
-        if self.cache_decoded and self.data.device.type == "cpu" and not torch.compiler.is_compiling():
+        integers = self._decode()
+        if self.cache_decoded and self.data.device.type == "cpu":
             self._decoded = (stored, integers)
         return integers
+
+    def _decode(self) -> Tensor:
+        return torch.ops.quantdit.decode8(*self._stored(), self.spec.format, self.in_features, self.spec.group_size)
 
     def forget(self) -> None:
         """Drop what is kept between calls."""
@@ -189,6 +223,15 @@ def weight_bits(layer: QuantLinear) -> float:
     return 8 * stored / math.prod((layer.out_features, layer.in_features))
 
 
+def dense_linear(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
+    """Return an ordinary linear of the layer's decoded weight; its inputs are no longer quantized."""
+    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+    return linear
+
+
 def follow_timesteps(transformer: nn.Module, edges: tuple[float, ...]) -> None:
     """Let every call of the transformer tell its layers with static scales the bucket of its timestep.
 
@@ -196,12 +239,13 @@ def follow_timesteps(transformer: nn.Module, edges: tuple[float, ...]) -> None:
     without a timestep uses the last one.
     """
     transformer.timestep_edges = tuple(edges)
-    layers = [m for m in transformer.modules() if isinstance(m, QuantLinear) and m.layer_spec.activation.buckets]
+    if any(isinstance(m, QuantLinear) and m.layer_spec.activation.buckets for m in transformer.modules()):
+        transformer.register_forward_pre_hook(_tell_timestep, with_kwargs=True)
 
-    def tell(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        bucket = bucket_of(timestep_of(args, kwargs), edges)
-        for layer in layers:
-            layer.bucket = bucket
 
-    if layers:
-        transformer.register_forward_pre_hook(tell, with_kwargs=True)
+def _tell_timestep(transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Set the bucket of the layers that the transformer has by now: copies, pickles and adapters around them included."""
+    bucket = bucket_of(timestep_of(args, kwargs), transformer.timestep_edges)
+    for module in transformer.modules():
+        if isinstance(module, QuantLinear) and module.layer_spec.activation.buckets:
+            module.bucket = bucket

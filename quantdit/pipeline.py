@@ -191,7 +191,7 @@ def _transformers(source: Source, dtype: torch.dtype, budget: int, always: bool)
     for name in source.parts:
         folder = source.part(name)
         if checkpoint.is_quantized(folder):
-            parts[name] = checkpoint.read_transformer(folder, dtype)
+            parts[name] = _as_diffusers_would(checkpoint.read_transformer(folder, dtype), folder)
             continue
         if not any(folder.glob("*.safetensors")):
             raise ValueError(f"{folder} has no safetensors weights, and pickled ones (.bin) are not read: they can run any code")
@@ -210,6 +210,13 @@ def _transformers(source: Source, dtype: torch.dtype, budget: int, always: bool)
         elif always:
             parts[name] = streaming.whole(source.part(name), dtype)
     return parts
+
+
+def _as_diffusers_would(transformer: nn.Module, folder: Path) -> nn.Module:
+    """Make a quantized transformer one that diffusers can save."""
+    from quantdit.diffusers_quantizer import attach
+
+    return attach(transformer, files.read_json(folder / "config.json")["quantization_config"])
 
 
 def sampling_arguments(

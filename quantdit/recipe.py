@@ -18,7 +18,7 @@ DENSE = "dense"
 AUTO = "auto"
 GROUP_SIZES = (32, 64, 128)
 METHODS = ("gptq", "rtn", "hqq")
-ROTATIONS = ("none", "hadamard", "outlier", "ars", "auto")
+ROTATIONS = ("none", "hadamard", "outlier", "ars", "auto", "regular")
 SMOOTHINGS = ("none", "rms", "absmax", "salience")
 TABLES = ("lloyd-max", "twin-log", "twin-log-paper", "gaussian")
 LARGEST_RANK = 512
@@ -41,7 +41,8 @@ class Rule:
             smaller one that does, else `token`.
         activation_scale: `dynamic` (of each token) or `static` (one per timestep bucket, fixed at calibration).
         rotation: `hadamard` (blocks of the largest power of two up to 128 that divides the width), `outlier` (DuQuant's), `ars`
-            (Hadamard if J < ars_threshold, else outlier; LRQ-DiT section 4.2), `auto` (least measured output error) or `none`.
+            (Hadamard if J < ars_threshold, else outlier; LRQ-DiT section 4.2), `auto` (least measured output error), `regular`
+            (ConvRot's Hadamard, with fixed signs, in blocks of a power of four; ComfyUI knows it) or `none`.
         ars_threshold: of J, the RMS of the layer's inputs.
         smooth: `none`, or what a smoothing factor is made of, its strength chosen by output error: `rms` or `absmax` of each
             input channel, or `salience` over timesteps (PTQ4DiT).
@@ -260,11 +261,25 @@ def without_data(recipe: Recipe) -> Recipe:
         if rule.weight == AUTO or (rule.weight != DENSE and rule.activation_scale == "static"):
             what = 'weight = "auto"' if rule.weight == AUTO else 'activation_scale = "static"'
             raise ValueError(f"rule {rule.match!r}: {what} needs calibration data; calibrate with --samples of at least 1")
-        rotation = rule.rotation if rule.rotation == "none" else "hadamard"
+        rotation = rule.rotation if rule.rotation in ("none", "regular") else "hadamard"
         method = "hqq" if rule.method == "hqq" else "rtn"
         plain = {"act_order": False, "descent": 0, "bias_correction": False, "smooth": "none", "low_rank": 0}
         rules.append(replace(rule, rotation=rotation, method=method, **plain))
     return replace(recipe, rules=tuple(rules))
+
+
+def from_any(given: Recipe | Mapping | str | Path) -> Recipe:
+    """Return the recipe itself, or that of a dictionary, of a TOML file, or of bits such as `w4a8`.
+
+    Raises:
+        ValueError: as `from_bits`, `from_toml`, `from_dict`.
+        OSError: the file cannot be read.
+    """
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, Mapping):
+        return from_dict(given)
+    return from_toml(Path(given)) if isinstance(given, Path) or given.endswith(".toml") else from_bits(given)
 
 
 def from_toml(path: Path) -> Recipe:

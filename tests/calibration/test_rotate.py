@@ -192,7 +192,16 @@ def test_broken_rows_are_refused(bad: float):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match=r"unknown rotation 'givens'; known: none, hadamard, outlier$"):
+    with pytest.raises(ValueError, match=r"unknown rotation 'givens'; known: none, hadamard, outlier, regular$"):
         rotate.build("givens", planted(4, 8), 0)
-    with pytest.raises(ValueError, match=r"unknown rotation 'givens'; known: none, hadamard, outlier, ars, auto$"):
+    with pytest.raises(ValueError, match=r"unknown rotation 'givens'; known: none, hadamard, outlier, ars, auto, regular$"):
         rotate.choose("givens", planted(4, 8), 0.5, lambda t: 0.0, 0)
+
+
+def test_a_regular_rotation_has_no_random_signs():
+    a, b = (rotate.build("regular", torch.zeros(0, 96), seed) for seed in (0, 1))
+    assert torch.equal(a.premultiplier, b.premultiplier) and (a.kind, a.block) == ("hadamard", 16)
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(transform.apply(a, x).norm(dim=1), x.norm(dim=1))
+    assert rotate.choose("regular", x, 1.0, lambda t: 0.0, 0).kind == "hadamard"
+    assert rotate.build("regular", torch.zeros(0, 6), 0).identity

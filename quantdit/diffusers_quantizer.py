@@ -1,0 +1,277 @@
+"""`quant_method: quantdit` for diffusers: `from_pretrained` of a quantized folder, and quantization while a model loads.
+
+diffusers builds the model on the meta device and then hands over the weight files shard by shard (its `quantizers/base.py`).
+The tensors of quantized layers are taken out before its loader, which would cast their float32 scales, sees them.
+"""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
+
+import quantdit
+from quantdit import checkpoint, files
+from quantdit import recipe as recipes
+from quantdit.after_import import watch
+from quantdit.calibration.no_data import quantize_without_data, unit_seed
+from quantdit.checkpoint import METHOD, CheckpointError
+from quantdit.layer_spec import LayerSpec, layer_fields
+from quantdit.linear import QuantLinear, dense_linear
+from quantdit.models import adapter as adapters
+from quantdit.recipe import DENSE, LayerPlan, Recipe, Rule
+
+WHERE = Path("config.json")
+
+
+class Method(str, Enum):  # noqa: UP042 - diffusers asks for `.value`, and for a key of its tables
+    """The name that diffusers knows the quantizer by."""
+
+    QUANTDIT = METHOD
+
+
+class QuantDiTConfig(QuantizationConfigMixin):
+    """How a model is quantized while `from_pretrained` loads it, or what a quantized folder says that it is.
+
+    Args:
+        bits: a preset, such as `w4a8`.
+        recipe: instead of it a Recipe, the path of a TOML file, or a recipe's dictionary.
+        weight_format: with bits: `table`, or `vq` for codebooks of vectors.
+        modules_to_not_convert: parts of names of layers that are left alone.
+        seed: of random signs and k-means.
+        state: of a quantized folder, its `quantization_config`.
+
+    Loading needs no data: round to nearest, fixed rotations (`quantdit calibrate --samples 0`). For more, calibrate.
+
+    Raises:
+        ValueError: neither bits nor a recipe, or both; or as `recipe.from_bits`, `recipe.from_toml`.
+        TypeError: an unknown argument.
+    """
+
+    def __init__(
+        self,
+        bits: str | None = None,
+        recipe: Recipe | dict | str | Path | None = None,
+        weight_format: str = "table",
+        modules_to_not_convert: list[str] | None = None,
+        seed: int = 0,
+        **state: object,
+    ) -> None:
+        self.quant_method = Method.QUANTDIT
+        self.seed = seed
+        # Of a later version's folder anything may be there: its spec, checked first, says what to do.
+        self.state = {**state, "recipe": recipe} if "spec" in state else None
+        if self.state is not None:
+            return
+        if unknown := sorted(state.keys() - {"quant_method"}):
+            raise TypeError(f"QuantDiTConfig takes no {unknown[0]!r}; give bits='w4a8' or recipe='mine.toml'")
+        if (bits is None) == (recipe is None):
+            raise ValueError("QuantDiTConfig takes bits='w4a8' or recipe='mine.toml', one of the two")
+        wanted = recipes.with_weight_format(recipes.from_bits(bits), weight_format) if bits else recipes.from_any(recipe)
+        left_alone = tuple(Rule(f"*{name}*", weight=DENSE, optional=True) for name in modules_to_not_convert or ())
+        self.recipe = Recipe(wanted.name, (*left_alone, *recipes.without_data(wanted).rules))
+
+    def to_dict(self) -> dict:
+        """Return the quantization_config of config.json, without the sha256 of weights that are not written yet."""
+        if self.state is None:
+            return {"quant_method": METHOD, "recipe": self.recipe.to_dict(), "seed": self.seed}
+        return {key: value for key, value in self.state.items() if key not in ("sha256",)} | {"quant_method": METHOD}
+
+    def to_diff_dict(self) -> dict:
+        """Return `to_dict()`, which the base class prints."""
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        """Name the recipe and the number of layers, not every layer."""
+        named = self.recipe.to_dict() if self.state is None else self.state.get("recipe")
+        layers = "" if self.state is None else f", {len(self.state.get('layers') or ())} layers"
+        return f"QuantDiTConfig({(named or {}).get('name')!r}{layers})"
+
+
+class QuantDiTQuantizer(DiffusersQuantizer):
+    """What diffusers calls while it loads or saves a model; see its base class for when."""
+
+    requires_calibration = False
+    required_packages = (METHOD,)
+    use_keep_in_fp32_modules = True
+    is_serializable = True
+    is_trainable = False
+    is_compileable = True
+
+    quantization_config: QuantDiTConfig
+
+    def __init__(self, quantization_config: QuantDiTConfig, **kwargs: object) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._paths: list[Path] = []
+        self._model: nn.Module | None = None  # while it loads
+        self._edges: tuple[float, ...] = ()
+        self._own: set[str] = set()
+        self._plans: dict[str, LayerPlan] = {}
+        self._seeds: dict[str, int] = {}
+
+    @property
+    def _stored(self) -> bool:
+        return self.quantization_config.state is not None
+
+    def validate_environment(self, *args: object, device_map: object = None, **kwargs: object) -> None:
+        """Refuse a checkpoint of another spec, and layers that are to be quantized but would go to the disk as they are."""
+        if self._stored:
+            checkpoint.check_spec(self.quantization_config.state, WHERE)
+        elif isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError("what is on the disk is not quantized while it loads; calibrate the model first, or leave out disk")
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        """Return float32 for None, as diffusers does without a quantizer."""
+        return torch_dtype if torch_dtype is not None else torch.float32
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Remember the files."""
+        self._paths = [Path(path) for path in checkpoint_files]
+        if self._stored and any(path.suffix != ".safetensors" for path in self._paths):
+            raise CheckpointError(f"{self._paths[0]}: quantdit reads safetensors files; copy the folder again")
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: object) -> None:
+        if self._stored:
+            if not self._paths:
+                raise ValueError("a quantized folder is read with from_pretrained, not with from_single_file")
+            where = self._paths[0].parent / WHERE.name
+            self._edges = checkpoint.prepare(model, self.quantization_config.state, self._paths, where)
+            self._own, self._model = checkpoint.own_keys(model), model
+            return
+        adapter = adapters.adapter_for(model)
+        self._plans = recipes.resolve(self.quantization_config.recipe, adapters.layers(model, adapter))
+        paths = [path for path, _ in adapters.blocks(model, adapter)]
+        for name in self._plans:
+            number = next((i for i, path in enumerate(paths) if name.startswith(f"{path}.")), len(paths))
+            self._seeds[name] = unit_seed(self.quantization_config.seed, number)
+        if not self._plans:
+            raise ValueError(f"recipe {self.quantization_config.recipe.name} leaves every layer dense; give another")
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Put the tensors of quantized layers into place and return the others.
+
+        Copies: a mapped tensor keeps its file's pages in memory, and how it lies in there decides which routine multiplies with
+        it, and so the last bits.
+        """
+        if not self._stored:
+            return state_dict
+        dense = {}
+        for key, tensor in state_dict.items():
+            if key not in self._own:
+                checkpoint.check_dense(key, tensor, self._paths[0].parent)
+                dense[key] = tensor.clone()
+                continue
+            name, _, field = key.rpartition(".")
+            self._model.get_submodule(name)._buffers[field] = checkpoint.in_memory(key, tensor)
+        return dense
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Tensor], **kwargs: object
+    ) -> bool:
+        """Tell whether this is the full-precision weight of a layer that is to be quantized."""
+        name, _, field = param_name.rpartition(".")
+        return field == "weight" and name in self._plans
+
+    def create_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, target_device: torch.device, *args: object, **kwargs: object
+    ) -> None:
+        """Quantize a layer's weight, on the CPU, and put the layer in its place; the bias comes or came by itself."""
+        name = param_name.rpartition(".")[0]
+        files.check_finite(param_name, param_value)
+        linear = model.get_submodule(name)
+        made = quantize_without_data(param_value.cpu(), None, self._plans[name], self._seeds[name])
+        layer = QuantLinear.from_tensors(made.spec, {key: t.to(target_device) for key, t in made.tensors.items()}, None)
+        layer.bias = linear.bias
+        _put(model, name, layer)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> nn.Module:
+        if self._stored:
+            checkpoint.finish(model, self._edges, self._paths[0].parent)
+        else:
+            made = checkpoint.quant_layers(model)
+            if missing := [name for name in self._plans if name not in made]:
+                raise CheckpointError(
+                    f"no file holds the weight of layer {missing[0]} (and {len(missing) - 1} more); copy it again"
+                )
+            config = self.quantization_config
+            provenance = {"quantdit": quantdit.__version__, "calibration": {"samples": 0, "seed": config.seed}}
+            config.state = checkpoint.describe(model, config.recipe.to_dict(), provenance)
+        self._model, self._paths = None, []
+        # diffusers refuses to cast what says it is quantized; ours keeps its scales and casts the rest.
+        model.is_quantized = False
+        return model
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return what `save_pretrained` writes: the state dict, and what the header says of it.
+
+        Raises:
+            ValueError: adapters are loaded or fused, which config.json, written before, does not know of.
+        """
+        if not safe_serialization:
+            raise ValueError("quantized models are saved as safetensors; leave out safe_serialization=False")
+        state = self.quantization_config.state
+        stored = {}
+        for name, content in state["layers"].items():
+            fields = layer_fields(LayerSpec.from_dict(content))
+            stored |= {f"{name}.{key}": field for key, field in fields.items()}
+        differing = [key for key, f in stored.items() if key not in state_dict or tuple(state_dict[key].shape) != f.shape]
+        if differing or any(".lora_" in key or ".base_layer." in key for key in state_dict):
+            raise ValueError(
+                "a quantized model with adapters, or with some fused into it, is not saved; unfuse_lora() and"
+                " unload_lora_weights() first, and keep the adapter's own file"
+            )
+        state_dict = {k: files.narrowest(t) if k in stored and checkpoint.is_scale(k) else t for k, t in state_dict.items()}
+        header = {key: state[key] for key in ("spec", "recipe", "provenance")}
+        header["tensors_sha256"] = checkpoint.tensors_digest(state_dict.items())
+        return state_dict, {METHOD: json.dumps(header, sort_keys=True)}
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        return dequantize(model)
+
+
+def dequantize(model: nn.Module) -> nn.Module:
+    """Replace the quantized layers by ordinary linears of their weights, in place, in the model's dtype; returns the model.
+
+    Activations are no longer quantized.
+    """
+    from diffusers.configuration_utils import FrozenDict
+
+    dtype = model.dtype
+    for name, layer in checkpoint.quant_layers(model).items():
+        _put(model, name, dense_linear(layer, dtype))
+    # Without this, save_pretrained would call it quantized.
+    model._internal_dict = FrozenDict({key: value for key, value in model.config.items() if key != "quantization_config"})
+    return model
+
+
+def attach(model: nn.Module, quantization: dict) -> nn.Module:
+    """Make a transformer with QuantLinear layers what `from_pretrained` returns: one that diffusers can save and dequantize."""
+    config = QuantDiTConfig(**quantization)
+    model.hf_quantizer = QuantDiTQuantizer(config, pre_quantized=True)
+    model.quantization_method = config.quant_method
+    model.is_quantized = False
+    model.register_to_config(quantization_config=config)
+    return model
+
+
+def register(auto: ModuleType) -> None:
+    """Enter both classes into the tables of `diffusers.quantizers.auto`."""
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = QuantDiTQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QuantDiTConfig
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+watch()

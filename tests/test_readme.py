@@ -1,0 +1,43 @@
+"""The README's Python runs as it stands, one block after the other, where its folders are."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def place(plain_dit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the README's command lines make, without calibration data."""
+    from quantdit.cli import main
+
+    place = tmp_path_factory.mktemp("readme")
+    shutil.copytree(plain_dit, place / "PATH" / "TO" / "PIPELINE")
+    # Eight bits for both: rounding to nearest is the quickest, and what the blocks do is the same.
+    for model, output in ((place / "PATH" / "TO" / "PIPELINE", "mine"), ("fashion-dit", "fashion-dit-w4a8")):
+        arguments = ["--model", str(model), "--bits", "w8a8", "--samples", "0", "--output", str(place / "out" / output)]
+        assert main(["calibrate", *arguments]) == 0
+    return place
+
+
+def test_there_are_blocks_to_run():
+    assert len(BLOCKS) >= 4
+    assert any("DiffusionPipeline.from_pretrained" in block for block in BLOCKS)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_block_runs_as_it_stands(place: Path, monkeypatch: pytest.MonkeyPatch, number: int):
+    monkeypatch.chdir(place)
+    exec(compile(BLOCKS[number], f"README.md, python block {number + 1}", "exec"), {})
+
+
+def test_what_the_blocks_promise_is_there(place: Path):
+    """Runs last: the image and the folder that they save."""
+    assert (place / "shirt.png").stat().st_size > 0
+    assert (place / "out" / "calibrated" / "transformer" / "config.json").exists()
