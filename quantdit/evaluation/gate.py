@@ -10,7 +10,8 @@ compared by an interval, never by a number alone:
 
 The whole fails if any measure does. It passes when the measures that decide pass, the errors of the transformer and of its
 layers on the reference's own inputs: those are sharp with a dozen samples. PSNR and the other measures of finished pictures need
-many more where seeds differ from the baseline's, so they guard: they can fail a model, and what they leave open is said. Without a probe (a model too large to run beside its original) the paired measures decide.
+many more where seeds differ from the baseline's, so they guard: they can fail a model, and what they leave open is said. Without
+a probe (a model too large to run beside its original) the paired measures decide.
 
 Nothing is asked that full precision could not do: a limit below the noise floor, what full precision differs from itself by with
 another batch size or in bfloat16, is raised to it. Distances of sets may reach what other seeds of full precision give.

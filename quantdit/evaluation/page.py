@@ -135,7 +135,8 @@ def _tiles(report: dict) -> str:
     for name, entry in list(report["sets"].items())[:1]:
         tiles.append((name, f"{entry['drift']:.4g}", f"other seeds: {entry['noise_floor']:.4g}"))
     return "".join(
-        f"<div class='tile'><span class='soft'>{html.escape(what)}</span><b>{value}</b><span class='soft'>{html.escape(more)}</span></div>"
+        f"<div class='tile'><span class='soft'>{html.escape(what)}</span><b>{value}</b>"
+        f"<span class='soft'>{html.escape(more)}</span></div>"
         for what, value, more in tiles
     )
 

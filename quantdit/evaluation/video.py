@@ -18,6 +18,7 @@ from quantdit.evaluation.extra import require
 FULL = 255.0
 TOP = 0.05  # of the pixels count as what moves
 THRESHOLD, ITS_SIDE = 6.0, 256.0  # pixels of flow in a clip of that side (VBench, dynamic_degree.py)
+TEXTURE = 0.1  # of the steepest slope of a frame
 DYNAMIC, ITS_FRAMES = 4, 16  # so many moving pairs in a clip of that many frames
 
 
@@ -53,7 +54,11 @@ def dynamic_degree_proxy(clip: Tensor) -> float:
 
     In at least 4 of 16 pairs the fastest 5 % of the pixels move by more than 6 pixels, for a clip of side 256.
     """
-    speeds = np.sort(np.hypot(*flows(clip).swapaxes(0, 1)).reshape(len(clip) - 1, -1), axis=1)
+    grey = as_bytes(clip[:-1]).astype(np.float32).mean(-1)
+    slope = np.hypot(*np.gradient(grey, axis=(1, 2))).reshape(len(grey), -1)
+    # Where there is nothing to see, classical flow is noise.
+    seen = slope >= TEXTURE * slope.max(1, keepdims=True)
+    speeds = np.sort(np.where(seen, np.hypot(*flows(clip).swapaxes(0, 1)).reshape(len(grey), -1), 0), axis=1)
     fastest = speeds[:, -max(1, int(speeds.shape[1] * TOP)) :].mean(1)
     limit = THRESHOLD * min(clip.shape[-2:]) / ITS_SIDE
     return float((fastest > limit).sum() >= round(DYNAMIC * len(clip) / ITS_FRAMES))
