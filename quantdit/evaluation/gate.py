@@ -19,6 +19,7 @@ another batch size or in bfloat16, is raised to it. Distances of sets may reach 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -179,7 +180,8 @@ def make_baseline(report: dict, margins: dict | None = None) -> dict:
     known |= {name: 0.0 for name in report["sets"]} | ({LAYERS: LAYER_MARGIN} if report["probe"]["layers"] else {})
     kept = {key: report[key] for key in ("identity", "versions", "reference", "candidate", "sampling")}
     kept |= {key: report[key] for key in ("samples", "sets", "probe", "floor")}
-    return {"format": FORMAT, "margins": known | {k: v for k, v in (margins or {}).items() if k in known}, "report": kept}
+    edited = {k: v for k, v in (margins or {}).items() if k in known}
+    return {"format": FORMAT, "margins": known | edited, "report": copy.deepcopy(kept)}
 
 
 def read(path: Path, what: str) -> dict:
