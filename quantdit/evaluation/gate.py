@@ -77,6 +77,7 @@ METRICS = {
     "clip_score": Metric("CLIP score", 1.0, lambda v: v, equal=True),
 }
 LAYER_MARGIN = 3.0
+SHARE_MARGIN = 0.1  # of precision and recall; other distances may reach those of other seeds
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,8 @@ def make_baseline(report: dict, margins: dict | None = None) -> dict:
         raise ValueError("this report has no noise floor, which a baseline needs; run quantdit evaluate with --noise-floor")
     names = {n for n in METRICS if any(n in row for row in (*report["samples"], *report["probe"]["samples"]))}
     known = {name: METRICS[name].margin for name in METRICS if name in names}
-    known |= {name: 0.0 for name in report["sets"]} | ({LAYERS: LAYER_MARGIN} if report["probe"]["layers"] else {})
+    known |= {name: SHARE_MARGIN if name.startswith("1 -") else 0.0 for name in report["sets"]}
+    known |= {LAYERS: LAYER_MARGIN} if report["probe"]["layers"] else {}
     kept = {key: report[key] for key in ("identity", "versions", "reference", "candidate", "sampling")}
     kept |= {key: report[key] for key in ("samples", "sets", "probe", "floor")}
     edited = {k: v for k, v in (margins or {}).items() if k in known}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,24 +46,43 @@ class Backbone:
 EFFICIENTNET = Backbone(BACKBONE, efficientnet_lite0_features, f"FD-{BACKBONE}", f"KID-{BACKBONE}")
 
 
-def rows_of(
-    reference: Samples,
-    candidate: Samples,
-    features: tuple[Tensor, Tensor],
+def alone_of(
+    samples: Samples,
+    features: Tensor,
     alignment: Alignment | None = None,
     clip_score: Callable[[Tensor, Sequence[str]], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Return the measures that a sample has without another to compare it with, `[n]` each.
+
+    Args:
+        samples: of a model.
+        features: of them, `[n, d]`, of the middle frames.
+        alignment: to texts, where there is one.
+        clip_score: images and prompts to CLIP's score, where it is to be had.
+    """
+    found = {}
+    if samples.images.ndim == 5:
+        found = {name: torch.tensor([measure(clip) for clip in samples.images]) for name, measure in CLIPS.items()}
+    if alignment is not None:
+        found["text_alignment_proxy"] = alignment(features, samples.prompts)
+    if clip_score is not None:
+        found["clip_score"] = clip_score(samples.images, samples.prompts)
+    return found
+
+
+def rows_of(
+    reference: Samples, candidate: Samples, features: Sequence[Tensor], alone: Sequence[Mapping[str, Tensor]] = ({}, {})
 ) -> list[dict]:
     """Return a row for each sample: its prompt, its seed, and every measure by the names of `gate.METRICS`.
 
-    Measures of a clip alone (flickering, consistency, ...) are the candidate's less the reference's; what each of them is stands
-    beside it under `_reference` and `_candidate`.
+    Of measures of one sample alone it has the candidate's less the reference's; both stand beside it, under `_reference` and
+    `_candidate`.
 
     Args:
         reference: samples of the original.
         candidate: of the same prompts and seeds.
         features: of both, `[n, d]`, of the middle frames.
-        alignment: to texts, where there is one.
-        clip_score: images and prompts to CLIP's score, where it is to be had.
+        alone: `alone_of` both.
     """
     a, b = as_images(reference.images), as_images(candidate.images)
     columns: dict[str, Tensor] = {
@@ -72,16 +91,8 @@ def rows_of(
         "perceptual": perceptual_distance(*features),
         "latent_cosine": cosine(reference.latents[:, -1], candidate.latents[:, -1]),
     }
-    alone: dict[str, tuple[Tensor, Tensor]] = {}
-    if reference.images.ndim == 5:
-        for name, measure in CLIPS.items():
-            alone[name] = tuple(torch.tensor([measure(clip) for clip in s.images]) for s in (reference, candidate))
-    if alignment is not None:
-        pairs = zip(features, (reference, candidate), strict=True)
-        alone["text_alignment_proxy"] = tuple(alignment(x, s.prompts) for x, s in pairs)
-    if clip_score is not None:
-        alone["clip_score"] = tuple(clip_score(s.images, s.prompts) for s in (reference, candidate))
-    for name, (first, second) in alone.items():
+    for name in alone[0]:
+        first, second = (measured[name] for measured in alone)
         columns |= {name: second - first, f"{name}_reference": first, f"{name}_candidate": second}
     return [
         {"prompt": prompt, "seed": seed} | {name: six(values[i].item()) for name, values in columns.items()}
@@ -157,14 +168,14 @@ def distance(drift: Statistic, floor: Statistic, prompts: tuple[str, ...]) -> di
     }
 
 
-def probe_of(probe: Probe, samples: Samples) -> dict:
-    """Return a probe as plain numbers: `samples` with their `output_error`, and by timestep and layer, all in dB."""
+def probe_of(probe: Probe, prompts: Sequence[str], seeds: Sequence[int]) -> dict:
+    """Return a probe of these prompts and seeds as plain numbers: samples with their `output_error`, timesteps, layers; in dB."""
     output = probe.output.sum(1)
-    count = len(output)
     return {
         "timesteps": [six(t) for t in probe.timesteps],
         "samples": [
-            {"prompt": samples.prompts[i], "seed": samples.seeds[i], "output_error": _db(output[i])} for i in range(count)
+            {"prompt": prompt, "seed": seed, "output_error": _db(pair)}
+            for prompt, seed, pair in zip(prompts, seeds, output, strict=True)
         ],
         "by_timestep": [[_db(pair) for pair in row] for row in probe.output],
         "layers": {name: [_db(pair) for pair in pairs] for name, pairs in probe.layers.items()},

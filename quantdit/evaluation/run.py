@@ -16,6 +16,7 @@ from quantdit.evaluation.drift import DriftReport, compare, table
 from quantdit.evaluation.measures import (
     EFFICIENTNET,
     Backbone,
+    alone_of,
     drift_over_steps,
     features_of,
     mean_harm,
@@ -26,7 +27,7 @@ from quantdit.evaluation.measures import (
 from quantdit.evaluation.picture import side_by_side
 from quantdit.evaluation.probe import Probe, probe
 from quantdit.evaluation.real import load_real
-from quantdit.evaluation.samples import Samples, Sampling, batches, caller, folder_digest, sample, versions
+from quantdit.evaluation.samples import Samples, Sampling, batches, caller, folder_digest, prompts_of, sample, versions
 from quantdit.linear import QuantLinear, weight_bits
 from quantdit.models.aliases import EMBEDDED
 from quantdit.pipeline import Source, load_pipeline, sampling_arguments
@@ -37,6 +38,8 @@ PICTURE_IMAGES = 40
 SAMPLES, LEAST_SAMPLES = 64, 4
 SPREAD = 64  # prompts at most of a model's own, where the number of seeds is asked for
 PROBES = 16  # samples whose inputs both transformers are given
+# Of a probe's noise, whatever the samples' seeds are: a model is held against the baseline on the very same inputs.
+PROBE_SEED = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,10 @@ class Reference:
         sampling: what every model is asked for.
         samples: with that.
         other: of the next seed.
-        floors: samples of the same noise: with another batch size, in bfloat16.
+        floor: mean measures, as gated, of full precision against itself: other seeds, and if asked for other batch, bfloat16.
         backbone: of the features.
         features: of `samples` and `other`.
+        alone: what `measures.alone_of` says of `samples`.
         alignment: to texts; None if there is too little to fit it to.
         clip: CLIP, where it is given.
         cache: where samples are kept.
@@ -70,9 +74,10 @@ class Reference:
     sampling: Sampling
     samples: Samples
     other: Samples
-    floors: dict[str, Samples]
+    floor: dict[str, dict[str, float]]
     backbone: Backbone
     features: tuple[Tensor, Tensor]
+    alone: dict[str, Tensor]
     alignment: text.Alignment | None
     clip: Clip | None
     cache: Path | None
@@ -206,17 +211,24 @@ def sample_reference(
     model = open_model(name, device)
     samples = sample(model.pipeline, model.source, sampling, cache, model.source.label)
     other = sample(model.pipeline, model.source, replace(sampling, seed=sampling.seed + 1), cache, "reference, other seeds")
-    floors = {}
+    again = {"other seeds": other}
     if noise_floor:
         size = max(1, min(sampling.batch, sampling.samples) // 2)
-        floors["other batch"] = sample(
+        again["other batch"] = sample(
             model.pipeline, model.source, replace(sampling, batch=size), cache, "reference, other batch size"
         )
         half = open_model(name, device, torch.bfloat16)
-        floors["bfloat16"] = sample(half.pipeline, half.source, sampling, cache, "reference in bfloat16")
-    features = tuple(features_of(s.images, backbone) for s in (samples, other))
-    alignment = _alignment(model.pipeline, features[1], other.prompts)
-    return Reference(model, sampling, samples, other, floors, backbone, features, alignment, clip, cache)
+        again["bfloat16"] = sample(half.pipeline, half.source, sampling, cache, "reference in bfloat16")
+    features = {kind: features_of(s.images, backbone) for kind, s in ({"": samples} | again).items()}
+    alignment = _alignment(model.pipeline, features["other seeds"], other.prompts)
+    score = None if clip is None else clip.score
+    alone = alone_of(samples, features[""], alignment, score)
+    floor = {}
+    for kind, found in again.items():
+        measured = alone_of(found, features[kind], alignment, score)
+        floor[kind] = mean_harm(rows_of(samples, found, (features[""], features[kind]), (alone, measured)))
+    pair = (features[""], features["other seeds"])
+    return Reference(model, sampling, samples, other, floor, backbone, pair, alone, alignment, clip, cache)
 
 
 def compare_models(reference: Reference, candidate: Opened, real: Tensor | None = None, probes: int = PROBES) -> Compared:
@@ -241,12 +253,9 @@ def compare_models(reference: Reference, candidate: Opened, real: Tensor | None 
         first.images, second.images, reference.other.images, known, sampling.seed, sets, (backbone.frechet, backbone.kernel)
     )
     looked = _probe(reference, candidate, probes)
-    clip_score = None if reference.clip is None else reference.clip.score
-    samples = rows_of(first, second, features, reference.alignment, clip_score)
-    floor = {"other seeds": mean_harm(rows_of(first, reference.other, reference.features, reference.alignment, clip_score))}
-    for name, again in reference.floors.items():
-        pair = (features[0], features_of(again.images, backbone))
-        floor[name] = mean_harm(rows_of(first, again, pair, reference.alignment, clip_score))
+    score = None if reference.clip is None else reference.clip.score
+    alone = (reference.alone, alone_of(second, features[1], reference.alignment, score))
+    samples = rows_of(first, second, features, alone)
     distances = sets_of(*features, reference.features[1], first.prompts, backbone)
     if reference.clip is not None:
         distances |= reference.clip.distances([s.images for s in (first, second, reference.other)], first.prompts)
@@ -259,7 +268,7 @@ def compare_models(reference: Reference, candidate: Opened, real: Tensor | None 
         "sampling": asdict(sampling) | {"prompts": list(dict.fromkeys(first.prompts))},
         "drift": drift.to_json(),
         "sets": distances,
-        "floor": floor,
+        "floor": reference.floor,
         "probe": looked,
         "over_steps": drift_over_steps(first, second),
         "layers": _layer_sizes(candidate.pipeline.transformer),
@@ -293,14 +302,15 @@ def report_text(report: dict, drift: DriftReport) -> str:
 def _probe(reference: Reference, candidate: Opened, probes: int) -> dict:
     """Return the errors on the reference's inputs; empty where the models cannot both be run at once."""
     nothing = {"timesteps": [], "samples": [], "by_timestep": [], "layers": {}}
+    pipeline = reference.model.pipeline
     names = [name for name in reference.model.source.parts if name in candidate.source.parts]
     ours, theirs = ({name: getattr(m.pipeline, name) for name in names} for m in (reference.model, candidate))
     if any(is_streamed(t) for t in (*ours.values(), *theirs.values())):
         return nothing
-    count = min(probes, reference.sampling.samples)
-    parts = batches(reference.model.pipeline, reference.sampling, count)
-    found = probe(ours, theirs, parts, caller(reference.model.pipeline, reference.sampling), reference.sampling.steps)
-    return probe_of(_only_changed(found), reference.samples)
+    asked = replace(reference.sampling, samples=min(probes, reference.sampling.samples), seed=PROBE_SEED)
+    found = probe(ours, theirs, batches(pipeline, asked), caller(pipeline, asked), asked.steps)
+    seeds = [asked.seed * 2**20 + i for i in range(asked.samples)]
+    return probe_of(_only_changed(found), prompts_of(pipeline, asked), seeds)
 
 
 def _only_changed(found: Probe) -> Probe:

@@ -84,9 +84,8 @@ def sample(pipeline, source: Source, asked: Sampling, cache: Path | None = None,
     """
     from tqdm import tqdm
 
-    arguments = sampling_arguments(pipeline, asked.samples, asked.prompts)
-    (kind, wanted), *_ = arguments.items()
-    names = tuple(f"class {w}" if kind == "class_labels" else w for w in wanted)
+    (kind, wanted), *_ = sampling_arguments(pipeline, asked.samples, asked.prompts).items()
+    names = prompts_of(pipeline, asked)
     seeds = tuple(asked.seed * 2**20 + i for i in range(asked.samples))
     identity = _identity(pipeline, source, asked) if cache is not None else {}
     paths = [_path(cache, identity, *pair) for pair in zip(names, seeds, strict=True)]
@@ -115,6 +114,12 @@ def sample(pipeline, source: Source, asked: Sampling, cache: Path | None = None,
     return Samples(images, latents, tuple(made[0]["timesteps"].tolist()), names, seeds)
 
 
+def prompts_of(pipeline, asked: Sampling) -> tuple[str, ...]:
+    """Return the prompt of each sample: its text, or `class N`."""
+    (kind, wanted), *_ = sampling_arguments(pipeline, asked.samples, asked.prompts).items()
+    return tuple(f"class {w}" if kind == "class_labels" else w for w in wanted)
+
+
 def caller(pipeline, asked: Sampling):
     """Return what runs the pipeline on a part of the arguments, its output left as numpy floats."""
     accepted = accepted_arguments(pipeline)
@@ -122,12 +127,11 @@ def caller(pipeline, asked: Sampling):
     return lambda part: pipeline(**part, **extra, num_inference_steps=asked.steps, output_type="np")
 
 
-def batches(pipeline, asked: Sampling, count: int):
-    """Yield the number of samples and the arguments of each batch of the first `count` samples."""
+def batches(pipeline, asked: Sampling):
+    """Yield the number of samples and the arguments of each batch."""
     arguments = sampling_arguments(pipeline, asked.samples, asked.prompts)
-    cut = {key: values[:count] for key, values in arguments.items()}
-    for start, part in zip(range(0, count, asked.batch), seeded_batches(cut, count, asked.seed, asked.batch), strict=True):
-        yield min(asked.batch, count - start), part
+    for part in seeded_batches(arguments, asked.samples, asked.seed, asked.batch):
+        yield len(part["generator"]), part
 
 
 def _run(pipeline, part: dict, asked: Sampling) -> list[dict[str, Tensor]]:

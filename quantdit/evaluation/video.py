@@ -70,22 +70,14 @@ def motion_smoothness_proxy(clip: Tensor) -> float:
     VBench interpolates dropped frames with AMT; here both neighbours are warped half way along the flow between them.
     """
     warp = require("skimage.transform").warp
-    frames = as_bytes(clip).astype(np.float32) / FULL
-    rows, columns = np.meshgrid(*(np.arange(side) for side in frames.shape[1:3]), indexing="ij")
+    grey = as_bytes(clip).astype(np.float32).mean(-1) / FULL
+    rows, columns = np.meshgrid(*(np.arange(side) for side in grey.shape[1:]), indexing="ij")
     errors = []
     for t, (down, right) in enumerate(flows(clip, step=2)):
         # The flow of frame t says where its pixels are in frame t + 2: half of it lies between, seen from either side.
-        middle = sum(
-            np.stack(
-                [
-                    warp(frames[at][..., c], np.array([rows + way * down / 2, columns + way * right / 2]), mode="edge")
-                    for c in range(frames.shape[-1])
-                ],
-                -1,
-            )
-            for at, way in ((t, -1), (t + 2, 1))
-        )
-        errors.append(np.abs(middle / 2 - frames[t + 1]).mean())
+        pair = ((t, -1), (t + 2, 1))
+        sides = [warp(grey[at], np.array([rows + way * down / 2, columns + way * right / 2]), mode="edge") for at, way in pair]
+        errors.append(np.abs(sum(sides) / 2 - grey[t + 1]).mean())
     return float(1 - np.mean(errors))
 
 

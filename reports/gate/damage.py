@@ -52,8 +52,17 @@ def group_order(quantized: nn.Module, original: nn.Module, chance: random.Random
     return name
 
 
-def rotation_sign(quantized: nn.Module, original: nn.Module, chance: random.Random) -> str:
-    """Turn round one of the random signs of one layer's rotation."""
+def rotation_signs(quantized: nn.Module, original: nn.Module, chance: random.Random) -> str:
+    """Give one layer's rotation the random signs of another seed: half of them are wrong."""
+    name = chance.choice([n for n, layer in _inside(quantized).items() if layer.layer_spec.rotation == "hadamard"])
+    signs = quantized.get_submodule(name).premultiplier
+    draw = torch.Generator().manual_seed(chance.randrange(2**31))
+    signs.mul_(1 - 2 * torch.randint(2, signs.shape, generator=draw, dtype=torch.int8).to(signs.dtype))
+    return name
+
+
+def one_sign(quantized: nn.Module, original: nn.Module, chance: random.Random) -> str:
+    """Turn round the sign of one channel of one layer: the least damage, none at all where the channel is silent."""
     name = chance.choice([n for n, layer in _inside(quantized).items() if layer.layer_spec.rotation == "hadamard"])
     layer = quantized.get_submodule(name)
     channel = chance.randrange(layer.in_features)
@@ -74,7 +83,8 @@ DAMAGES = {
     "int2 block": int2_block,
     "scale x 2": layer_scale,
     "group order": group_order,
-    "rotation sign": rotation_sign,
+    "rotation signs": rotation_signs,
+    "one sign of one channel": one_sign,
     "w4a4 unrotated": unrotated_w4a4,
 }
 

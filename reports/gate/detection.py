@@ -4,7 +4,8 @@
 
 A row is one repetition of one case: full precision against itself (another batch size), the good quantized model, and the good
 model after each of damage.DAMAGES, the place of the damage drawn anew. The baseline is of the good model with seeds that no
-repetition has. Rows that are in detection.jsonl are kept, so that an interrupted run goes on; the table is detection.md.
+repetition has; only the probe's noise is always the same, as it is in every report. Rows that are in detection.jsonl are kept, so
+that an interrupted run goes on; the table is detection.md.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Size:
     probes: int
 
 
-SIZES = {"fashion-dit": Size(20, 4, 2.0, 10, 10), "emoji-wan": Size(6, 4, 3.0, 6, 6)}
+SIZES = {"fashion-dit": Size(20, 4, 2.0, 10, 10), "emoji-wan": Size(8, 3, 3.0, 8, 4)}
 
 
 def damages() -> ModuleType:

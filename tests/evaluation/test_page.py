@@ -15,7 +15,7 @@ from PIL import Image
 from quantdit.evaluation import gate, page
 from quantdit.evaluation.charts import bar_chart, interval_chart, line_chart, ticks_of
 from quantdit.evaluation.drift import compare
-from quantdit.evaluation.measures import EFFICIENTNET, drift_over_steps, features_of, mean_harm, rows_of, sets_of
+from quantdit.evaluation.measures import EFFICIENTNET, alone_of, drift_over_steps, features_of, mean_harm, rows_of, sets_of
 from quantdit.evaluation.samples import Samples
 
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome", "chrome") if shutil.which(b)), None)
@@ -40,8 +40,9 @@ def made(clips: bool) -> tuple[dict, Samples, Samples]:
     reference, candidate, other = sampled(0, clips), sampled(0, clips, 0.05), sampled(1, clips)
     features = [features_of(s.images, EFFICIENTNET) for s in (reference, candidate, other)]
     drift = compare(reference.images, candidate.images, other.images, features=features)
-    rows = rows_of(reference, candidate, (features[0], features[1]))
-    floor = mean_harm(rows_of(reference, reference, (features[0], features[0])))
+    alone = [alone_of(s, f) for s, f in zip((reference, candidate), features, strict=False)]
+    rows = rows_of(reference, candidate, features[:2], alone)
+    floor = mean_harm(rows_of(reference, reference, [features[0]] * 2, [alone[0]] * 2))
     layers = {f"blocks.{i}.to_<q>": [-30.0 + i - j % 3 for j in range(8)] for i in range(6)}
     probed = [{"prompt": row["prompt"], "seed": row["seed"], "output_error": -35.0 - i % 2} for i, row in enumerate(rows)]
     side = {"file_bytes": 10_000_000, "bits_per_weight": 16.0}
