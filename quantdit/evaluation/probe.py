@@ -43,6 +43,15 @@ class _Sums:
     layers: dict[str, Tensor] = field(default_factory=dict)
     looking: bool = False
     seen: dict[float, None] = field(default_factory=dict)
+    asking: bool = False  # the candidate runs, which may be the reference itself
+
+    def ask(self, module: nn.Module, *args: object, **kwargs: object) -> object:
+        """Run a part of the candidate."""
+        self.asking = True
+        try:
+            return module(*args, **kwargs)
+        finally:
+            self.asking = False
 
     def pair(self, reference: Tensor, candidate: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return `[batch, 2]`. Rows of a call are one or more of each sample, as guidance has it: cond and uncond, in turns."""
@@ -105,14 +114,16 @@ def _watched(reference: Mapping[str, nn.Module], candidate: Mapping[str, nn.Modu
         answers: list[Tensor] = []
 
         def before(module, args, kwargs, other=other, answers=answers):
+            if sums.asking:
+                return
             timestep = timestep_of(args, kwargs)
             sums.seen.setdefault(timestep)
             sums.looking = list(sums.seen).index(timestep) in chosen
             if sums.looking:  # first the candidate: its layers with static scales then know the timestep
-                answers.append(_tensor(other(*args, **kwargs)))
+                answers.append(_tensor(sums.ask(other, *args, **kwargs)))
 
         def after(module, args, kwargs, output, answers=answers):
-            if sums.looking:
+            if sums.looking and not sums.asking:
                 timestep = timestep_of(args, kwargs)
                 pair = sums.pair(_tensor(output), answers.pop())
                 sums.output[timestep] = sums.output.get(timestep, 0) + pair
@@ -126,8 +137,8 @@ def _watched(reference: Mapping[str, nn.Module], candidate: Mapping[str, nn.Modu
             if isinstance(layer, nn.Linear) and name in theirs:
 
                 def compare(module, args, output, theirs=theirs[name], name=prefix + name):
-                    if sums.looking:
-                        pair = sums.pair(output, theirs(args[0]), module.bias)
+                    if sums.looking and not sums.asking:
+                        pair = sums.pair(output, sums.ask(theirs, args[0]), module.bias)
                         sums.layers[name] = sums.layers.get(name, 0) + pair
 
                 handles.append(layer.register_forward_hook(compare))

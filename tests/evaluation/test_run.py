@@ -110,8 +110,8 @@ def test_kept_samples_are_used_and_damaged_ones_made_again(pair: tuple[Path, Pat
     assert len(list(cache.glob("*"))) == 6 * SAMPLES
 
 
-def test_models_of_different_shapes_are_refused(pixel_dit: Path, plain_dit: Path, tmp_path: Path, cli) -> None:
-    ran = cli("evaluate", pixel_dit, plain_dit, "--samples", SAMPLES, "--steps", 1, "--output", tmp_path)
+def test_models_of_different_shapes_are_refused(pair: tuple[Path, Path], plain_dit: Path, tmp_path: Path, cli) -> None:
+    ran = cli("evaluate", pair[0], plain_dit, "--samples", SAMPLES, "--steps", 1, "--output", tmp_path)
     assert ran.code == 1 and "compare models of one kind" in ran.error
 
 
