@@ -54,7 +54,7 @@ def case(name: str, reference: Reference, good: Opened, seed: int, tables: Modul
     pipeline = copy.copy(good.pipeline)
     pipeline.transformer = copy.deepcopy(good.pipeline.transformer)
     with torch.no_grad():
-        place = tables.DAMAGES[name](pipeline.transformer, reference.model.pipeline.transformer, random.Random(seed))
+        place = tables.DAMAGES[name](pipeline.transformer, reference.model.pipeline.transformer, random.Random(f"{name} {seed}"))
     return replace(good, pipeline=pipeline), place
 
 
