@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # A folder `kernels/` in the current directory must not shadow the package of that name (diffusers imports it).
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test lint bench bench-kernels bench-static bench-scaling emoji-wan study study-peers clean
+.PHONY: demo test lint gate baselines detection bench bench-kernels bench-static bench-scaling emoji-wan study study-peers clean
 
 demo: $(VENV)/eval.done
 	$(BIN)/quantdit calibrate --model fashion-dit --bits w4a8 --output $(OUT)/fashion-dit-w4a8 --overwrite
@@ -21,6 +21,35 @@ test: $(VENV)/test.done
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The embedded models quantized with little data, and held against their baselines, as a project that ships a quantized model would:
+# about a minute on two cores (make -j2 gate). Fails where quantdit gate says fail (1) or inconclusive (3).
+GATED := fashion-dit emoji-wan
+CALIBRATE_fashion-dit := --samples 8 --steps 6
+EVALUATE_fashion-dit := --samples 20 --steps 4 --probes 10
+CALIBRATE_emoji-wan := --samples 4 --steps 4
+EVALUATE_emoji-wan := --samples 8 --steps 3 --probes 4
+gate: $(GATED:%=gate-%)
+
+gate-%: $(OUT)/gate/%-w4a8
+	$(BIN)/quantdit evaluate $* $< $(EVALUATE_$*) --output $(OUT)/gate/$*
+	$(BIN)/quantdit gate $(OUT)/gate/$*/report.json --baseline reports/baselines/$*-w4a8.json --summary $(OUT)/gate/$*.md
+
+# After a change that is meant to change them; the margins in the files stay. Say why in the commit.
+baselines: $(GATED:%=baseline-%)
+
+baseline-%: $(OUT)/gate/%-w4a8
+	$(BIN)/quantdit evaluate $* $< $(EVALUATE_$*) --noise-floor --output $(OUT)/gate/$*
+	$(BIN)/quantdit gate $(OUT)/gate/$*/report.json --baseline reports/baselines/$*-w4a8.json --update-baseline
+
+# Never kept: the code may have changed.
+.PHONY: $(GATED:%=$(OUT)/gate/%-w4a8)
+$(GATED:%=$(OUT)/gate/%-w4a8): $(OUT)/gate/%-w4a8: $(VENV)/eval.done
+	$(BIN)/quantdit calibrate --model $* --bits w4a8 $(CALIBRATE_$*) --output $@ --overwrite
+
+# How often the gate catches damage: 20 times eight cases of two models, some twenty-five minutes. Keeps the rows that are there.
+detection: $(GATED:%=$(OUT)/gate/%-w4a8)
+	$(BIN)/python reports/gate/detection.py $^
 
 bench: $(VENV)/test.done
 	$(BIN)/quantdit bench cpu --output reports/bench/cpu-linear.jsonl

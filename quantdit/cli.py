@@ -149,9 +149,38 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("reference", metavar="REF")
     sub.add_argument("candidate", metavar="CAND")
-    sub.add_argument("--output", type=Path, required=True, help="folder for drift.json, drift.md and drift.png")
-    sub.add_argument("--samples", type=_positive, default=64, help="images of each model (%(default)s)")
+    sub.add_argument("--output", type=Path, required=True, help="folder for report.html, report.md, report.json, drift.png")
+    sub.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="text file, one prompt a line (the model's own, or its classes)"
+    )
+    number = sub.add_mutually_exclusive_group()
+    number.add_argument("--seeds", type=_positive, metavar="N", help="samples of each prompt")
+    number.add_argument("--samples", type=_positive, help="samples of each model, prompts in turn (64)")
+    sub.add_argument("--batch", type=_positive, default=32, help="samples at once (%(default)s)")
+    sub.add_argument("--probes", type=_positive, default=16, help="samples whose inputs both are given (%(default)s)")
+    sub.add_argument("--cache", type=Path, metavar="DIR", help="where samples are kept for the next time (OUTPUT/samples)")
+    sub.add_argument(
+        "--noise-floor", action="store_true", help="sample REF with another batch size and in bfloat16, too; a baseline needs it"
+    )
+    sub.add_argument("--real", type=Path, metavar="DIR", help="folder of real images to measure both sets against")
+    sub.add_argument(
+        "--inception-weights", type=Path, metavar="FILE", help="FID and KID by the original network instead of EfficientNet-Lite0"
+    )
+    sub.add_argument("--clip-weights", type=Path, metavar="DIR", help="a CLIP model's folder: CLIP score and CMMD")
+    sub.add_argument("--vbench", type=Path, metavar="PROGRAM", help="the `vbench` program of an environment that has the package")
+    sub.add_argument("--vbench-weights", type=Path, metavar="DIR", help="of VBench's networks (~/.cache/vbench)")
     _sampling(sub)
+
+    sub = command(
+        "gate",
+        _gate,
+        "Hold a report against a baseline: exit code 0 for pass, 1 for fail, 3 for inconclusive.",
+        "quantdit gate out/drift/report.json --baseline reports/baselines/fashion-dit-w4a8.json",
+    )
+    sub.add_argument("report", type=Path, metavar="REPORT", help="report.json of quantdit evaluate")
+    sub.add_argument("--baseline", type=Path, required=True, metavar="FILE.json")
+    sub.add_argument("--update-baseline", action="store_true", help="make the baseline of this report; margins in it are kept")
+    sub.add_argument("--summary", type=Path, metavar="FILE.md", help="write the verdict there, too, as for a pull request")
 
     sub = command(
         "export",
@@ -365,13 +394,54 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from quantdit.evaluation.run import evaluate
+    from quantdit.evaluation.run import Request, evaluate
 
     _quiet()
-    sampling = (args.samples, args.seed, args.steps, args.guidance, args.device)
-    print(evaluate(args.reference, args.candidate, args.output, *sampling))
-    print(f"\n{args.output / 'drift.png'}")
+    prompts = tuple(_prompts(args.prompts)) if args.prompts else None
+    request = Request(
+        args.reference,
+        args.candidate,
+        args.output,
+        samples=args.samples,
+        seeds=args.seeds,
+        seed=args.seed,
+        steps=args.steps,
+        guidance=args.guidance,
+        prompts=prompts,
+        batch=args.batch,
+        probes=args.probes,
+        device=args.device,
+        cache=args.cache,
+        noise_floor=args.noise_floor,
+        real=args.real,
+        inception_weights=args.inception_weights,
+        clip_weights=args.clip_weights,
+        vbench=args.vbench,
+        vbench_weights=args.vbench_weights,
+    )
+    print(evaluate(request))
+    print(f"\n{args.output / 'report.html'}")
     return 0
+
+
+def _gate(args: argparse.Namespace) -> int:
+    from quantdit import files
+    from quantdit.evaluation import gate, page
+
+    report = gate.read(args.report, "report")
+    if args.update_baseline:
+        margins = gate.read(args.baseline, "baseline")["margins"] if args.baseline.exists() else None
+        args.baseline.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(args.baseline, gate.make_baseline(report, margins))
+        print(args.baseline)
+    baseline = gate.read(args.baseline, "baseline")
+    verdict = gate.gate(report, baseline)
+    text = gate.summary(verdict)
+    if args.summary:
+        args.summary.write_text(text + "\n")
+    page.add_verdict(args.report.with_name("report.html"), verdict)
+    print(text)
+    return verdict.exit_code
 
 
 def _export(args: argparse.Namespace) -> int:

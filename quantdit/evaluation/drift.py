@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,7 @@ class DriftReport:
         fd_reference_real: Frechet distance of the reference images to the real set; None without one.
         fd_candidate_real: Frechet distance of the candidate images to the real set; None without one.
         clips: the pairs are clips.
+        names: of the two distances.
     """
 
     count: int
@@ -59,6 +61,7 @@ class DriftReport:
     fd_reference_real: float | None
     fd_candidate_real: float | None
     clips: bool = False
+    names: tuple[str, str] = (FD, KID)
 
     def to_json(self) -> dict[str, object]:
         """Return plain, finite values in a fixed order, metric names with their backbone, six significant digits."""
@@ -78,8 +81,8 @@ class DriftReport:
                 "identical": self.identical,
             },
             "SSIM": {"mean": _six(self.ssim_mean), "interval": [_six(x) for x in self.ssim_interval]},
-            FD: frechet,
-            KID: {"drift": kid[0], "noise_floor": kid[1], "subset_size": self.kid_subset_size},
+            self.names[0]: frechet,
+            self.names[1]: {"drift": kid[0], "noise_floor": kid[1], "subset_size": self.kid_subset_size},
         }
 
 
@@ -89,6 +92,8 @@ def compare(
     other_seeds: torch.Tensor,
     real_features: torch.Tensor | FeatureStatistics | None = None,
     seed: int = 0,
+    features: Sequence[torch.Tensor] | None = None,
+    names: tuple[str, str] = (FD, KID),
 ) -> DriftReport:
     """Measure the drift of candidate images or clips from those of the reference.
 
@@ -98,6 +103,9 @@ def compare(
         other_seeds: the same shape: images of the original model from other seeds, for the noise floor.
         real_features: EfficientNet-Lite0 features `[m, 1280]` of real images, or their statistics (`real.load_real`).
         seed: of bootstrap and kernel-distance subsets.
+        features: of reference, candidate and other seeds, `[n, d]` each, of the middle frames of clips; EfficientNet-Lite0's,
+            computed here, if None.
+        names: of Frechet and kernel distance on these features.
 
     Raises:
         ValueError: if the shapes differ, there are fewer than four images, or values are not finite.
@@ -118,7 +126,7 @@ def compare(
     else:
         decibels, similarity = psnr(reference, candidate), ssim(reference, candidate)
     pictures = [x[:, x.shape[1] // 2] if clips else x for x in (reference, candidate, other_seeds)]
-    sets = [efficientnet_lite0_features(images) for images in pictures]
+    sets = [efficientnet_lite0_features(images) for images in pictures] if features is None else list(features)
     ref, cand, other = [summarise(features) for features in sets]
     subset_size = max(2, len(reference) // _SUBSETS_PER_ROUND)
     subsets = _ROUNDS * _SUBSETS_PER_ROUND
@@ -139,6 +147,7 @@ def compare(
         fd_reference_real=to_real[0],
         fd_candidate_real=to_real[1],
         clips=clips,
+        names=names,
     )
 
 
@@ -147,21 +156,22 @@ def table(report: DriftReport) -> str:
     same = f", {report.identical} identical" if report.identical else ""
     low, high = report.psnr_interval
     ssim_low, ssim_high = report.ssim_interval
+    fd, kid = report.names
     rows = [
         (f"{report.count} {'clips' if report.clips else 'images'}", "drift", "noise floor"),
         ("PSNR, dB", f"{report.psnr_mean:.2f} [{low:.2f}, {high:.2f}], min {report.psnr_min:.2f}{same}", ""),
         ("SSIM", f"{report.ssim_mean:.4f} [{ssim_low:.4f}, {ssim_high:.4f}]", ""),
-        (FD, f"{report.fd_drift:.2f}", f"{report.fd_floor:.2f}"),
-        (KID, *(f"{mean:.5f} ± {error:.5f}" for mean, error in (report.kid_drift, report.kid_floor))),
+        (fd, f"{report.fd_drift:.2f}", f"{report.fd_floor:.2f}"),
+        (kid, *(f"{mean:.5f} ± {error:.5f}" for mean, error in (report.kid_drift, report.kid_floor))),
     ]
     if report.fd_reference_real is not None:
-        rows.append((f"{FD} to real images", f"{report.fd_candidate_real:.2f}", f"{report.fd_reference_real:.2f} (reference)"))
+        rows.append((f"{fd} to real images", f"{report.fd_candidate_real:.2f}", f"{report.fd_reference_real:.2f} (reference)"))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     note = f"[a, b]: {LEVEL:.0%} bootstrap interval. ±: standard error. Noise floor: reference images of other seeds."
     if report.clips:
-        note += f" PSNR is of whole clips, SSIM the mean over frames; {FD} and {KID} are of each clip's middle frame."
+        note += f" PSNR is of whole clips, SSIM the mean over frames; {fd} and {kid} are of each clip's middle frame."
     return "\n".join([*lines, "", note])
 
 

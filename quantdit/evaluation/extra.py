@@ -6,7 +6,7 @@ import importlib
 from types import ModuleType
 
 
-def require(module: str) -> ModuleType:
+def require(module: str, extra: str = "eval") -> ModuleType:
     """Import `module`, or say which extra of quantdit brings it.
 
     Raises:
@@ -16,6 +16,6 @@ def require(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"this measure needs {module!r}, and {error.name!r} is not installed; run: pip install 'quantdit[eval]'",
+            f"this measure needs {module!r}, and {error.name!r} is not installed; run: pip install 'quantdit[{extra}]'",
             name=error.name,
         ) from error

@@ -74,6 +74,33 @@ def ssim(reference: torch.Tensor, candidate: torch.Tensor, data_range: float = 2
     return torch.tensor(values, dtype=torch.float64)
 
 
+def perceptual_distance(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+    """Relative distance of the features of each pair, `|f(y) - f(x)| / |f(x)|`: 0 for equal images.
+
+    A proxy of LPIPS, which compares features of several depths of a network that is not to be had offline.
+
+    Args:
+        reference: features `[n, d]` float.
+        candidate: the same shape.
+
+    Returns:
+        `[n]` float64.
+    """
+    a, b = reference.double(), candidate.double()
+    return (b - a).norm(dim=1) / a.norm(dim=1).clamp_min(1e-30)
+
+
+def cosine(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+    """Cosine of the angle between each pair of latents `[n, ...]`, in `[n]` float64; 1 for equal ones."""
+    a, b = (x.double().flatten(1) for x in (reference, candidate))
+    # Of unit vectors 1 - |a - b|^2 / 2: their product would lose what is below 1e-16 of it, and be above 1.
+    return 1 - (_unit(a) - _unit(b)).square().sum(1) / 2
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    return x / x.norm(dim=1, keepdim=True).clamp_min(1e-30)
+
+
 def bootstrap_interval(values: torch.Tensor, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
     """Bootstrap interval of the mean of values `[n]`, n >= 2: bias-corrected and accelerated, 9,999 resamples.
 

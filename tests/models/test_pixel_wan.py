@@ -177,7 +177,7 @@ def test_a_quantized_folder_generates_near_the_same_clips(cli, pipeline, folder:
     pytest.importorskip("efficientnet_lite_pytorch")
     ran = cli("evaluate", folder, out, "--samples", 4, "--steps", 1, "--output", tmp_path / "drift")
     assert ran.code == 0 and "4 clips" in ran.out, ran.err
-    drift = json.loads((tmp_path / "drift" / "drift.json").read_text())["drift"]
+    drift = json.loads((tmp_path / "drift" / "report.json").read_text())["drift"]
     assert drift["of"] == "clips" and drift["PSNR"]["identical"] == 0
 
 

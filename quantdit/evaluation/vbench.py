@@ -1,0 +1,161 @@
+"""VBench by its own program, in an environment of its own: the package pins old versions of what everything else needs new.
+
+(Huang et al. 2023, arXiv 2311.17982; PyPI `vbench`.) The clips of both models are written as files, the program scores those
+dimensions that it takes for any clip, and what it says is put beside the proxies. A total is made only of all official dimensions
+that belong to it, with VBench's own normalisation (its scripts/constant.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from quantdit.evaluation.clips import FRAMES_A_SECOND
+from quantdit.evaluation.extra import require
+from quantdit.evaluation.samples import Samples
+from quantdit.evaluation.video import as_bytes, temporal_flickering
+
+FLICKERING = "temporal_flickering"
+# What VBench's mode for any clip takes; temporal_flickering is computed here, by its definition.
+ASKED = (
+    "subject_consistency",
+    "background_consistency",
+    "motion_smoothness",
+    "dynamic_degree",
+    "aesthetic_quality",
+    "imaging_quality",
+)
+# Smallest and largest score of each dimension, by which VBench maps it to 0..1.
+QUALITY = {
+    "subject_consistency": (0.1462, 1.0),
+    "background_consistency": (0.2615, 1.0),
+    FLICKERING: (0.6293, 1.0),
+    "motion_smoothness": (0.706, 0.9975),
+    "dynamic_degree": (0.0, 1.0),
+    "aesthetic_quality": (0.0, 1.0),
+    "imaging_quality": (0.0, 1.0),
+}
+SEMANTIC = {
+    "object_class": (0.0, 1.0),
+    "multiple_objects": (0.0, 1.0),
+    "human_action": (0.0, 1.0),
+    "color": (0.0, 1.0),
+    "spatial_relationship": (0.0, 1.0),
+    "scene": (0.0, 0.8222),
+    "appearance_style": (0.0009, 0.2855),
+    "temporal_style": (0.0, 0.364),
+    "overall_consistency": (0.0, 0.364),
+}
+WEIGHT = {"dynamic_degree": 0.5}  # of all others: 1
+QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4, 1
+
+
+def totals(scores: Mapping[str, float]) -> dict[str, float]:
+    """Return `quality_score`, `semantic_score` and `total_score`, each only if all dimensions that it is made of are there."""
+    found = {}
+    for name, table in (("quality_score", QUALITY), ("semantic_score", SEMANTIC)):
+        if table.keys() <= scores.keys():
+            weights = {d: WEIGHT.get(d, 1.0) for d in table}
+            mapped = {d: (scores[d] - low) / (high - low) for d, (low, high) in table.items()}
+            found[name] = sum(weights[d] * mapped[d] for d in table) / sum(weights.values())
+    if len(found) == 2:
+        parts = QUALITY_WEIGHT * found["quality_score"] + SEMANTIC_WEIGHT * found["semantic_score"]
+        found["total_score"] = parts / (QUALITY_WEIGHT + SEMANTIC_WEIGHT)
+    return found
+
+
+def check(program: Path | None, weights: Path | None) -> None:
+    """Refuse a program or a folder of weights that is not there, before minutes are spent on sampling.
+
+    Raises:
+        ValueError: which, and what to do.
+        ModuleNotFoundError: clips cannot be written, for want of PyAV.
+    """
+    if program is None:
+        if weights is not None:
+            raise ValueError("--vbench-weights goes with --vbench PROGRAM, which runs VBench with them")
+        return
+    if shutil.which(program) is None:
+        raise ValueError(
+            f"--vbench {program}: no program that can be run; make an environment for it (python -m venv DIR;"
+            " DIR/bin/pip install vbench) and give DIR/bin/vbench"
+        )
+    if weights is not None and not weights.is_dir():
+        raise ValueError(f"--vbench-weights {weights}: no such folder; VBench keeps them in ~/.cache/vbench")
+    require("av", "video")
+
+
+def run(program: Path, weights: Path | None, models: Mapping[str, Samples], folder: Path) -> dict:
+    """Return VBench's scores of the clips of each model, and the totals that they make.
+
+    Args:
+        program: the package's `vbench`.
+        weights: of its networks; where it keeps them itself if None.
+        models: their samples by name.
+        folder: for the clips and what the program writes; replaced.
+
+    Raises:
+        ValueError: the samples are no clips, or the program failed; with the last line it wrote.
+    """
+    found = {}
+    for name, samples in models.items():
+        if samples.images.ndim != 5:
+            raise ValueError("--vbench scores clips, and this model makes images")
+        place = folder / name
+        shutil.rmtree(place, ignore_errors=True)
+        (place / "videos").mkdir(parents=True)
+        numbers: dict[str, int] = {}
+        for clip, prompt in zip(samples.images, samples.prompts, strict=True):
+            numbers[prompt] = numbers.get(prompt, -1) + 1
+            _write_clip(clip, place / "videos" / f"{_file_name(prompt)}-{numbers[prompt]}.mp4")
+        scores = {FLICKERING: sum(temporal_flickering(c) for c in samples.images) / len(samples.images)}
+        for dimension in ASKED:
+            scores[dimension] = _score(program, weights, dimension, place)
+        found[name] = {k: float(f"{v:.6g}") for k, v in (scores | totals(scores)).items()}
+    return found
+
+
+def _score(program: Path, weights: Path | None, dimension: str, place: Path) -> float:
+    results = place / dimension
+    results.mkdir()
+    command = [str(program), "evaluate", "--videos_path", str((place / "videos").resolve()), "--dimension", dimension]
+    command += ["--mode", "custom_input", "--output_path", str(results.resolve())]
+    environment = os.environ | ({"VBENCH_CACHE_DIR": str(weights.resolve())} if weights is not None else {})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+    if done.returncode:
+        raise ValueError(f"vbench failed at {dimension} with exit code {done.returncode}: {said}")
+    for path in sorted(results.glob("*eval_results.json")):
+        try:
+            value = json.loads(path.read_text())[dimension][0]
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{path}: not the results that VBench 0.1.5 writes ({type(error).__name__})") from error
+        if isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+        raise ValueError(f"{path}: the score of {dimension} is {value!r}, expected a number")
+    raise ValueError(f"vbench left no results of {dimension} in {results}: {said}")
+
+
+def _file_name(prompt: str) -> str:
+    """Return a prompt as part of a file's name."""
+    return re.sub(r"[^\w ,.'-]", "_", prompt)[:150]
+
+
+def _write_clip(clip: Tensor, path: Path) -> None:
+    av = require("av", "video")
+    frames = as_bytes(clip if clip.shape[1] == 3 else clip.expand(-1, 3, -1, -1))
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=FRAMES_A_SECOND)
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        stream.options = {"crf": "1"} if stream.codec_context.name == "libx264" else {}
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())

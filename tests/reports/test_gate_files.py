@@ -1,0 +1,44 @@
+"""The committed baselines and the workflow that uses them: readable, and of commands that the program takes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from quantdit.cli import _parser
+from quantdit.evaluation import gate
+
+ROOT = Path(__file__).resolve().parents[2]
+BASELINES = sorted((ROOT / "reports" / "baselines").glob("*.json"))
+WORKFLOW = ROOT / ".github" / "workflows" / "gate.yml"
+
+
+def test_both_embedded_models_have_a_baseline():
+    assert [path.stem for path in BASELINES] == ["emoji-wan-w4a8", "fashion-dit-w4a8"]
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=lambda p: p.stem)
+def test_a_baseline_passes_itself_and_fails_once_a_layer_is_off(path: Path):
+    baseline = gate.read(path, "baseline")
+    report = json.loads(path.read_text())["report"]
+    assert gate.gate(report, baseline).verdict == gate.PASS
+    name = next(iter(report["probe"]["layers"]))
+    report["probe"]["layers"][name] = [value + 6 for value in report["probe"]["layers"][name]]
+    failed = gate.gate(report, baseline)
+    assert failed.verdict == gate.FAIL and name in gate.summary(failed)
+    assert set(report["floor"]) == {"other seeds", "other batch", "bfloat16"}
+
+
+def test_the_workflow_s_commands_are_those_of_the_program():
+    text = WORKFLOW.read_text()
+    variables = dict(re.findall(r"^  ([A-Z]+): (.*?)(?:  #.*)?$", text, re.MULTILINE))
+    found = []
+    for line in re.findall(r"run: quantdit (.*)$", text, re.MULTILINE):
+        words = shlex.split(re.sub(r"\$([A-Z]+)", lambda m: variables[m[1]].strip(), line))
+        found.append(_parser().parse_args(words).run.__name__)
+    assert found == ["_calibrate", "_evaluate", "_gate"]
+    assert (ROOT / variables["BASELINE"].strip()).exists()
