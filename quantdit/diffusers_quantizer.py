@@ -42,7 +42,7 @@ class QuantDiTConfig(QuantizationConfigMixin):
     Args:
         bits: a preset, such as `w4a8`.
         recipe: instead of it a Recipe, the path of a TOML file, or a recipe's dictionary.
-        weight_format: with bits: `table`, or `vq` for codebooks of vectors.
+        weight_format: with bits: a kind of recipe.WEIGHT_FORMATS, instead of what the preset has.
         modules_to_not_convert: parts of names of layers that are left alone.
         seed: of random signs and k-means.
         state: of a quantized folder, its `quantization_config`.
@@ -58,7 +58,7 @@ class QuantDiTConfig(QuantizationConfigMixin):
         self,
         bits: str | None = None,
         recipe: Recipe | dict | str | Path | None = None,
-        weight_format: str = "table",
+        weight_format: str | None = None,
         modules_to_not_convert: list[str] | None = None,
         seed: int = 0,
         **state: object,
@@ -73,7 +73,8 @@ class QuantDiTConfig(QuantizationConfigMixin):
             raise TypeError(f"QuantDiTConfig takes no {unknown[0]!r}; give bits='w4a8' or recipe='mine.toml'")
         if (bits is None) == (recipe is None):
             raise ValueError("QuantDiTConfig takes bits='w4a8' or recipe='mine.toml', one of the two")
-        wanted = recipes.with_weight_format(recipes.from_bits(bits), weight_format) if bits else recipes.from_any(recipe)
+        wanted = recipes.from_bits(bits) if bits else recipes.from_any(recipe)
+        wanted = recipes.with_weight_format(wanted, weight_format) if weight_format else wanted
         left_alone = tuple(Rule(f"*{name}*", weight=DENSE, optional=True) for name in modules_to_not_convert or ())
         self.recipe = Recipe(wanted.name, (*left_alone, *recipes.without_data(wanted).rules))
 
