@@ -180,7 +180,7 @@ def test_modules_can_be_left_alone(made):
         ({"bits": "w4a8", "recipe": "x.toml"}, "one of the two"),
         ({"bits": "w5a8"}, "did you mean"),
         ({"bits": "autoa8"}, "needs calibration data"),
-        ({"bits": "w8a8", "weight_format": "vq"}, "w2, w3 or w4"),
+        ({"bits": "w8a8", "weight_format": "vq"}, "w2 or w3 or w4"),
     ],
 )
 def test_a_senseless_configuration_is_refused(arguments: dict, words: str):
