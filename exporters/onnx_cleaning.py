@@ -1,0 +1,117 @@
+"""What the tracer leaves behind, put right: operators it does not know, readable names, narrow constants."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+NARROW_FROM = 1024  # numbers; smaller constants stay float32
+
+
+def translations(layer: str) -> dict:
+    """Return the translation table of the tracer: our opaque layer, and a squeeze that torch takes for a no-op."""
+    import onnx
+    import torch
+    from onnxscript import opset21, values
+
+    kind = onnx.defs.OpSchema
+    schema = kind(
+        layer,
+        "quantdit",
+        1,
+        inputs=[kind.FormalParameter("x", "T")],
+        outputs=[kind.FormalParameter("y", "T")],
+        type_constraints=[("T", ["tensor(float)"], "")],
+        attributes=[kind.Attribute("layer", kind.AttrType.STRING)],
+    )
+    opaque = values.Op(values.Opset("quantdit", 1), layer, schema)
+
+    def onnx_layer(x, layer: str, out_features: int):
+        return opaque(x, layer=layer)
+
+    def squeeze(x, dim: int):
+        # torch leaves a dimension that is not 1 alone, ONNX refuses it (PixArt's mask).
+        size = x.shape[dim]
+        return opset21.Squeeze(x, opset21.Constant(value_ints=[dim])) if size == 1 else opset21.Identity(x)
+
+    return {torch.ops.quantdit.onnx_layer.default: onnx_layer, torch.ops.aten.squeeze.dim: squeeze}
+
+
+def name_nodes(graph: ir.Graph) -> None:
+    """Name every node by the path of the module it came from and its operator, and every value by its node."""
+    paths: dict[ir.Value, str] = {}
+    taken: dict[str, int] = {}
+    for node in graph:
+        scopes = node.metadata_props.get(SCOPES)
+        inherited = next((paths[value] for value in node.inputs if value in paths), "")
+        path = _module(scopes) if scopes else inherited
+        for output in node.outputs:
+            paths[output] = path
+        name = f"{path}/{node.op_type}" if path else node.op_type
+        number = taken.get(name, 0)
+        taken[name] = number + 1
+        # A tilde: layers name their own nodes path/Op_1.
+        node.name = f"{name}~{number}" if number else name
+        for i, output in enumerate(node.outputs):
+            if not output.is_graph_output():
+                output.name = node.name if len(node.outputs) == 1 else f"{node.name}:{i}"
+        node.metadata_props.clear()
+        for output in node.outputs:
+            output.metadata_props.clear()
+
+
+def _module(scopes: str) -> str:
+    """Return the path of the innermost module: the scopes are a list of paths that ends in the name of the operation."""
+    import ast
+
+    found = ast.literal_eval(scopes)
+    return found[-2] if len(found) > 1 else ""
+
+
+def finish(model: ir.Model, output: str) -> None:
+    """Name the output, store large constants narrow where that loses nothing, drop what nobody needs."""
+    from onnx_ir.passes import common
+
+    graph = model.graph
+    graph.outputs[0].name = output
+    for extra in list(graph.outputs)[1:]:
+        graph.outputs.remove(extra)
+    common.RemoveUnusedNodesPass()(model)
+    _narrow_constants(graph)
+    graph.opset_imports.pop("quantdit", None)
+    graph.metadata_props.clear()
+    model.metadata_props.clear()
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    graph.name = "transformer"
+    model.producer_name = "quantdit"
+    model.producer_version = None
+    graph.sort()
+
+
+def _narrow_constants(graph: ir.Graph) -> None:
+    """Store float32 constants that float16 or bfloat16 hold exactly as those, as the checkpoint does, and cast them back."""
+    import ml_dtypes
+    import numpy as np
+
+    first = next(iter(graph))
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if isinstance(tensor, ir.LazyTensor) or value.dtype != ir.DataType.FLOAT or tensor.size < NARROW_FROM:
+            continue
+        array = tensor.numpy()
+        for dtype, kind in ((np.float16, ir.DataType.FLOAT16), (ml_dtypes.bfloat16, ir.DataType.BFLOAT16)):
+            with np.errstate(over="ignore"):
+                narrow = array.astype(dtype)
+            if not np.array_equal(narrow.astype(np.float32), array):
+                continue
+            stored = ir.Tensor(narrow, dtype=kind, name=name)
+            cast = ir.node("Cast", [ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(kind), const_value=stored)],
+                           {"to": int(ir.DataType.FLOAT)}, name=f"{name}/Cast")
+            cast.outputs[0].name = f"{name}/Cast"
+            cast.outputs[0].shape, cast.outputs[0].type = tensor.shape, ir.TensorType(ir.DataType.FLOAT)
+            graph.insert_before(first, cast)
+            ir.convenience.replace_all_uses_with([value], [cast.outputs[0]])
+            graph.initializers.pop(name)
+            graph.register_initializer(cast.inputs[0])
+            break
