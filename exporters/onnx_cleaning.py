@@ -37,6 +37,29 @@ def translations(layer: str) -> dict:
     return {torch.ops.quantdit.onnx_layer.default: onnx_layer, torch.ops.aten.squeeze.dim: squeeze}
 
 
+def fold(model: ir.Model) -> None:
+    """Compute what is constant, share what is computed twice, drop what nobody needs."""
+    from onnx_ir.passes import common
+    from onnxscript.optimizer import fold_constants
+
+    common.DeduplicateInitializersPass()(model)
+    fold_constants(model, onnx_shape_inference=False)
+    common.RemoveUnusedNodesPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.DeduplicateInitializersPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def name_dimensions(graph: ir.Graph, names: dict[str, dict[int, str]]) -> None:
+    """Give the dimensions of inputs that vary the names they go by, and forget the tracer's in between."""
+    for value in graph.inputs:
+        known = names.get(value.name, {})
+        value.shape = ir.Shape([d if isinstance(d, int) else known[i] for i, d in enumerate(value.shape)])
+    for value in (*graph.outputs, *(output for node in graph for output in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape([d if isinstance(d, int) else None for d in value.shape])
+
+
 def name_nodes(graph: ir.Graph) -> None:
     """Name every node by the path of the module it came from and its operator, and every value by its node."""
     paths: dict[ir.Value, str] = {}

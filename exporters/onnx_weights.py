@@ -93,9 +93,10 @@ def _codes(nodes: Nodes, spec: QSpec, read: Read) -> ir.Value:
         if p < 8:
             table = nodes.constant("codes_of_byte", (_codes_of_byte(p) << low).astype(np.int32))
             codes = nodes.op("Gather", [table, codes])
+        codes = nodes.reshape(codes, shape)
         total = codes if total is None else nodes.op("Add", [total, codes])
         low += p
-    return nodes.reshape(total, shape)
+    return total
 
 
 def _bytes(nodes: Nodes, spec: QSpec, read: Read, number: int) -> ir.Value:

@@ -142,9 +142,11 @@ def graph_of(transformer: nn.Module, arguments: dict[str, object], storage: str)
         program = _traced(transformer, example, shapes)
     model: ir.Model = program.model
     graph = model.graph
+    onnx_cleaning.fold(model)
     names = {name.replace(".", "_"): name for name, value in leaves(arguments) if isinstance(value, Tensor)}
     for value in graph.inputs:
         value.name = names[value.name]
+    onnx_cleaning.name_dimensions(graph, _dimension_names(transformer, adapter))
     onnx_cleaning.name_nodes(graph)
     shared = Translation(storage, _bucket(graph, transformer, layers))
     ends: dict[str, tuple[ir.Value, ir.Value]] = {}
@@ -183,8 +185,7 @@ def _dynamic_note(transformer: nn.Module) -> str:
 
 def _dynamic(transformer: nn.Module, adapter: Adapter, arguments: dict[str, object]) -> tuple[dict, dict]:
     """Return the arguments to trace with, and the dimensions of each that may vary, in the same nesting."""
-    free = DYNAMIC.get(type(transformer).__name__, ())
-    specs = {spec.name: spec.shape for spec in adapter.inputs}
+    specs = _dimension_names(transformer, adapter)
     config = transformer.config
     patch = getattr(config, "patch_size", 1)
     patches = {"height": patch, "width": patch} if isinstance(patch, int) else dict(zip(("frames", "height", "width"), patch))
@@ -201,10 +202,10 @@ def _dynamic(transformer: nn.Module, adapter: Adapter, arguments: dict[str, obje
     def leaf(name: str, value: object) -> tuple[object, object]:
         if not isinstance(value, Tensor):
             return value, None
-        named = specs.get(name, ())
-        if "batch" in free and named[:1] == ("batch",) and len(value) == 1:
+        named = specs.get(name, {})
+        if named.get(0) == "batch" and len(value) == 1:
             value = torch.cat([value, value])  # a size of one would be taken for fixed
-        return value, {i: dim(n) for i, n in enumerate(named) if n in free and value.shape[i] > 1}
+        return value, {i: dim(n) for i, n in named.items() if value.shape[i] > 1}
 
     def walk(name: str, value: object) -> tuple[object, object]:
         if isinstance(value, Mapping):
@@ -236,7 +237,7 @@ def _opaque(layers: Mapping[str, QuantLinear]) -> Iterator[None]:
 
 
 def _traced(transformer: nn.Module, arguments: dict, shapes: dict):
-    """Trace and optimize; raises ValueError with the tracer's own reason."""
+    """Trace; raises ValueError with the tracer's own reason."""
     from torch.onnx.errors import OnnxExporterError
 
     from quantdit.exporters.onnx_cleaning import translations
@@ -255,12 +256,17 @@ def _traced(transformer: nn.Module, arguments: dict, shapes: dict):
                 dynamic_shapes=dynamic,
                 custom_translation_table=translations(LAYER),
             )
-            program.optimize()
             return program
     except (OnnxExporterError, RuntimeError) as error:
         cause = error.__cause__ or error
         reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
         raise ValueError(f"{type(transformer).__name__} cannot be traced to ONNX by torch {torch.__version__}: {reason}") from error
+
+
+def _dimension_names(transformer: nn.Module, adapter: Adapter) -> dict[str, dict[int, str]]:
+    """Return the names of the dimensions that may vary, by input and place."""
+    free = DYNAMIC.get(type(transformer).__name__, ())
+    return {spec.name: {i: n for i, n in enumerate(spec.shape) if n in free} for spec in adapter.inputs}
 
 
 def _any_dim(shapes: object) -> bool:
