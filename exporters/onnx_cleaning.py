@@ -129,8 +129,12 @@ def _narrow_constants(graph: ir.Graph) -> None:
             if not np.array_equal(narrow.astype(np.float32), array):
                 continue
             stored = ir.Tensor(narrow, dtype=kind, name=name)
-            cast = ir.node("Cast", [ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(kind), const_value=stored)],
-                           {"to": int(ir.DataType.FLOAT)}, name=f"{name}/Cast")
+            cast = ir.node(
+                "Cast",
+                [ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(kind), const_value=stored)],
+                {"to": int(ir.DataType.FLOAT)},
+                name=f"{name}/Cast",
+            )
             cast.outputs[0].name = f"{name}/Cast"
             cast.outputs[0].shape, cast.outputs[0].type = tensor.shape, ir.TensorType(ir.DataType.FLOAT)
             graph.insert_before(first, cast)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from quantdit.files import CheckpointError
+from quantdit.files import CheckpointError, read_json
+from quantdit.pipeline import Source
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -162,7 +163,7 @@ class OnnxForward:
             else:
                 numbers[name] = value
         unused = set(self.metadata.get("unused", ()))
-        for name, value in feeds.items():
+        for name in feeds:
             if name not in self._inputs and name not in unused:
                 raise ValueError(f"{self._path} has no input {name}: the call it was exported from had none; export it again")
         for name, known in self._inputs.items():
@@ -199,26 +200,31 @@ class OnnxForward:
         return Transformer2DModelOutput(sample=sample) if wants_output else (sample,)
 
 
-def use_graph(transformer: nn.Module, path: Path, sha256: str | None = None, **options: object) -> OnnxForward:
-    """Let a transformer answer from an exported graph from now on.
+def use_graph(pipeline: object, source: Source, path: Path) -> OnnxForward:
+    """Let a transformer of a pipeline answer from the graph that was exported from it, from now on.
 
     Args:
-        transformer: what the graph was exported from, or one of its class.
+        pipeline: as `load_pipeline` returns it.
+        source: the same.
         path: the .onnx file.
-        sha256: of the checkpoint that the graph should come from; None if any will do.
-        options: of `session`.
 
     Raises:
-        ValueError: the graph comes from another class or checkpoint.
+        ValueError: the graph comes from another checkpoint.
+        ImportError, CheckpointError: as `session`.
     """
-    forward = OnnxForward(transformer, path, session(path, **options))
-    made_of = forward.metadata.get("class")
-    if made_of != type(transformer).__name__:
-        raise ValueError(f"{path} was exported from a {made_of}, but this model's transformer is a {type(transformer).__name__}")
-    if sha256 is not None and forward.metadata.get("sha256") != sha256:
-        raise ValueError(f"{path} was exported from another checkpoint than this one; export this one, or give that one's folder")
-    transformer.forward = forward
-    return forward
+    opened = session(path)
+    content = metadata(opened, path)
+    part = content.get("part")
+    config = read_json(source.part(part) / "config.json") if part in source.parts else {}
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("sha256") != content.get("sha256"):
+        raise ValueError(
+            f"{path} was exported from another checkpoint than {source.label}; give the folder it was exported from, or export"
+            f" this one: quantdit export {source.label} --to onnx"
+        )
+    transformer = getattr(pipeline, part)
+    transformer.forward = OnnxForward(transformer, path, opened)
+    return transformer.forward
 
 
 _TYPES = {

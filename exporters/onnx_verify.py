@@ -120,8 +120,8 @@ def verified(transformer: nn.Module, path: Path, calls: list[Recorded], cuts: Ma
         )
     if not found <= max(TOLERANCE, TIES * ties):
         raise ValueError(
-            f"the graph's output differs from PyTorch's by {found:.2g} (rel_rmse), more than rounding ties explain ({ties:.2g}), so"
-            " it was not written; this is a defect of quantdit, please report it with the model's class and the recipe"
+            f"the graph's output differs from PyTorch's by {found:.2g} (rel_rmse), more than rounding ties explain ({ties:.2g}),"
+            " so it was not written; this is a defect of quantdit, please report it with the model's class and the recipe"
         )
     return {
         "rel_rmse": found,

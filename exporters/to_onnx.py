@@ -1,4 +1,4 @@
-"""ONNX export: the transformer of a quantized folder as one graph that ONNX Runtime runs, checked against PyTorch before it counts.
+"""ONNX export: the transformer of a quantized folder as a graph for ONNX Runtime, checked against PyTorch before it counts.
 
 The transformer is traced with an opaque operator in the place of every quantized layer (`torch.onnx.export`), so no weight of
 theirs passes through the tracer. Then each operator becomes the nodes of its layer (onnx_layers.py), whose weights are read and
@@ -82,7 +82,11 @@ def to_onnx(folder: Path, output: Path, storage: str = "packed", verify: bool = 
     config = files.read_json(source.part(part) / "config.json")
     del pipeline
     model, content, cuts = graph_of(transformer, calls[0].arguments, storage)
-    content |= {"sha256": config["quantization_config"]["sha256"], "recipe": config["quantization_config"]["recipe"]["name"]}
+    content |= {
+        "part": part,
+        "sha256": config["quantization_config"]["sha256"],
+        "recipe": config["quantization_config"]["recipe"]["name"],
+    }
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
@@ -99,6 +103,25 @@ def to_onnx(folder: Path, output: Path, storage: str = "packed", verify: bool = 
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return content
+
+
+def describe(output: Path, content: dict) -> str:
+    """Return what to tell whoever exported: the size, what may vary, how far from PyTorch and how fast."""
+    size = sum(path.stat().st_size for path in (output, _data_of(output)) if path.exists())
+    varying = ", ".join(content["dynamic"]) or "nothing"
+    lines = [
+        f"{output}: {len(content['layers'])} quantized layers, {size / 1e6:.2f} MB, opset {content['opset']}; may vary: {varying}"
+    ]
+    if (found := content.get("verified")) is not None:
+        lines.append(
+            f"output differs from PyTorch's by {found['rel_rmse']:.1e} (rel_rmse), any part on PyTorch's own values by at most"
+            f" {found['parts_rel_rmse']:.1e}; rounding ties alone move PyTorch's own output by {found['ties']:.1e}"
+        )
+        lines.append(
+            f"a call takes {found['milliseconds']:.1f} ms in ONNX Runtime {found['onnxruntime']},"
+            f" {found['milliseconds_torch']:.1f} ms in PyTorch; threads: {found['threads']}"
+        )
+    return "\n".join(lines)
 
 
 def _check(folder: Path, output: Path, storage: str) -> None:
@@ -188,7 +211,11 @@ def _dynamic(transformer: nn.Module, adapter: Adapter, arguments: dict[str, obje
     specs = _dimension_names(transformer, adapter)
     config = transformer.config
     patch = getattr(config, "patch_size", 1)
-    patches = {"height": patch, "width": patch} if isinstance(patch, int) else dict(zip(("frames", "height", "width"), patch))
+    patches = (
+        {"height": patch, "width": patch}
+        if isinstance(patch, int)
+        else dict(zip(("frames", "height", "width"), patch, strict=True))
+    )
     dims: dict[str, object] = {}
 
     def dim(name: str):
@@ -260,7 +287,9 @@ def _traced(transformer: nn.Module, arguments: dict, shapes: dict):
     except (OnnxExporterError, RuntimeError) as error:
         cause = error.__cause__ or error
         reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-        raise ValueError(f"{type(transformer).__name__} cannot be traced to ONNX by torch {torch.__version__}: {reason}") from error
+        raise ValueError(
+            f"{type(transformer).__name__} cannot be traced to ONNX by torch {torch.__version__}: {reason}"
+        ) from error
 
 
 def _dimension_names(transformer: nn.Module, adapter: Adapter) -> dict[str, dict[int, str]]:

@@ -127,6 +127,13 @@ def _parser() -> argparse.ArgumentParser:
     what = sub.add_mutually_exclusive_group()
     what.add_argument("--prompt", nargs="+", metavar="TEXT", help="what to draw, in turn (models that take text)")
     what.add_argument("--prompts", type=Path, help="text file, one prompt a line")
+    sub.add_argument(
+        "--onnx",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="let graphs that were exported from DIR compute in the transformer's place",
+    )
     _sampling(sub)
 
     sub = command(
@@ -155,9 +162,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("folder", type=Path, metavar="DIR")
     sub.add_argument(
-        "--to", choices=("dense",), required=True, help="dense: its transformer as bfloat16, which plain diffusers loads"
+        "--to",
+        choices=("dense", "onnx"),
+        required=True,
+        help="dense: its transformer as bfloat16, which plain diffusers loads; onnx: its transformer as a graph for ONNX Runtime",
     )
-    sub.add_argument("--output", type=Path, required=True, help="folder to write")
+    sub.add_argument("--output", type=Path, required=True, help="folder to write; for onnx FILE.onnx, large weights beside it")
+    onnx = sub.add_argument_group("ONNX")
+    onnx.add_argument(
+        "--storage", choices=("packed", "int8"), default="packed", help="weights as narrow as here, or decoded (%(default)s)"
+    )
+    onnx.add_argument("--part", metavar="NAME", help="which transformer, of a pipeline of several (the first)")
+    onnx.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=True, help="compare with PyTorch before the file counts"
+    )
 
     sub = command(
         "bench",
@@ -307,6 +325,10 @@ def _generate(args: argparse.Namespace) -> int:
     pipeline, source = _load(args.model, args.device)
     clips = makes_clips(pipeline)
     _check_suffix(args.output, clips)
+    for path in args.onnx or ():
+        from quantdit.exporters.onnx_session import use_graph
+
+        use_graph(pipeline, source, path)
     count = args.count or (len(prompts) if prompts else 8 if clips else 40)
     samples = generate(pipeline, count, args.seed, args.steps, args.guidance, prompts=prompts, classes=args.classes)
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -350,6 +372,12 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    if args.to == "onnx":
+        from quantdit.exporters.to_onnx import describe, to_onnx
+
+        _quiet()
+        print(describe(args.output, to_onnx(args.folder, args.output, args.storage, args.verify, args.part)))
+        return 0
     from quantdit.exporters.to_dense import to_dense
 
     to_dense(args.folder, args.output)

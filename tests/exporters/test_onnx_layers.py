@@ -22,12 +22,13 @@ pytest.importorskip("onnxruntime")
 OUT, IN = 24, 64
 # One code of a token on the other side of a rounding tie: 1 of 127 steps of one of 64 inputs. Everything else is float32.
 FLOAT = 2e-6
+A8, PLAIN = ActivationSpec(8), Transform()
 
 
 def made_layer(
     format: str = "table4",
-    activation: ActivationSpec = ActivationSpec(8),
-    t: Transform = Transform(),
+    activation: ActivationSpec = A8,
+    t: Transform = PLAIN,
     rank: int = 0,
     bias: bool = True,
     rows: str = "layer",
@@ -49,7 +50,9 @@ def exported(folder: Path, layers: dict[str, QuantLinear], rank: int = 3, storag
     """Write a graph of layers that share the input `x`."""
     shape = ir.Shape([None] * (rank - 1) + [IN])
     x = ir.Value(name="x", shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
-    number = ir.Value(name="b", const_value=ir.tensor(bucket, name="b"), shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64))
+    number = ir.Value(
+        name="b", const_value=ir.tensor(bucket, name="b"), shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64)
+    )
     shared = Translation(storage, number)
     nodes, outputs = [], []
     for name, layer in layers.items():
