@@ -1,6 +1,8 @@
-"""What the tracer leaves behind, put right: operators it does not know, readable names, narrow constants."""
+"""What the tracer leaves behind, put right: operators it does not know, readable names, narrow weights."""
 
 from __future__ import annotations
+
+from collections.abc import Container
 
 import onnx_ir as ir
 
@@ -60,10 +62,14 @@ def name_dimensions(graph: ir.Graph, names: dict[str, dict[int, str]]) -> None:
             value.shape = ir.Shape([d if isinstance(d, int) else None for d in value.shape])
 
 
-def name_nodes(graph: ir.Graph) -> None:
-    """Name every node by the path of the module it came from and its operator, and every value by its node."""
+def name_nodes(graph: ir.Graph, known: Container[str]) -> None:
+    """Name every node by the path of the module it came from and its operator, every value and constant by its node.
+
+    Initializers whose names are `known`, the model's own tensors, keep them.
+    """
     paths: dict[ir.Value, str] = {}
     taken: dict[str, int] = {}
+    computed = [name for name in graph.initializers if name not in known]
     for node in graph:
         scopes = node.metadata_props.get(SCOPES)
         inherited = next((paths[value] for value in node.inputs if value in paths), "")
@@ -81,18 +87,22 @@ def name_nodes(graph: ir.Graph) -> None:
         node.metadata_props.clear()
         for output in node.outputs:
             output.metadata_props.clear()
+    for number, name in enumerate(computed):
+        value = graph.initializers[name]
+        user = value.uses()[0].node.name if value.uses() else "unused"
+        value.name = f"{user}.constant{number}"
 
 
 def _module(scopes: str) -> str:
     """Return the path of the innermost module: the scopes are a list of paths that ends in the name of the operation."""
     import ast
 
-    found = ast.literal_eval(scopes)
-    return found[-2] if len(found) > 1 else ""
+    found = [path for path in ast.literal_eval(scopes)[:-1] if not path.startswith("_")]  # torch's own notes
+    return found[-1] if found else ""
 
 
 def finish(model: ir.Model, output: str) -> None:
-    """Name the output, store large constants narrow where that loses nothing, drop what nobody needs."""
+    """Name the output, drop what nobody needs and what only the tracer knew."""
     from onnx_ir.passes import common
 
     graph = model.graph
@@ -100,7 +110,6 @@ def finish(model: ir.Model, output: str) -> None:
     for extra in list(graph.outputs)[1:]:
         graph.outputs.remove(extra)
     common.RemoveUnusedNodesPass()(model)
-    _narrow_constants(graph)
     graph.opset_imports.pop("quantdit", None)
     graph.metadata_props.clear()
     model.metadata_props.clear()
@@ -112,7 +121,7 @@ def finish(model: ir.Model, output: str) -> None:
     graph.sort()
 
 
-def _narrow_constants(graph: ir.Graph) -> None:
+def narrow_weights(graph: ir.Graph) -> None:
     """Store float32 constants that float16 or bfloat16 hold exactly as those, as the checkpoint does, and cast them back."""
     import ml_dtypes
     import numpy as np

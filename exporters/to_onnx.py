@@ -161,7 +161,7 @@ def graph_of(transformer: nn.Module, arguments: dict[str, object], storage: str)
     adapter = adapter_for(transformer)
     example, shapes = _dynamic(transformer, adapter, arguments)
     layers = checkpoint.quant_layers(transformer)
-    with _opaque(layers):
+    with _opaque(layers), _without_hooks(transformer):
         program = _traced(transformer, example, shapes)
     model: ir.Model = program.model
     graph = model.graph
@@ -170,7 +170,9 @@ def graph_of(transformer: nn.Module, arguments: dict[str, object], storage: str)
     for value in graph.inputs:
         value.name = names[value.name]
     onnx_cleaning.name_dimensions(graph, _dimension_names(transformer, adapter))
-    onnx_cleaning.name_nodes(graph)
+    own = (*transformer.named_parameters(), *transformer.named_buffers())
+    onnx_cleaning.name_nodes(graph, {name for name, _ in own})
+    onnx_cleaning.narrow_weights(graph)
     shared = Translation(storage, _bucket(graph, transformer, layers))
     ends: dict[str, tuple[ir.Value, ir.Value]] = {}
     for node in list(graph):
@@ -261,6 +263,17 @@ def _opaque(layers: Mapping[str, QuantLinear]) -> Iterator[None]:
     finally:
         for layer in layers.values():
             del layer.forward
+
+
+@contextmanager
+def _without_hooks(transformer: nn.Module) -> Iterator[None]:
+    """Leave out what runs before a call: telling layers the timestep's bucket reads its value, which a tracer has none of."""
+    hooks = transformer._forward_pre_hooks
+    transformer._forward_pre_hooks = type(hooks)()
+    try:
+        yield
+    finally:
+        transformer._forward_pre_hooks = hooks
 
 
 def _traced(transformer: nn.Module, arguments: dict, shapes: dict):
