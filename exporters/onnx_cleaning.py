@@ -7,14 +7,17 @@ from collections.abc import Container
 import onnx_ir as ir
 
 SCOPES = "pkg.torch.onnx.name_scopes"
+PAIR = "quantdit.pair"
 NARROW_FROM = 1024  # numbers; smaller constants stay float32
 
 
 def translations(layer: str) -> dict:
-    """Return the translation table of the tracer: our opaque layer, and a squeeze that torch takes for a no-op."""
+    """Return the translation table of the tracer: our opaque layer, and two operators that it translates badly."""
     import onnx
     import torch
-    from onnxscript import opset21, values
+    from onnxscript import opset23 as op
+    from onnxscript import values
+    from onnxscript.function_libs.torch_lib.ops.core import aten_slice_scatter
 
     kind = onnx.defs.OpSchema
     schema = kind(
@@ -34,9 +37,33 @@ def translations(layer: str) -> dict:
     def squeeze(x, dim: int):
         # torch leaves a dimension that is not 1 alone, ONNX refuses it (PixArt's mask).
         size = x.shape[dim]
-        return opset21.Squeeze(x, opset21.Constant(value_ints=[dim])) if size == 1 else opset21.Identity(x)
+        return op.Squeeze(x, op.Constant(value_ints=[dim])) if size == 1 else op.Identity(x)
 
-    return {torch.ops.quantdit.onnx_layer.default: onnx_layer, torch.ops.aten.squeeze.dim: squeeze}
+    def slice_scatter(x, src, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1):
+        # Rotary positions write every second entry: two values side by side, where the tracer transposes all and scatters.
+        width, first = x.shape[dim], start or 0
+        every_second = (
+            dim in (-1, len(x.shape) - 1) and step == 2 and first in (0, 1) and isinstance(width, int) and width % 2 == 0
+        )
+        if not every_second or (end is not None and end < width):
+            return aten_slice_scatter(x, src, dim=dim, start=start, end=end, step=step)
+        new = op.Unsqueeze(src, op.Constant(value_ints=[-1]))
+        reshaped = x.producer()
+        paired = reshaped.inputs[0].producer() if reshaped is not None and reshaped.op_type == "Reshape" else None
+        if paired is not None and paired.op_type == "Concat" and PAIR in paired.metadata_props:
+            kept = paired.inputs[1 - first]  # the other half was written just before
+        else:
+            halves = op.Reshape(x, op.Constant(value_ints=[*[0] * (len(x.shape) - 1), width // 2, 2]))
+            kept = op.Slice(halves, *(op.Constant(value_ints=[n]) for n in (1 - first, 2 - first, -1)))
+        pair = op.Concat(*((new, kept) if first == 0 else (kept, new)), axis=-1)
+        pair.producer().metadata_props[PAIR] = ""
+        return op.Reshape(pair, op.Constant(value_ints=[*[0] * (len(x.shape) - 1), width]))
+
+    return {
+        torch.ops.quantdit.onnx_layer.default: onnx_layer,
+        torch.ops.aten.squeeze.dim: squeeze,
+        torch.ops.aten.slice_scatter.default: slice_scatter,
+    }
 
 
 def fold(model: ir.Model) -> None:
@@ -46,9 +73,8 @@ def fold(model: ir.Model) -> None:
 
     common.DeduplicateInitializersPass()(model)
     fold_constants(model, onnx_shape_inference=False)
-    common.RemoveUnusedNodesPass()(model)
-    common.CommonSubexpressionEliminationPass()(model)
     common.DeduplicateInitializersPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
 
 

@@ -28,7 +28,7 @@ from quantdit.linear import QuantLinear
 from quantdit.models.adapter import Adapter, adapter_for
 from quantdit.pipeline import load_pipeline
 
-OPSET = 21
+OPSET = 23
 STORAGES = ("packed", "int8")
 SINGLE_FILE_BYTES = 2**26  # beyond, weights go into a file of their own; protobuf ends at 2 GiB
 SAVE_MEMORY_BYTES = 2**28  # weights beyond stay packed while a graph is verified

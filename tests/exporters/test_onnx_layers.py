@@ -61,8 +61,8 @@ def exported(folder: Path, layers: dict[str, QuantLinear], rank: int = 3, storag
         nodes += made.made
         outputs.append(y)
     initializers = [*shared.initializers.values(), number]
-    graph = ir.Graph([x], outputs, nodes=nodes, initializers=initializers, opset_imports={"": 21}, name="layers")
-    ir.save(ir.Model(graph, ir_version=10), folder / "layer.onnx")
+    graph = ir.Graph([x], outputs, nodes=nodes, initializers=initializers, opset_imports={"": 23}, name="layers")
+    ir.save(ir.Model(graph, ir_version=11), folder / "layer.onnx")
     return folder / "layer.onnx"
 
 
