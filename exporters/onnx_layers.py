@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from quantdit import hadamard
+from quantdit.exporters.onnx_nbits import block_of, emit_nbits
 from quantdit.exporters.onnx_nodes import Nodes
-from quantdit.exporters.onnx_weights import ZERO_POINT, _array, emit_integers
+from quantdit.exporters.onnx_weights import ZERO_POINT, as_array, emit_integers
 from quantdit.formats.float8 import LARGEST
 from quantdit.layer_spec import ActivationSpec, decodes_to_fp8
 from quantdit.linear import QuantLinear
@@ -33,6 +34,8 @@ class Translation:
 
     Attributes:
         storage: `packed` or `int8`.
+        target: `cpu` (integer products of our codes), `cpu-nbits` or `cuda` (onnx_nbits.py).
+        lossy: layers whose activations something else than our codes stands for.
         bucket: the int64 scalar of the timestep bucket; None if no layer has static scales.
         initializers: constants by content, weights by name.
         calls: of each layer so far.
@@ -40,6 +43,8 @@ class Translation:
     """
 
     storage: str
+    target: str = "cpu"
+    lossy: list[str] = field(default_factory=list)
     bucket: ir.Value | None = None
     initializers: dict[tuple, ir.Value] = field(default_factory=dict)
     prepared: dict[tuple, tuple[ir.Value, ir.Value | None]] = field(default_factory=dict)
@@ -56,7 +61,14 @@ def emit_layer(shared: Translation, name: str, layer: QuantLinear, x: ir.Value) 
     tokens = shared.prepared.get((*key, "transformed")) or (_transformed(nodes, layer, x, rank), None)
     shared.prepared[(*key, "transformed")] = tokens
     moved = tokens[0]
-    if spec.activation.bits == 16:
+    narrow = shared.target != "cpu" and block_of(spec.weight, shared.target) > 0
+    own = spec.activation == ActivationSpec(8)  # what MatMulNBits does to its tokens comes closest to that
+    if narrow and (own or spec.activation.bits == 16):
+        level = 4 if own and shared.target != "cuda" else 0
+        if own or shared.target == "cuda":
+            shared.lossy.append(name)
+        y = emit_nbits(nodes, spec.weight, lambda: layer.qtensor, moved, rank, shared.target, shared.storage, level)
+    elif spec.activation.bits == 16:
         weight = emit_integers(nodes, spec.weight, lambda: layer.qtensor, "float32", shared.storage)
         y = nodes.op("MatMul", [moved, nodes.op("Mul", [weight, _scale(nodes, layer)])])
     else:
@@ -88,14 +100,14 @@ def _product(nodes: Nodes, shared: Translation, layer: QuantLinear, codes: ir.Va
 
 
 def _scale(nodes: Nodes, layer: QuantLinear) -> ir.Value:
-    return nodes.lazy("scale", ir.DataType.FLOAT, layer.scale.shape, lambda: _array(layer.scale))
+    return nodes.lazy("scale", ir.DataType.FLOAT, layer.scale.shape, lambda: as_array(layer.scale))
 
 
 def _narrow(nodes: Nodes, field: str, tensor: Tensor) -> ir.Value:
     """Return a tensor as float32, stored in its own dtype, or as bfloat16 where that loses nothing."""
     stored = tensor.detach().bfloat16() if torch.equal(tensor.bfloat16().float(), tensor.float()) else tensor.detach()
     kind = {torch.bfloat16: ir.DataType.BFLOAT16, torch.float16: ir.DataType.FLOAT16, torch.float32: ir.DataType.FLOAT}
-    value = nodes.lazy(field, kind[stored.dtype], stored.shape, lambda: _array(stored))
+    value = nodes.lazy(field, kind[stored.dtype], stored.shape, lambda: as_array(stored))
     return value if stored.dtype == torch.float32 else nodes.op("Cast", [value], to=ir.DataType.FLOAT)
 
 
@@ -136,7 +148,7 @@ def _block_product(nodes: Nodes, x: ir.Value, blocks: Tensor, field: str, rank: 
     kept = [0] * (rank - 1)
     swap = [*range(rank - 2), rank - 1, rank - 2, rank]
     parts = nodes.op("Transpose", [nodes.reshape(x, [*kept, count, block])], perm=swap)
-    matrix = nodes.lazy(field, ir.DataType.FLOAT, blocks.shape, lambda: _array(blocks))
+    matrix = nodes.lazy(field, ir.DataType.FLOAT, blocks.shape, lambda: as_array(blocks))
     turned = nodes.op("Transpose", [nodes.op("MatMul", [parts, matrix])], perm=swap)
     return nodes.reshape(turned, [*kept, count * block])
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,10 @@ from quantdit.sampling import Settings, sample
 
 TOLERANCE = 1e-3
 TIES = 4.0
+# Of layers whose 8-bit activations ONNX Runtime rounds its own way: both ways are off by 0.5 to 2 %, independently. What a whole
+# transformer makes of that depends on the transformer; the limit only catches what is plainly wrong.
+LOSSY = 5e-2
+LOSSY_OUTPUT = 0.2
 LAST_BITS = 1e-6  # what a transformer's float32 arithmetic in another order amounts to, relative
 KEEP_DECODED_WEIGHTS = 2**28
 
@@ -89,7 +93,9 @@ def keep_decoded(transformer: nn.Module, kept: bool | None = None) -> None:
         layer.forget()
 
 
-def verified(transformer: nn.Module, path: Path, calls: list[Recorded], cuts: Mapping[str, Cut], save_memory: bool) -> dict:
+def verified(
+    transformer: nn.Module, path: Path, calls: list[Recorded], cuts: Mapping[str, Cut], lossy: Sequence[str], save_memory: bool
+) -> dict:
     """Return how far the graph is from PyTorch and how fast it is.
 
     Returns:
@@ -111,14 +117,17 @@ def verified(transformer: nn.Module, path: Path, calls: list[Recorded], cuts: Ma
         seconds = time.perf_counter() - begun
     found = rel_rmse((got, call.output) for got, call in zip(outputs, calls, strict=True))
     del forward
-    worst, error = _worst_part(transformer, path, calls[0], cuts, save_memory)
+    parts = _parts(transformer, path, calls[0], cuts, save_memory)
+    rounded = {cuts[name].leaving for name in lossy}
+    worst = max(parts, key=lambda name: parts[name] / (LOSSY if name in rounded else TOLERANCE))
+    error, allowed = parts[worst], LOSSY if worst in rounded else TOLERANCE
     ties = rel_rmse((_moved(transformer, call), call.output) for call in calls)
-    if not error <= TOLERANCE:  # NaN is not
+    if not all(part <= (LOSSY if name in rounded else TOLERANCE) for name, part in parts.items()):  # NaN is not
         raise ValueError(
-            f"{worst} differs from PyTorch by {error:.2g} (rel_rmse; at most {TOLERANCE:.0e}), so the graph was not written; this"
+            f"{worst} differs from PyTorch by {error:.2g} (rel_rmse; at most {allowed:.0e}), so the graph was not written; this"
             " is a defect of quantdit, please report it with the model's class and the recipe"
         )
-    if not found <= max(TOLERANCE, TIES * ties):
+    if not found <= max(TOLERANCE, TIES * ties, LOSSY_OUTPUT if lossy else 0):
         raise ValueError(
             f"the graph's output differs from PyTorch's by {found:.2g} (rel_rmse), more than rounding ties explain ({ties:.2g}),"
             " so it was not written; this is a defect of quantdit, please report it with the model's class and the recipe"
@@ -159,10 +168,8 @@ def _moved(transformer: nn.Module, call: Recorded) -> Tensor:
         return first_tensor(transformer(**{name: moved(name, value) for name, value in call.arguments.items()}))
 
 
-def _worst_part(
-    transformer: nn.Module, path: Path, call: Recorded, cuts: Mapping[str, Cut], save_memory: bool
-) -> tuple[str, float]:
-    """Return the part of the graph that differs most from PyTorch on PyTorch's own values, and by how much."""
+def _parts(transformer: nn.Module, path: Path, call: Recorded, cuts: Mapping[str, Cut], save_memory: bool) -> dict[str, float]:
+    """Return rel_rmse of every part of the graph on PyTorch's own values, by the value that leaves it."""
     entered, left = _layer_values(transformer, call)
     # The values of the graph by name: what PyTorch has in their place. Layers with one input (q, k, v) share its value.
     known = {cuts[name].entering: x for name, x in entered.items()} | {cuts[name].leaving: y for name, y in left.items()}
@@ -175,13 +182,9 @@ def _worst_part(
     feeds |= {i.name: onnx_session.as_numpy(arguments[i.name], i.type) for i in opened.get_inputs() if i.name in arguments}
     expected = known | {opened.get_outputs()[0].name: call.output}
     names = [o.name for o in opened.get_outputs()]
-    worst, error = "", 0.0
-    for name, got in zip(names, opened.run(names, feeds), strict=True):
-        apart = rel_rmse([(torch.from_numpy(got), expected[name].reshape(got.shape))])
-        if not apart <= error:
-            worst, error = name, apart
+    outputs = zip(names, opened.run(names, feeds), strict=True)
     cut.unlink()
-    return worst, error
+    return {name: rel_rmse([(torch.from_numpy(got), expected[name].reshape(got.shape))]) for name, got in outputs}
 
 
 def _layer_values(transformer: nn.Module, call: Recorded) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

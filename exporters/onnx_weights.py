@@ -78,7 +78,7 @@ def _dense(nodes: Nodes, spec: QSpec, read: Read, element: str) -> ir.Value:
     if element == "uint8":
         return nodes.lazy("weight", ir.DataType.UINT8, shape, lambda: _shifted(read().decode8().T))
     stored = ir.DataType.FLOAT8E4M3FN if decodes_to_fp8(spec.format) else ir.DataType.INT8
-    weight = nodes.lazy("weight", stored, shape, lambda: _array(read().decode8().T))
+    weight = nodes.lazy("weight", stored, shape, lambda: as_array(read().decode8().T))
     return nodes.op("Cast", [weight], to=ir.DataType.FLOAT)
 
 
@@ -109,7 +109,7 @@ def _bytes(nodes: Nodes, spec: QSpec, read: Read, number: int) -> ir.Value:
     def packed() -> np.ndarray:
         codes = f.unpack(f, read().data, spec.in_features // f.dim).T.contiguous()
         plane = ((codes >> low) & (2**p - 1)).reshape(-1, 8 // p)
-        return _array(sum(plane[:, i] << (p * i) for i in range(8 // p)).to(torch.uint8))
+        return as_array(sum(plane[:, i] << (p * i) for i in range(8 // p)).to(torch.uint8))
 
     name = "data" if len(planes) == 1 else f"data{p}"
     return nodes.op("Cast", [nodes.lazy(name, ir.DataType.UINT8, (count,), packed)], to=ir.DataType.INT32)
@@ -118,12 +118,12 @@ def _bytes(nodes: Nodes, spec: QSpec, read: Read, number: int) -> ir.Value:
 def _affine_integers(nodes: Nodes, spec: QSpec, read: Read, codes: ir.Value, element: str) -> ir.Value:
     groups = (spec.groups, 1, spec.out_features)
     unsigned = element == "uint8"
-    multiplier = nodes.lazy("multiplier", ir.DataType.UINT8, groups, lambda: _array(read().multiplier.T.reshape(groups)))
+    multiplier = nodes.lazy("multiplier", ir.DataType.UINT8, groups, lambda: as_array(read().multiplier.T.reshape(groups)))
     kind = ir.DataType.UINT8 if unsigned else ir.DataType.INT8
 
     def offsets() -> np.ndarray:
         offset = read().offset.T.reshape(groups)
-        return _shifted(offset) if unsigned else _array(offset)
+        return _shifted(offset) if unsigned else as_array(offset)
 
     offset = nodes.lazy("offset", kind, groups, offsets)
     codes = nodes.reshape(codes, (spec.groups, spec.group_size, spec.out_features))
@@ -144,10 +144,10 @@ def _level_of(codebook: Tensor, element: str) -> np.ndarray:
 
 def _shifted(integers: Tensor) -> np.ndarray:
     """Return int8 integers as uint8, 128 higher."""
-    return _array(integers.contiguous().view(torch.uint8) ^ ZERO_POINT)
+    return as_array(integers.contiguous().view(torch.uint8) ^ ZERO_POINT)
 
 
-def _array(tensor: Tensor) -> np.ndarray:
+def as_array(tensor: Tensor) -> np.ndarray:
     """Return a tensor as a contiguous array; bfloat16 and e4m3 as ml_dtypes'."""
     import ml_dtypes
 

@@ -30,6 +30,7 @@ from quantdit.pipeline import load_pipeline
 
 OPSET = 23
 STORAGES = ("packed", "int8")
+TARGETS = ("cpu", "cpu-nbits", "cuda")
 SINGLE_FILE_BYTES = 2**26  # beyond, weights go into a file of their own; protobuf ends at 2 GiB
 SAVE_MEMORY_BYTES = 2**28  # weights beyond stay packed while a graph is verified
 LAYER = "Layer"
@@ -51,7 +52,9 @@ def _(x: Tensor, layer: str, out_features: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def to_onnx(folder: Path, output: Path, storage: str = "packed", verify: bool = True, part: str | None = None) -> dict:
+def to_onnx(
+    folder: Path, output: Path, storage: str = "packed", verify: bool = True, part: str | None = None, target: str = "cpu"
+) -> dict:
     """Write the transformer of `folder` as an ONNX graph; returns the metadata that the graph carries.
 
     Args:
@@ -61,6 +64,9 @@ def to_onnx(folder: Path, output: Path, storage: str = "packed", verify: bool = 
         verify: run the graph against PyTorch on calls that the pipeline makes while it samples, or on made-up ones for a
             transformer without a pipeline (onnx_verify.py). A graph that computes something else is not written.
         part: which of several transformers.
+        target: `cpu`: integer products of the checkpoint's own codes, standard operators alone. `cpu-nbits`: MatMulNBits, 4-bit
+            weights stay so in memory; 8-bit activations are rounded by ONNX Runtime, for each block of inputs. `cuda`:
+            MatMulNBits with float16 activations, which is what ONNX Runtime's CUDA kernels multiply; 8-bit ones are not rounded.
 
     Raises:
         ValueError: no quantized folder (CheckpointError), an output that exists, a model that cannot be traced, or a graph that
@@ -68,7 +74,7 @@ def to_onnx(folder: Path, output: Path, storage: str = "packed", verify: bool = 
         ImportError: the packages of quantdit[onnx] are missing.
         OSError: the output cannot be written.
     """
-    _check(folder, output, storage)
+    _check(folder, output, storage, target)
     pipeline, source = load_pipeline(str(folder))
     names = source.parts
     if part is not None and part not in names:
@@ -81,7 +87,7 @@ def to_onnx(folder: Path, output: Path, storage: str = "packed", verify: bool = 
     calls = recorded_calls(pipeline, part)
     config = files.read_json(source.part(part) / "config.json")
     del pipeline
-    model, content, cuts = graph_of(transformer, calls[0].arguments, storage)
+    model, content, cuts = graph_of(transformer, calls[0].arguments, storage, target)
     content |= {
         "part": part,
         "sha256": config["quantization_config"]["sha256"],
@@ -94,7 +100,7 @@ def to_onnx(folder: Path, output: Path, storage: str = "packed", verify: bool = 
         size = _save(model, path)
         _describe(path, content)
         if verify:
-            content["verified"] = verified(transformer, path, calls, cuts, size > SAVE_MEMORY_BYTES)
+            content["verified"] = verified(transformer, path, calls, cuts, content["lossy"], size > SAVE_MEMORY_BYTES)
             _describe(path, content)
         # The weights first: a graph under its final name is whole.
         for made in sorted(scratch.iterdir(), key=lambda p: p == path):
@@ -124,9 +130,11 @@ def describe(output: Path, content: dict) -> str:
     return "\n".join(lines)
 
 
-def _check(folder: Path, output: Path, storage: str) -> None:
+def _check(folder: Path, output: Path, storage: str, target: str) -> None:
     if storage not in STORAGES:
         raise ValueError(f"storage {storage!r} is unknown; use {' or '.join(STORAGES)}")
+    if target not in TARGETS:
+        raise ValueError(f"target {target!r} is unknown; use {', '.join(TARGETS)}")
     if output.suffix != ".onnx":
         raise ValueError(f"--output {output} must end in .onnx")
     for path in (output, _data_of(output)):
@@ -145,7 +153,7 @@ def _data_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
-def graph_of(transformer: nn.Module, arguments: dict[str, object], storage: str):
+def graph_of(transformer: nn.Module, arguments: dict[str, object], storage: str = "packed", target: str = "cpu"):
     """Return `(onnx_ir.Model, metadata, where each layer lies)` of a quantized transformer, for calls of these arguments.
 
     Weights stay where they are until the model is saved.
@@ -157,6 +165,7 @@ def graph_of(transformer: nn.Module, arguments: dict[str, object], storage: str)
 
     from quantdit.exporters import onnx_cleaning
     from quantdit.exporters.onnx_layers import Translation, emit_layer
+    from quantdit.exporters.onnx_nbits import DOMAIN
 
     adapter = adapter_for(transformer)
     example, shapes = _dynamic(transformer, adapter, arguments)
@@ -173,7 +182,7 @@ def graph_of(transformer: nn.Module, arguments: dict[str, object], storage: str)
     own = (*transformer.named_parameters(), *transformer.named_buffers())
     onnx_cleaning.name_nodes(graph, {name for name, _ in own})
     onnx_cleaning.narrow_weights(graph)
-    shared = Translation(storage, _bucket(graph, transformer, layers))
+    shared = Translation(storage, target, bucket=_bucket(graph, transformer, layers))
     ends: dict[str, tuple[ir.Value, ir.Value]] = {}
     for node in list(graph):
         if node.op_type != LAYER:
@@ -187,6 +196,8 @@ def graph_of(transformer: nn.Module, arguments: dict[str, object], storage: str)
         graph.remove(node, safe=True)
     for initializer in shared.initializers.values():
         graph.register_initializer(initializer)
+    if any(node.domain == DOMAIN for node in graph):
+        graph.opset_imports[DOMAIN] = 1
     onnx_cleaning.finish(model, "sample")
     used = {value.name for value in graph.inputs}
     content = {
@@ -194,6 +205,8 @@ def graph_of(transformer: nn.Module, arguments: dict[str, object], storage: str)
         "quantdit": version("quantdit"),
         "opset": OPSET,
         "storage": storage,
+        "target": target,
+        "lossy": shared.lossy,
         "dynamic": sorted({str(d) for v in graph.inputs for d in v.shape if not isinstance(d, int)}),
         "dynamic_note": _dynamic_note(transformer),
         "constants": {name: value for name, value in leaves(arguments) if not isinstance(value, Tensor)},

@@ -172,6 +172,12 @@ def _parser() -> argparse.ArgumentParser:
     onnx.add_argument(
         "--storage", choices=("packed", "int8"), default="packed", help="weights as narrow as here, or decoded (%(default)s)"
     )
+    onnx.add_argument(
+        "--target",
+        choices=("cpu", "cpu-nbits", "cuda"),
+        default="cpu",
+        help="cpu: 8-bit integer products; cpu-nbits: 4-bit weights stay so in memory; cuda: float16 activations (%(default)s)",
+    )
     onnx.add_argument("--part", metavar="NAME", help="which transformer, of a pipeline of several (the first)")
     onnx.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, default=True, help="compare with PyTorch before the file counts"
@@ -376,7 +382,7 @@ def _export(args: argparse.Namespace) -> int:
         from quantdit.exporters.to_onnx import describe, to_onnx
 
         _quiet()
-        print(describe(args.output, to_onnx(args.folder, args.output, args.storage, args.verify, args.part)))
+        print(describe(args.output, to_onnx(args.folder, args.output, args.storage, args.verify, args.part, args.target)))
         return 0
     from quantdit.exporters.to_dense import to_dense
 

@@ -46,14 +46,16 @@ def made_layer(
     return QuantLinear.from_tensors(spec, tensors, torch.randn(OUT) if bias else None)
 
 
-def exported(folder: Path, layers: dict[str, QuantLinear], rank: int = 3, storage: str = "packed", bucket: int = 0) -> Path:
+def exported(
+    folder: Path, layers: dict[str, QuantLinear], rank: int = 3, storage: str = "packed", bucket: int = 0, target: str = "cpu"
+) -> Path:
     """Write a graph of layers that share the input `x`."""
     shape = ir.Shape([None] * (rank - 1) + [IN])
     x = ir.Value(name="x", shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
     number = ir.Value(
         name="b", const_value=ir.tensor(bucket, name="b"), shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64)
     )
-    shared = Translation(storage, number)
+    shared = Translation(storage, target, bucket=number)
     nodes, outputs = [], []
     for name, layer in layers.items():
         made, y = emit_layer(shared, name, layer, x)
@@ -61,7 +63,9 @@ def exported(folder: Path, layers: dict[str, QuantLinear], rank: int = 3, storag
         nodes += made.made
         outputs.append(y)
     initializers = [*shared.initializers.values(), number]
-    graph = ir.Graph([x], outputs, nodes=nodes, initializers=initializers, opset_imports={"": 23}, name="layers")
+    graph = ir.Graph(
+        [x], outputs, nodes=nodes, initializers=initializers, opset_imports={"": 23, "com.microsoft": 1}, name="layers"
+    )
     ir.save(ir.Model(graph, ir_version=11), folder / "layer.onnx")
     return folder / "layer.onnx"
 
@@ -171,6 +175,21 @@ def test_what_onnxruntime_makes_of_a_product(bits: int, tmp_path: Path) -> None:
     kinds = {node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph}
     integer = {"MatMulIntegerToFloat", "MatMulInteger", "MatMulNBits"}
     assert kinds & integer == ({"MatMulIntegerToFloat"} if bits == 8 else set())
+
+
+@pytest.mark.parametrize("format", ["int4", "int3", "table4", "int8"])
+@pytest.mark.parametrize(("target", "bits", "tolerance"), [("cpu-nbits", 16, FLOAT), ("cpu-nbits", 8, 2e-2), ("cuda", 16, 2e-3)])
+def test_products_as_matmulnbits(target: str, bits: int, tolerance: float, format: str, tmp_path: Path) -> None:
+    """Weights are exact, offsets included; activations are float32, ONNX Runtime's own 8 bits, or float16."""
+    layer = made_layer(format, ActivationSpec(bits), Transform(hadamard.random_sign(IN, 0), 32), rank=4)
+    path = exported(tmp_path, {"layer": layer}, target=target)
+    nodes = [node for node in ir.load(path).graph if node.op_type == "MatMulNBits"]
+    wanted = 4 if format == "int4" and target == "cpu-nbits" else 8
+    assert [node.attributes["bits"].as_int() for node in nodes] == [wanted]
+    x = torch.randn(2, 5, IN) + 0.5
+    got = torch.from_numpy(onnx_session.session(path).run(None, {"x": x.numpy()})[0])
+    expected = layer(x)
+    assert float((got - expected).norm() / expected.norm()) < tolerance
 
 
 def test_packed_weights_take_their_bits(tmp_path: Path) -> None:
