@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 PAIR = "quantdit.pair"
+LARGE = 2**30
 NARROW_FROM = 1024  # numbers; smaller constants stay float32
 
 
@@ -66,13 +67,14 @@ def translations(layer: str) -> dict:
     }
 
 
-def fold(model: ir.Model) -> None:
-    """Compute what is constant, share what is computed twice, drop what nobody needs."""
+def fold(model: ir.Model, large: bool = False) -> None:
+    """Compute what is constant (transposed weights too if `large`), share what is computed twice, drop what nobody needs."""
     from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants
 
     common.DeduplicateInitializersPass()(model)
-    fold_constants(model, onnx_shape_inference=False)
+    limits = {"input_size_limit": LARGE, "output_size_limit": LARGE} if large else {}
+    fold_constants(model, onnx_shape_inference=False, **limits)
     common.DeduplicateInitializersPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)

@@ -1,6 +1,6 @@
 """A product as ONNX Runtime's own MatMulNBits, whose weights stay narrow in memory: for the targets cpu-nbits and cuda.
 
-* `int4` in groups of 16 to 256 keeps its 4 bits. The operator wants `scale (code - 8)`, ours is `scale (code multiplier + offset)`
+* `int4` in groups of 16 to 256 keeps 4 bits. The operator wants `scale (code - 8)`, ours is `scale (code multiplier + offset)`
   with an offset that need not be a multiple of the multiplier; what is left over is constant in a group, so it multiplies
   the sum of the group's inputs: a product `[..., groups] x [groups, out]` beside, a hundredth of the work. Nothing is rounded.
 * Every other format with an int8 `I` goes as 8 bits, `scale I` with the scale repeated for each block.
@@ -44,7 +44,7 @@ def _keeps_four_bits(spec: QSpec, target: str) -> bool:
 
 
 def emit_nbits(nodes: Nodes, spec: QSpec, read: Read, x: ir.Value, rank: int, target: str, storage: str, level: int) -> ir.Value:
-    """Return `x (scale I)^T`, float32 like x of that rank; `level` is MatMulNBits' accuracy_level (0: float, 4: its own 8-bit tokens)."""
+    """Return `x (scale I)^T`, float32 like x of that rank; `level`: 0 multiplies floats, 4 quantizes tokens."""
     block = block_of(spec, target)
     blocks = (spec.out_features, spec.in_features // block)
     sizes = {"K": spec.in_features, "N": spec.out_features, "block_size": block, "accuracy_level": level}

@@ -97,8 +97,7 @@ def to_onnx(
     scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         path = scratch / output.name
-        size = _save(model, path)
-        _describe(path, content)
+        size = save(model, path, content)
         if verify:
             content["verified"] = verified(transformer, path, calls, cuts, content["lossy"], size > SAVE_MEMORY_BYTES)
             _describe(path, content)
@@ -142,8 +141,17 @@ def _check(folder: Path, output: Path, storage: str, target: str) -> None:
             raise ValueError(f"{path} exists; remove it or choose another output")
     if not folder.is_dir():
         raise files.CheckpointError(f"{folder} is no folder; give the folder that quantdit calibrate wrote")
+    require_packages()
+
+
+def require_packages() -> None:
+    """Refuse at once what the tracer would refuse much later.
+
+    Raises:
+        ImportError: the packages of quantdit[onnx] are missing.
+    """
     try:
-        import onnx  # noqa: F401 - torch.onnx.export would say so much later
+        import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError("exporting to ONNX needs more packages; run: pip install 'quantdit[onnx]'") from error
@@ -153,10 +161,12 @@ def _data_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
-def graph_of(transformer: nn.Module, arguments: dict[str, object], storage: str = "packed", target: str = "cpu"):
+def graph_of(
+    transformer: nn.Module, arguments: dict[str, object], storage: str = "packed", target: str = "cpu", narrow: bool = True
+):
     """Return `(onnx_ir.Model, metadata, where each layer lies)` of a quantized transformer, for calls of these arguments.
 
-    Weights stay where they are until the model is saved.
+    Weights stay where they are until the model is saved. `narrow`: dense weights are stored in 16 bits where that loses nothing.
 
     Raises:
         ValueError: the transformer cannot be traced.
@@ -174,14 +184,15 @@ def graph_of(transformer: nn.Module, arguments: dict[str, object], storage: str 
         program = _traced(transformer, example, shapes)
     model: ir.Model = program.model
     graph = model.graph
-    onnx_cleaning.fold(model)
+    onnx_cleaning.fold(model, large=not narrow)
     names = {name.replace(".", "_"): name for name, value in leaves(arguments) if isinstance(value, Tensor)}
     for value in graph.inputs:
         value.name = names[value.name]
     onnx_cleaning.name_dimensions(graph, _dimension_names(transformer, adapter))
     own = (*transformer.named_parameters(), *transformer.named_buffers())
     onnx_cleaning.name_nodes(graph, {name for name, _ in own})
-    onnx_cleaning.narrow_weights(graph)
+    if narrow:
+        onnx_cleaning.narrow_weights(graph)
     shared = Translation(storage, target, bucket=_bucket(graph, transformer, layers))
     ends: dict[str, tuple[ir.Value, ir.Value]] = {}
     for node in list(graph):
@@ -373,13 +384,14 @@ def _bucket(graph, transformer: nn.Module, layers: Mapping[str, QuantLinear]):
     return bucket
 
 
-def _save(model, path: Path) -> int:
-    """Write the model; returns the bytes of its weights."""
+def save(model, path: Path, content: dict) -> int:
+    """Write a model with its metadata; returns the bytes of its weights."""
     import onnx_ir as ir
 
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     external = {"external_data": _data_of(path).name} if size > SINGLE_FILE_BYTES else {}
     ir.save(model, path, **external)
+    _describe(path, content)
     return size
 
 

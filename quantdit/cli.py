@@ -189,7 +189,9 @@ def _parser() -> argparse.ArgumentParser:
         "Measure quantized linears against full precision on this machine, and write a table.",
         "quantdit bench cpu --output out/cpu.jsonl",
     )
-    sub.add_argument("what", choices=("cpu", "kernels"), help="cpu, or kernels: the Triton kernels on a CUDA GPU")
+    sub.add_argument(
+        "what", choices=("cpu", "kernels", "onnx"), help="cpu; kernels: the Triton kernels on a CUDA GPU; onnx: exported graphs"
+    )
     sub.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help="one row a measurement; a table beside it")
     sub.add_argument("--tune", action="store_true", help="kernels: time every tile configuration first and keep the fastest")
     return parser
@@ -398,6 +400,11 @@ def _bench(args: argparse.Namespace) -> int:
         from quantdit import bench_kernels
 
         bench_kernels.run(args.output, args.tune)
+    elif args.what == "onnx":
+        from quantdit import bench_onnx
+
+        _quiet()
+        bench_onnx.run(args.output)
     else:
         from quantdit import bench
 
