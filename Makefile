@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # A folder `kernels/` in the current directory must not shadow the package of that name (diffusers imports it).
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test lint bench bench-onnx bench-kernels bench-static bench-scaling emoji-wan study study-peers clean
+.PHONY: demo test lint bench bench-onnx onnx-formats bench-kernels bench-static bench-scaling emoji-wan study study-peers clean
 
 demo: $(VENV)/eval.done
 	$(BIN)/quantdit calibrate --model fashion-dit --bits w4a8 --output $(OUT)/fashion-dit-w4a8 --overwrite
@@ -24,6 +24,10 @@ lint: $(VENV)/test.done
 
 bench: $(VENV)/test.done
 	$(BIN)/quantdit bench cpu --output reports/bench/cpu-linear.jsonl
+
+# How far exported graphs are from PyTorch, in every kind of recipe. Rows that are there are kept.
+onnx-formats: $(VENV)/test.done
+	$(BIN)/python reports/onnx_formats.py
 
 # Exported graphs in ONNX Runtime, and other quantizers' of the same models, on two free cores.
 bench-onnx: $(VENV)/test.done
