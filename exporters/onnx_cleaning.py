@@ -80,6 +80,26 @@ def fold(model: ir.Model, large: bool = False) -> None:
     common.RemoveUnusedNodesPass()(model)
 
 
+def expand_masks(graph: ir.Graph) -> None:
+    """Give attention masks a row for each query: ONNX Runtime's Attention does not broadcast a mask of one row (PixArt's)."""
+    import numpy as np
+
+    one = ir.Value(name="one", const_value=ir.tensor(np.array([1], np.int64), name="one"))
+    one.shape, one.type = ir.Shape([1]), ir.TensorType(ir.DataType.INT64)
+    for node in list(graph):
+        mask = node.inputs[3] if node.op_type == "Attention" and len(node.inputs) > 3 else None
+        if mask is None:
+            continue
+        rows = ir.node("Shape", [node.inputs[0]], {"start": 2, "end": 3})
+        shape = ir.node("Concat", [one, one, rows.outputs[0], one], {"axis": 0})
+        expanded = ir.node("Expand", [mask, shape.outputs[0]])
+        for made in (rows, shape, expanded):  # named where the attention is
+            made.metadata_props.update(node.metadata_props)
+        graph.insert_before(node, [rows, shape, expanded])
+        node.replace_input_with(3, expanded.outputs[0])
+        graph.initializers.setdefault("one", one)
+
+
 def name_dimensions(graph: ir.Graph, names: dict[str, dict[int, str]]) -> None:
     """Give the dimensions of inputs that vary the names they go by, and forget the tracer's in between."""
     for value in graph.inputs:

@@ -185,6 +185,7 @@ def graph_of(
     model: ir.Model = program.model
     graph = model.graph
     onnx_cleaning.fold(model, large=not narrow)
+    onnx_cleaning.expand_masks(graph)
     names = {name.replace(".", "_"): name for name, value in leaves(arguments) if isinstance(value, Tensor)}
     for value in graph.inputs:
         value.name = names[value.name]
