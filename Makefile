@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 # A folder `kernels/` in the current directory must not shadow the package of that name (diffusers imports it).
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test lint gate baselines detection bench bench-kernels bench-static bench-scaling emoji-wan study study-peers clean
+.PHONY: demo test lint gate baselines detection emoji-wan study study-peers clean
+.PHONY: bench bench-kernels bench-static bench-scaling bench-onnx onnx-formats
 
 demo: $(VENV)/eval.done
 	$(BIN)/quantdit calibrate --model fashion-dit --bits w4a8 --output $(OUT)/fashion-dit-w4a8 --overwrite
@@ -53,6 +54,14 @@ detection: $(GATED:%=$(OUT)/gate/%-w4a8)
 
 bench: $(VENV)/test.done
 	$(BIN)/quantdit bench cpu --output reports/bench/cpu-linear.jsonl
+
+# How far exported graphs are from PyTorch, in every kind of recipe. Rows that are there are kept.
+onnx-formats: $(VENV)/test.done
+	$(BIN)/python reports/onnx_formats.py
+
+# Exported graphs in ONNX Runtime, and other quantizers' of the same models, on two free cores.
+bench-onnx: $(VENV)/test.done
+	$(BIN)/quantdit bench onnx --output reports/bench/onnx.jsonl
 
 # On a machine with a CUDA GPU, within eight minutes.
 bench-kernels: $(VENV)/test.done

@@ -133,6 +133,13 @@ def _parser() -> argparse.ArgumentParser:
     what = sub.add_mutually_exclusive_group()
     what.add_argument("--prompt", nargs="+", metavar="TEXT", help="what to draw, in turn (models that take text)")
     what.add_argument("--prompts", type=Path, help="text file, one prompt a line")
+    sub.add_argument(
+        "--onnx",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="let graphs that were exported from DIR compute in the transformer's place",
+    )
     _sampling(sub)
 
     sub = command(
@@ -191,11 +198,31 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", type=Path, metavar="DIR")
     sub.add_argument(
         "--to",
-        choices=("dense", "comfyui"),
+        choices=("dense", "comfyui", "onnx"),
         required=True,
-        help="dense: its transformer as bfloat16, which plain diffusers loads; comfyui: one file in ComfyUI's own formats",
+        help="dense: its transformer as bfloat16, which plain diffusers loads; comfyui: one file in ComfyUI's own formats;"
+        " onnx: its transformer as a graph for ONNX Runtime",
     )
-    sub.add_argument("--output", type=Path, required=True, help="folder to write, or FILE.safetensors for ComfyUI")
+    sub.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="folder to write; FILE.safetensors for comfyui; FILE.onnx, large weights beside it",
+    )
+    onnx = sub.add_argument_group("ONNX")
+    onnx.add_argument(
+        "--storage", choices=("packed", "int8"), default="packed", help="weights as narrow as here, or decoded (%(default)s)"
+    )
+    onnx.add_argument(
+        "--target",
+        choices=("cpu", "cpu-nbits", "cuda"),
+        default="cpu",
+        help="cpu: 8-bit integer products; cpu-nbits: 4-bit weights stay so in memory; cuda: float16 activations (%(default)s)",
+    )
+    onnx.add_argument("--part", metavar="NAME", help="which transformer, of a pipeline of several (the first)")
+    onnx.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=True, help="compare with PyTorch before the file counts"
+    )
 
     sub = command(
         "bench",
@@ -203,7 +230,9 @@ def _parser() -> argparse.ArgumentParser:
         "Measure quantized linears against full precision on this machine, and write a table.",
         "quantdit bench cpu --output out/cpu.jsonl",
     )
-    sub.add_argument("what", choices=("cpu", "kernels"), help="cpu, or kernels: the Triton kernels on a CUDA GPU")
+    sub.add_argument(
+        "what", choices=("cpu", "kernels", "onnx"), help="cpu; kernels: the Triton kernels on a CUDA GPU; onnx: exported graphs"
+    )
     sub.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help="one row a measurement; a table beside it")
     sub.add_argument("--tune", action="store_true", help="kernels: time every tile configuration first and keep the fastest")
     return parser
@@ -361,6 +390,10 @@ def _generate(args: argparse.Namespace) -> int:
     pipeline, source = _load(args.model, args.device)
     clips = makes_clips(pipeline)
     _check_suffix(args.output, clips)
+    for path in args.onnx or ():
+        from quantdit.exporters.onnx_session import use_graph
+
+        use_graph(pipeline, source, path)
     count = args.count or (len(prompts) if prompts else 8 if clips else 40)
     samples = generate(pipeline, count, args.seed, args.steps, args.guidance, prompts=prompts, classes=args.classes)
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -445,6 +478,12 @@ def _gate(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    if args.to == "onnx":
+        from quantdit.exporters.to_onnx import describe, to_onnx
+
+        _quiet()
+        print(describe(args.output, to_onnx(args.folder, args.output, args.storage, args.verify, args.part, args.target)))
+        return 0
     from quantdit.exporters.to_comfyui import to_comfyui
     from quantdit.exporters.to_dense import to_dense
 
@@ -464,6 +503,11 @@ def _bench(args: argparse.Namespace) -> int:
         from quantdit import bench_kernels
 
         bench_kernels.run(args.output, args.tune)
+    elif args.what == "onnx":
+        from quantdit import bench_onnx
+
+        _quiet()
+        bench_onnx.run(args.output)
     else:
         from quantdit import bench
 

@@ -70,3 +70,32 @@ def test_rows_compare_with_float32_of_the_same_run() -> None:
     # The routine that quantdit uses must be exact on every machine; the others are what they are.
     assert exact["int8 product: chosen: cpu.scaled_int8_product"]
     assert exact["int8 product: float32 in exact chunks"]
+
+
+def test_rows_of_exported_graphs_make_a_table_for_each_model() -> None:
+    from quantdit import bench_onnx
+
+    origin = {"cpu": "CPU", "threads": 2, "isa": ["avx2"], "onnxruntime": "1", "torch": "2", "commit": "c"}
+    row = {
+        "model": "a",
+        "blocks": 2,
+        "tokens": 8,
+        "ms_median": 2.0,
+        "ms_fastest": 1.0,
+        "times_ort_float32": 1.5,
+        "rel_rmse": 0.01,
+    }
+    rows = [row | {"what": "ours", "file_mb": 3.5} | origin, row | {"model": "b", "what": "torch float32"} | origin]
+    lines = bench_onnx.markdown(rows).splitlines()
+    assert "| ours | 2.0 | 1.0 | 1.50 | 1.0e-02 | 3.5 |" in lines and "| torch float32 | 2.0 | 1.0 | 1.50 | 1.0e-02 |  |" in lines
+    assert [line for line in lines if line.startswith("## ")] == ["## 2 blocks of a, 8 tokens", "## 2 blocks of b, 8 tokens"]
+
+
+def test_grouped_weights_of_the_benchmark_keep_four_bits_in_matmulnbits() -> None:
+    from quantdit import bench_onnx
+    from quantdit.exporters.onnx_nbits import block_of
+    from quantdit.formats import QSpec
+
+    *_, last = bench_onnx.plan(bench_onnx.OURS["ours w4a8 (int4 g128), target cpu-nbits"]).rules
+    assert (last.weight, last.activation_bits) == ("int4", 8)
+    assert block_of(QSpec(last.weight, 8, 1536, last.group_size), "cpu-nbits") == 128

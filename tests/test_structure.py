@@ -40,7 +40,7 @@ ORDER = (
     ("block_by_block",),
     ("compiler", "in_memory"),
     ("inspection", "exporters", "evaluation", "bench"),
-    ("bench_kernels",),
+    ("bench_kernels", "bench_onnx"),
     ("models.train", "cli"),
 )
 # Files that only run as a script: nothing imports them.

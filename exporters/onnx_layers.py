@@ -1,0 +1,254 @@
+"""One QuantLinear as ONNX nodes: transform -> quantize tokens -> integer product -> scale + bias, number for number.
+
+Every code is computed as kernels/ops.py defines it and every integer sum is exact, so a graph differs from PyTorch only where
+float32 arithmetic before a rounding falls on the other side of a tie. All operators are ONNX's own. The product is written as
+DequantizeLinear of both operands and MatMul, which ONNX Runtime fuses to one integer product (MatMulIntegerToFloat).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from quantdit import hadamard
+from quantdit.exporters.onnx_nbits import block_of, emit_nbits
+from quantdit.exporters.onnx_nodes import Nodes
+from quantdit.exporters.onnx_weights import ZERO_POINT, as_array, emit_integers
+from quantdit.formats.float8 import LARGEST
+from quantdit.layer_spec import ActivationSpec, decodes_to_fp8
+from quantdit.linear import QuantLinear
+from quantdit.transform import NAMES
+
+SMALLEST = float(np.finfo(np.float32).tiny)  # in place of the scale of a token of zeros
+
+
+@dataclass
+class Translation:
+    """What the layers of one graph share.
+
+    Attributes:
+        storage: `packed` or `int8`.
+        target: `cpu` (integer products of our codes), `cpu-nbits` or `cuda` (onnx_nbits.py).
+        lossy: layers whose activations something else than our codes stands for.
+        bucket: the int64 scalar of the timestep bucket; None if no layer has static scales.
+        initializers: constants by content, weights by name.
+        calls: of each layer so far.
+        prepared: tokens that were quantized already: layers with the same input and transform (q, k, v) quantize it once.
+    """
+
+    storage: str
+    target: str = "cpu"
+    lossy: list[str] = field(default_factory=list)
+    bucket: ir.Value | None = None
+    initializers: dict[tuple, ir.Value] = field(default_factory=dict)
+    prepared: dict[tuple, tuple[ir.Value, ir.Value | None]] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+
+
+def emit_layer(shared: Translation, name: str, layer: QuantLinear, x: ir.Value) -> tuple[Nodes, ir.Value]:
+    """Return the nodes of the layer at path `name`, and the value of its output `[..., out]`; x is `[..., in]` float32."""
+    nodes = Nodes(name, shared.initializers, shared.calls[name])
+    shared.calls[name] += 1
+    spec = layer.layer_spec
+    rank = len(x.shape)
+    key = (id(x), _tokens_digest(layer))
+    tokens = shared.prepared.get((*key, "transformed")) or (_transformed(nodes, layer, x, rank), None)
+    shared.prepared[(*key, "transformed")] = tokens
+    moved = tokens[0]
+    narrow = shared.target != "cpu" and block_of(spec.weight, shared.target) > 0
+    own = spec.activation == ActivationSpec(8)  # what MatMulNBits does to its tokens comes closest to that
+    if narrow and (own or spec.activation.bits == 16):
+        level = 4 if own and shared.target != "cuda" else 0
+        if own or shared.target == "cuda":
+            shared.lossy.append(name)
+        y = emit_nbits(nodes, spec.weight, lambda: layer.qtensor, moved, rank, shared.target, shared.storage, level)
+    elif spec.activation.bits == 16:
+        weight = emit_integers(nodes, spec.weight, lambda: layer.qtensor, "float32", shared.storage)
+        y = nodes.op("MatMul", [moved, nodes.op("Mul", [weight, _scale(nodes, layer)])])
+    else:
+        # Codes that meet e4m3 weights stay float: there is no such integer product.
+        floats = decodes_to_fp8(spec.weight.format)
+        quantized = shared.prepared.get((*key, floats)) or _quantized(nodes, shared, layer, moved, rank, floats)
+        shared.prepared[(*key, floats)] = quantized
+        codes, token_scale = quantized
+        y = nodes.op("Mul", [_product(nodes, shared, layer, codes, floats), token_scale])
+    if layer.bias is not None:
+        y = nodes.op("Add", [y, _narrow(nodes, "bias", layer.bias)])
+    if spec.rank:
+        thin = nodes.op("MatMul", [moved, _narrow(nodes, "down", layer.down.T)])
+        y = nodes.op("Add", [y, nodes.op("MatMul", [thin, _narrow(nodes, "up", layer.up.T)])])
+    return nodes, y
+
+
+def _product(nodes: Nodes, shared: Translation, layer: QuantLinear, codes: ir.Value, floats: bool) -> ir.Value:
+    spec = layer.layer_spec.weight
+    if floats:
+        weight = emit_integers(nodes, spec, lambda: layer.qtensor, "float32", shared.storage)
+        return nodes.op("Mul", [nodes.op("MatMul", [codes, weight]), _scale(nodes, layer)])
+    weight = emit_integers(nodes, spec, lambda: layer.qtensor, "uint8", shared.storage)
+    # A node of its own for every consumer: ONNX Runtime fuses no DequantizeLinear that two products share.
+    left = nodes.op("DequantizeLinear", [codes, nodes.scalar(1), _zero_point(nodes)])
+    zeros = nodes.constant("zero_points", np.full(spec.out_features, ZERO_POINT, np.uint8))
+    right = nodes.op("DequantizeLinear", [weight, _scale(nodes, layer), zeros], axis=1)
+    return nodes.op("MatMul", [left, right])
+
+
+def _scale(nodes: Nodes, layer: QuantLinear) -> ir.Value:
+    return nodes.lazy("scale", ir.DataType.FLOAT, layer.scale.shape, lambda: as_array(layer.scale))
+
+
+def _narrow(nodes: Nodes, field: str, tensor: Tensor) -> ir.Value:
+    """Return a tensor as float32, stored in its own dtype, or as bfloat16 where that loses nothing."""
+    stored = tensor.detach().bfloat16() if torch.equal(tensor.bfloat16().float(), tensor.float()) else tensor.detach()
+    kind = {torch.bfloat16: ir.DataType.BFLOAT16, torch.float16: ir.DataType.FLOAT16, torch.float32: ir.DataType.FLOAT}
+    value = nodes.lazy(field, kind[stored.dtype], stored.shape, lambda: as_array(stored))
+    return value if stored.dtype == torch.float32 else nodes.op("Cast", [value], to=ir.DataType.FLOAT)
+
+
+def _zero_point(nodes: Nodes) -> ir.Value:
+    return nodes.constant("zero_point", np.array(ZERO_POINT, np.uint8))
+
+
+def _tokens_digest(layer: QuantLinear) -> str:
+    """Return what makes two layers with one input quantize it alike."""
+    spec = layer.layer_spec
+    tensors = {n: layer._buffers[n] for n in (*NAMES, "static_scale") if n in layer._buffers}
+    found = hashlib.sha256(repr((spec.activation, spec.rotation, spec.block)).encode())
+    for n, tensor in tensors.items():
+        found.update(n.encode() + tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _transformed(nodes: Nodes, layer: QuantLinear, x: ir.Value, rank: int) -> ir.Value:
+    """Return `x T` (transform.py)."""
+    t = layer.transform
+    if t.premultiplier is not None:
+        x = nodes.op("Mul", [x, nodes.constant("premultiplier", t.premultiplier.float().numpy())])
+    kept = [0] * (rank - 1)
+    if t.rotation1 is not None:
+        x = _block_product(nodes, x, t.rotation1, "rotation1", rank)
+        x = nodes.op("Gather", [x, nodes.constant("permutation", t.permutation.numpy())], axis=-1)
+        return _block_product(nodes, x, t.rotation2, "rotation2", rank)
+    if t.block > 1:
+        blocks = nodes.reshape(x, [*kept, layer.in_features // t.block, t.block])
+        rotated = nodes.op("MatMul", [blocks, nodes.constant("hadamard", hadamard.hadamard(t.block).numpy())])
+        return nodes.reshape(rotated, [*kept, layer.in_features])
+    return x
+
+
+def _block_product(nodes: Nodes, x: ir.Value, blocks: Tensor, field: str, rank: int) -> ir.Value:
+    """Return x times a block-diagonal matrix `[n, b, b]`: as n products of all tokens, not as one a token."""
+    count, block, _ = blocks.shape
+    kept = [0] * (rank - 1)
+    swap = [*range(rank - 2), rank - 1, rank - 2, rank]
+    parts = nodes.op("Transpose", [nodes.reshape(x, [*kept, count, block])], perm=swap)
+    matrix = nodes.lazy(field, ir.DataType.FLOAT, blocks.shape, lambda: as_array(blocks))
+    turned = nodes.op("Transpose", [nodes.op("MatMul", [parts, matrix])], perm=swap)
+    return nodes.reshape(turned, [*kept, count * block])
+
+
+def _quantized(
+    nodes: Nodes, shared: Translation, layer: QuantLinear, x: ir.Value, rank: int, floats: bool
+) -> tuple[ir.Value, ir.Value]:
+    """Return the codes of x, uint8 `code + 128` or float32, and the scale of each token `[..., 1]` (ops.quantize_tokens)."""
+    a = layer.layer_spec.activation
+    if a.format == "fp8":
+        scale = _absmax_scale(nodes, x, LARGEST)
+        codes = nodes.op("Clip", [_on_grid(nodes, x, scale), nodes.scalar(-LARGEST), nodes.scalar(LARGEST)])
+        codes = nodes.op("Cast", [codes], to=ir.DataType.FLOAT8E4M3FN)
+        return nodes.op("Cast", [codes], to=ir.DataType.FLOAT), scale
+    top = 2**a.bits - 1 if a.format == "affine" else 2 ** (a.bits - 1) - 1
+    if a.group_size:
+        scale = _token_scale(nodes, shared, layer, x, 127)
+        codes = _grouped_codes(nodes, a, _on_grid(nodes, x, scale), top, rank, layer.in_features)
+    elif a.format == "affine":
+        codes, scale = _affine_codes(nodes, x, top)
+    else:
+        scale = _token_scale(nodes, shared, layer, x, top)
+        codes = _on_grid(nodes, x, scale)
+        if a.buckets:
+            codes = nodes.op("Clip", [codes, nodes.scalar(-top), nodes.scalar(top)])
+    if floats:
+        return nodes.op("Round", [codes]), scale
+    return nodes.op("QuantizeLinear", [codes, nodes.scalar(1), _zero_point(nodes)]), scale
+
+
+def _token_scale(nodes: Nodes, shared: Translation, layer: QuantLinear, x: ir.Value, top: int) -> ir.Value:
+    if not layer.layer_spec.activation.buckets:
+        return _absmax_scale(nodes, x, top)
+    scales = nodes.constant("static_scale", layer.static_scale.numpy())
+    return nodes.op("Gather", [scales, shared.bucket])  # a scalar
+
+
+def _absmax_scale(nodes: Nodes, x: ir.Value, top: float) -> ir.Value:
+    largest = _reduce(nodes, "ReduceMax", nodes.op("Abs", [x]))
+    return nodes.op("Div", [largest, nodes.scalar(top)])
+
+
+def _reduce(nodes: Nodes, kind: str, x: ir.Value) -> ir.Value:
+    return nodes.op(kind, [x, nodes.constant("axes", np.array([-1], np.int64))], keepdims=1)
+
+
+def _on_grid(nodes: Nodes, x: ir.Value, scale: ir.Value) -> ir.Value:
+    return nodes.op("Div", [x, nodes.op("Max", [scale, nodes.scalar(SMALLEST)])])
+
+
+def _affine_codes(nodes: Nodes, x: ir.Value, top: int) -> tuple[ir.Value, ir.Value]:
+    """Return `code + offset` of codes 0..top of a whole token, and the token's scale."""
+    low, high = _reduce(nodes, "ReduceMin", x), _reduce(nodes, "ReduceMax", x)
+    range_scale = nodes.op("Div", [nodes.op("Sub", [high, low]), nodes.scalar(top)])
+    outermost = nodes.op("Max", [high, nodes.op("Neg", [low])])
+    scale = nodes.op("Max", [range_scale, nodes.op("Div", [outermost, nodes.scalar(127)])])
+    safe = nodes.op("Max", [scale, nodes.scalar(SMALLEST)])
+    one = nodes.scalar(1)
+    offset = _offset(nodes, nodes.op("Div", [low, safe]), nodes.op("Div", [high, safe]), one, top)
+    y = nodes.op("Div", [x, safe])
+    steps = nodes.op("Round", [nodes.op("Sub", [y, offset])])
+    codes = nodes.op("Clip", [steps, nodes.scalar(0), nodes.scalar(top)])
+    return nodes.op("Add", [codes, offset]), scale
+
+
+def _grouped_codes(nodes: Nodes, a: ActivationSpec, y: ir.Value, top: int, rank: int, width: int) -> ir.Value:
+    """Return `code * multiplier` (`+ offset`) of y in units of the token's int8 grid, each group with the better multiplier."""
+    kept = [0] * (rank - 1)
+    y = nodes.op("Clip", [y, nodes.scalar(-127), nodes.scalar(127)])
+    y = nodes.reshape(y, [*kept, width // a.group_size, a.group_size])
+    affine = a.format == "affine"
+    if affine:
+        low, high = _reduce(nodes, "ReduceMin", y), _reduce(nodes, "ReduceMax", y)
+        step = nodes.op("Div", [nodes.op("Sub", [high, low]), nodes.scalar(top)])
+    else:
+        step = nodes.op("Div", [_reduce(nodes, "ReduceMax", nodes.op("Abs", [y])), nodes.scalar(top)])
+
+    def rounded(kind: str) -> tuple[ir.Value, ir.Value]:
+        """Return y rounded with the multiplier above (Ceil) or below (Floor) the step, and each group's error."""
+        multiplier = nodes.op("Max", [nodes.op(kind, [step]), nodes.scalar(1)])
+        if affine:
+            offset = _offset(nodes, low, high, multiplier, top)
+            steps = nodes.op("Round", [nodes.op("Div", [nodes.op("Sub", [y, offset]), multiplier])])
+            codes = nodes.op("Clip", [steps, nodes.scalar(0), nodes.scalar(top)])
+            values = nodes.op("Add", [nodes.op("Mul", [codes, multiplier]), offset])
+        else:
+            steps = nodes.op("Round", [nodes.op("Div", [y, multiplier])])
+            codes = nodes.op("Clip", [steps, nodes.scalar(-top), nodes.scalar(top)])
+            values = nodes.op("Mul", [codes, multiplier])
+        values = nodes.op("Clip", [values, nodes.scalar(-128 if affine else -127), nodes.scalar(127)])
+        apart = nodes.op("Sub", [values, y])
+        return values, _reduce(nodes, "ReduceSum", nodes.op("Mul", [apart, apart]))
+
+    (wide, wide_error), (fine, fine_error) = rounded("Ceil"), rounded("Floor")
+    codes = nodes.op("Where", [nodes.op("Less", [fine_error, wide_error]), fine, wide])
+    return nodes.reshape(codes, [*kept, width])
+
+
+def _offset(nodes: Nodes, low: ir.Value, high: ir.Value, multiplier: ir.Value, top: int) -> ir.Value:
+    reach = nodes.op("Mul", [multiplier, nodes.scalar(top)])
+    middle = nodes.op("Div", [nodes.op("Sub", [nodes.op("Add", [low, high]), reach]), nodes.scalar(2)])
+    centred = nodes.op("Max", [nodes.op("Round", [middle]), nodes.scalar(-128)])
+    return nodes.op("Min", [centred, nodes.op("Sub", [nodes.scalar(127), reach])])

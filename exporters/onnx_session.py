@@ -1,0 +1,242 @@
+"""Open an exported graph in ONNX Runtime with the settings it was verified with, and call it as the transformer it came from."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from quantdit.files import CheckpointError, read_json
+from quantdit.pipeline import Source
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+METADATA = "quantdit"
+CPU = "CPUExecutionProvider"
+WHEELS = ("onnxruntime", "onnxruntime-gpu")
+PACKED_BYTES = "1000000"  # constants larger than this are decoded at every call where memory is to be saved
+
+
+def session(
+    path: str | Path, providers: Sequence[str] = (CPU,), save_memory: bool = False, threads: int | None = None
+) -> onnxruntime.InferenceSession:
+    """Open an ONNX graph with the settings that keep its arithmetic what the export verified.
+
+    * `uint8 x int8` products do not saturate (session.x64quantprecision);
+    * a weight-only product stays one: ONNX Runtime does not quantize its activations (session.qdq_matmulnbits_accuracy_level).
+
+    Args:
+        path: the .onnx file; its .data file, if there is one, lies beside it.
+        providers: what is to run it, in order; each must be granted. Nodes that the others do not have run on the CPU.
+        save_memory: leave packed weights packed and decode them at every call, instead of once when the session opens.
+        threads: of one operator; torch's number if None.
+
+    Raises:
+        ImportError: onnxruntime is not installed.
+        ValueError: a provider that is not to be had (ONNX Runtime would run on the CPU without a word).
+        CheckpointError: no ONNX graph, or a damaged one.
+    """
+    path = Path(path)
+    ort = _onnxruntime()
+    missing = [p for p in providers if p not in ort.get_available_providers()]
+    if missing:
+        raise ValueError(
+            f"this onnxruntime has no {missing[0]}, it has {', '.join(ort.get_available_providers())}; for CUDA run:"
+            " pip uninstall onnxruntime && pip install 'quantdit[onnx-gpu]'"
+        )
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file; give the .onnx file that quantdit export --to onnx wrote")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    if save_memory:
+        options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", PACKED_BYTES)
+    try:
+        opened = ort.InferenceSession(path, options, providers=list(providers))
+    except Exception as error:  # ONNX Runtime's errors have no common class of their own
+        first = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path}: ONNX Runtime {ort.__version__} cannot open it ({first}); export it again") from error
+    refused = [p for p in providers if p not in opened.get_providers()]
+    if refused:
+        raise ValueError(
+            f"{refused[0]} was asked for, but ONNX Runtime opened {path} on {', '.join(opened.get_providers())};"
+            " its CUDA and cuDNN libraries are probably missing: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        )
+    return opened
+
+
+def _onnxruntime():
+    """Import onnxruntime; say so if both of its wheels are there, which share one folder.
+
+    Raises:
+        ImportError: neither is, or only the rest of one that the other overwrote.
+    """
+    if len(found := [wheel for wheel in WHEELS if _installed(wheel)]) > 1:
+        warnings.warn(
+            f"{' and '.join(found)} are both installed and overwrite each other's files; keep one:"
+            " pip uninstall -y onnxruntime onnxruntime-gpu, then install quantdit[onnx] or quantdit[onnx-gpu]",
+            stacklevel=3,
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError("ONNX graphs need ONNX Runtime; run: pip install 'quantdit[onnx]'") from error
+    if not hasattr(onnxruntime, "InferenceSession"):
+        raise ImportError(
+            "onnxruntime is only half installed, as uninstalling one of its two wheels leaves it; run:"
+            " pip install --force-reinstall 'quantdit[onnx]'"
+        )
+    return onnxruntime
+
+
+def _installed(wheel: str) -> bool:
+    try:
+        version(wheel)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def metadata(opened: onnxruntime.InferenceSession, path: str | Path) -> dict:
+    """Return what the export wrote into the graph.
+
+    Raises:
+        CheckpointError: quantdit did not export it.
+    """
+    try:
+        content = json.loads(opened.get_modelmeta().custom_metadata_map[METADATA])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} has no metadata of quantdit; give a file that quantdit export --to onnx wrote") from error
+    if not isinstance(content, dict) or not isinstance(content.get("constants"), dict):
+        raise CheckpointError(f"{path}: its metadata is damaged; export it again")
+    return content
+
+
+def leaves(arguments: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Yield name and value of every tensor, number and text in nested arguments: `a`, `a.b` of a dictionary, `a.0` of a list."""
+    for name, value in arguments.items():
+        if isinstance(value, Mapping):
+            inner = {str(key): v for key, v in value.items()}
+        elif isinstance(value, list | tuple):
+            inner = {str(i): v for i, v in enumerate(value)}
+        else:
+            yield name, value
+            continue
+        yield from leaves({f"{name}.{key}": v for key, v in inner.items()})
+
+
+def arguments_of(forward: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, object]:
+    """Return the arguments of a call of a transformer by name, without those that are None or only say how to return."""
+    bound = forward.bind(*args, **kwargs).arguments
+    return {k: v for k, v in bound.items() if v is not None and k not in ("return_dict", "self")}
+
+
+class OnnxForward:
+    """Stands in for a transformer's `forward`: same arguments, but ONNX Runtime computes."""
+
+    def __init__(self, transformer: nn.Module, path: Path, opened: onnxruntime.InferenceSession) -> None:
+        self._signature = inspect.signature(type(transformer).forward)
+        self._transformer, self._session, self._path = transformer, opened, path
+        self._inputs = {i.name: i for i in opened.get_inputs()}
+        self.metadata = metadata(opened, path)
+
+    def run(self, arguments: Mapping[str, object]) -> Tensor:
+        """Return the first output for arguments by name.
+
+        Raises:
+            ValueError: other arguments than were exported, or sizes the graph is not for.
+        """
+        feeds, numbers = {}, {}
+        for name, value in leaves(arguments):
+            if isinstance(value, Tensor):
+                feeds[name] = value.detach().cpu()
+            else:
+                numbers[name] = value
+        unused = set(self.metadata.get("unused", ()))
+        for name in feeds:
+            if name not in self._inputs and name not in unused:
+                raise ValueError(f"{self._path} has no input {name}: the call it was exported from had none; export it again")
+        for name, known in self._inputs.items():
+            if name not in feeds:
+                raise ValueError(f"{self._path} needs the input {name}; it was exported from a call that had one")
+            self._check_shape(name, known, feeds[name])
+        if numbers != (fixed := self.metadata["constants"]):
+            name = next(n for n in sorted(numbers.keys() | fixed) if numbers.get(n) != fixed.get(n))
+            raise ValueError(
+                f"{self._path} was exported with {name} = {fixed.get(name)!r} and is fixed to that, got {numbers.get(name)!r}"
+            )
+        named = {name: as_numpy(feeds[name], known.type) for name, known in self._inputs.items()}
+        return torch.from_numpy(self._session.run(None, named)[0])
+
+    def _check_shape(self, name: str, known, value: Tensor) -> None:
+        wanted, got = known.shape, tuple(value.shape)
+        fits = len(wanted) == len(got) and all(w == g for w, g in zip(wanted, got, strict=True) if isinstance(w, int))
+        if not fits:
+            raise ValueError(
+                f"{self._path}: input {name} is {list(got)}, but the graph is for {wanted}"
+                f" ({self.metadata.get('dynamic_note', 'its sizes are fixed')}); export it again for this size"
+            )
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """Answer as the transformer would: an output with `sample`, or a tuple."""
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        bound = self._signature.bind(self._transformer, *args, **kwargs).arguments
+        wants_output = bound.get("return_dict", True)
+        bound.update(bound.pop("kwargs", {}))
+        given = {k: v for k, v in bound.items() if v is not None and k not in ("return_dict", "self")}
+        latent = next(v for v in given.values() if isinstance(v, Tensor))
+        sample = self.run(given).to(latent.device)
+        return Transformer2DModelOutput(sample=sample) if wants_output else (sample,)
+
+
+def use_graph(pipeline: object, source: Source, path: Path) -> OnnxForward:
+    """Let a transformer of a pipeline answer from the graph that was exported from it, from now on.
+
+    Args:
+        pipeline: as `load_pipeline` returns it.
+        source: the same.
+        path: the .onnx file.
+
+    Raises:
+        ValueError: the graph comes from another checkpoint.
+        ImportError, CheckpointError: as `session`.
+    """
+    opened = session(path)
+    content = metadata(opened, path)
+    part = content.get("part")
+    config = read_json(source.part(part) / "config.json") if part in source.parts else {}
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("sha256") != content.get("sha256"):
+        raise ValueError(
+            f"{path} was exported from another checkpoint than {source.label}; give the folder it was exported from, or export"
+            f" this one: quantdit export {source.label} --to onnx"
+        )
+    transformer = getattr(pipeline, part)
+    transformer.forward = OnnxForward(transformer, path, opened)
+    return transformer.forward
+
+
+_TYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(double)": torch.float64,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(bool)": torch.bool,
+}
+
+
+def as_numpy(value: Tensor, kind: str):
+    """Return a tensor as the array that an input of this ONNX type takes."""
+    return value.to(_TYPES[kind]).contiguous().numpy()

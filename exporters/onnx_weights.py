@@ -1,0 +1,166 @@
+"""Stored weights as ONNX: initializers of packed codes, and the few nodes that decode them to the 8-bit matrix `I` at load time.
+
+A graph holds the weight transposed, `[in, out]`, as MatMul wants it. For integer products it is uint8 `I + 128` with the zero
+point 128, because `uint8 x int8` saturates on x86 before AVX512-VNNI unless the session says otherwise (reports/bench); for float
+products it is float32. Codes are packed in element order, element 0 in the low bits, in planes of 4, 2 and 1 bits as
+formats/packing.py cuts them, so that one Gather from a table of 256 rows unpacks a byte. ONNX Runtime folds all of it when
+a session is created.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from quantdit.exporters.onnx_nodes import Nodes
+from quantdit.formats import FORMATS, QSpec
+from quantdit.formats.packing import PLANES
+from quantdit.layer_spec import decodes_to_fp8
+from quantdit.qtensor import QTensor
+
+ZERO_POINT = 128
+PARTS = {"uint8": ir.DataType.UINT8, "float32": ir.DataType.FLOAT}
+
+Read = Callable[[], QTensor]
+
+
+def is_packed(spec: QSpec, storage: str) -> bool:
+    """Return whether a weight is stored as packed codes: asked for, narrower than 8 bits, and whole bytes of every plane."""
+    f = FORMATS[spec.format]
+    codes = spec.out_features * spec.in_features // f.dim
+    narrow = f.code_bits < 8 * f.dim
+    return storage == "packed" and narrow and all(codes * p % 8 == 0 for p in PLANES[f.code_bits])
+
+
+def emit_integers(nodes: Nodes, spec: QSpec, read: Read, element: str, storage: str) -> ir.Value:
+    """Return the value of `I^T` `[in, out]`.
+
+    Args:
+        nodes: where nodes and initializers go.
+        spec: of the weight.
+        read: returns the QTensor; called once for each initializer, when the file is written.
+        element: `uint8` (`I + 128`; not for formats that decode to e4m3) or `float32` (`I`).
+        storage: `packed` or `int8` (decoded in the file: a byte a weight).
+    """
+    f = FORMATS[spec.format]
+    shape = (spec.in_features, spec.out_features)
+    if not is_packed(spec, storage):
+        return _dense(nodes, spec, read, element)
+    if f.dim == 1 and spec.codebook_rows == 1 and not _affine(spec) and len(PLANES[f.code_bits]) == 1:
+        # One Gather unpacks and decodes: the table of a byte holds the levels of its codes.
+        book = _level_of(read().codebook[0], element)
+        table = nodes.constant("levels_of_byte", book[_codes_of_byte(f.code_bits)])
+        return nodes.reshape(nodes.op("Gather", [table, _bytes(nodes, spec, read, 0)]), shape)
+    codes = _codes(nodes, spec, read)
+    if _affine(spec):
+        return _affine_integers(nodes, spec, read, codes, element)
+    if f.dim > 1:
+        book = nodes.constant("codebook", _level_of(read().codebook, element))  # [L, d]
+        vectors = nodes.op("Gather", [book, codes])  # [in / d, out, d]
+        return nodes.reshape(nodes.op("Transpose", [vectors], perm=[0, 2, 1]), shape)
+    if spec.codebook_rows == 1:
+        return nodes.op("Gather", [nodes.constant("levels", _level_of(read().codebook[0], element)), codes])
+    levels = nodes.lazy("levels", PARTS[element], (f.levels, spec.out_features), lambda: _level_of(read().codebook.T, element))
+    return nodes.op("GatherElements", [levels, codes], axis=0)
+
+
+def _affine(spec: QSpec) -> bool:
+    return spec.format in ("int2", "int3", "int4", "int6")
+
+
+def _dense(nodes: Nodes, spec: QSpec, read: Read, element: str) -> ir.Value:
+    shape = (spec.in_features, spec.out_features)
+    if element == "uint8":
+        return nodes.lazy("weight", ir.DataType.UINT8, shape, lambda: _shifted(read().decode8().T))
+    stored = ir.DataType.FLOAT8E4M3FN if decodes_to_fp8(spec.format) else ir.DataType.INT8
+    weight = nodes.lazy("weight", stored, shape, lambda: as_array(read().decode8().T))
+    return nodes.op("Cast", [weight], to=ir.DataType.FLOAT)
+
+
+def _codes(nodes: Nodes, spec: QSpec, read: Read) -> ir.Value:
+    """Return the codes `[in / d, out]` int32."""
+    f = FORMATS[spec.format]
+    shape = (spec.in_features // f.dim, spec.out_features)
+    total = None
+    low = 0
+    for number, p in enumerate(PLANES[f.code_bits]):
+        codes = _bytes(nodes, spec, read, number)
+        if p < 8:
+            table = nodes.constant("codes_of_byte", (_codes_of_byte(p) << low).astype(np.int32))
+            codes = nodes.op("Gather", [table, codes])
+        codes = nodes.reshape(codes, shape)
+        total = codes if total is None else nodes.op("Add", [total, codes])
+        low += p
+    return total
+
+
+def _bytes(nodes: Nodes, spec: QSpec, read: Read, number: int) -> ir.Value:
+    """Return the bytes of one plane of codes as int32, which Gather takes."""
+    f = FORMATS[spec.format]
+    planes = PLANES[f.code_bits]
+    low, p = sum(planes[:number]), planes[number]
+    count = spec.in_features // f.dim * spec.out_features * p // 8
+
+    def packed() -> np.ndarray:
+        codes = f.unpack(f, read().data, spec.in_features // f.dim).T.contiguous()
+        plane = ((codes >> low) & (2**p - 1)).reshape(-1, 8 // p)
+        return as_array(sum(plane[:, i] << (p * i) for i in range(8 // p)).to(torch.uint8))
+
+    name = "data" if len(planes) == 1 else f"data{p}"
+    return nodes.op("Cast", [nodes.lazy(name, ir.DataType.UINT8, (count,), packed)], to=ir.DataType.INT32)
+
+
+def _affine_integers(nodes: Nodes, spec: QSpec, read: Read, codes: ir.Value, element: str) -> ir.Value:
+    groups = (spec.groups, 1, spec.out_features)
+    unsigned = element == "uint8"
+    multiplier = nodes.lazy("multiplier", ir.DataType.UINT8, groups, lambda: as_array(read().multiplier.T.reshape(groups)))
+    kind = ir.DataType.UINT8 if unsigned else ir.DataType.INT8
+
+    def offsets() -> np.ndarray:
+        offset = read().offset.T.reshape(groups)
+        return _shifted(offset) if unsigned else as_array(offset)
+
+    offset = nodes.lazy("offset", kind, groups, offsets)
+    codes = nodes.reshape(codes, (spec.groups, spec.group_size, spec.out_features))
+    steps = nodes.op("Mul", [codes, nodes.op("Cast", [multiplier], to=ir.DataType.INT32)])
+    integers = nodes.op("Add", [steps, nodes.op("Cast", [offset], to=ir.DataType.INT32)])
+    flat = nodes.reshape(integers, (spec.in_features, spec.out_features))
+    return nodes.op("Cast", [flat], to=PARTS[element])
+
+
+def _codes_of_byte(p: int) -> np.ndarray:
+    """Return the codes of p bits that each byte holds, `[256, 8 / p]`."""
+    return (np.arange(256)[:, None] >> (p * np.arange(8 // p))) & (2**p - 1)
+
+
+def _level_of(codebook: Tensor, element: str) -> np.ndarray:
+    return _shifted(codebook) if element == "uint8" else np.ascontiguousarray(codebook.float().numpy())
+
+
+def _shifted(integers: Tensor) -> np.ndarray:
+    """Return int8 integers as uint8, 128 higher."""
+    return as_array(integers.contiguous().view(torch.uint8) ^ ZERO_POINT)
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """Return a tensor as a contiguous array; bfloat16 and e4m3 as ml_dtypes'."""
+    import ml_dtypes
+
+    named = {torch.bfloat16: (torch.uint16, ml_dtypes.bfloat16), torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn)}
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype in named:
+        bits, dtype = named[tensor.dtype]
+        return tensor.view(bits).numpy().view(dtype)
+    return tensor.numpy()
+
+
+def weight_bytes(spec: QSpec, storage: str) -> int:
+    """Return the bytes of codes that a weight takes in the file."""
+    f = FORMATS[spec.format]
+    count = math.prod((spec.out_features, spec.in_features))
+    return count * f.code_bits // (8 * f.dim) if is_packed(spec, storage) else count
