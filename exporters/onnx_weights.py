@@ -55,7 +55,9 @@ def emit_integers(nodes: Nodes, spec: QSpec, read: Read, element: str, storage: 
         # One Gather unpacks and decodes: the table of a byte holds the levels of its codes.
         book = _level_of(read().codebook[0], element)
         table = nodes.constant("levels_of_byte", book[_codes_of_byte(f.code_bits)])
-        return nodes.reshape(nodes.op("Gather", [table, _bytes(nodes, spec, read, 0)]), shape)
+        return nodes.reshape(nodes.op("Gather", [table, _bytes(nodes, spec, read, 0, "data")]), shape)
+    if f.sign_split:
+        return _signed(nodes, spec, read, element)
     codes = _codes(nodes, spec, read)
     if _affine(spec):
         return _affine_integers(nodes, spec, read, codes, element)
@@ -82,6 +84,22 @@ def _dense(nodes: Nodes, spec: QSpec, read: Read, element: str) -> ir.Value:
     return nodes.op("Cast", [weight], to=ir.DataType.FLOAT)
 
 
+def _signed(nodes: Nodes, spec: QSpec, read: Read, element: str) -> ir.Value:
+    """Return `I^T` of magnitudes, the first plane of the codes, and signs, the second."""
+    f = FORMATS[spec.format]
+    vectors = (spec.in_features // f.dim, spec.out_features, f.dim)
+    bits = _codes_of_byte(PLANES[f.code_bits][1])[..., None] >> np.arange(f.dim) & 1
+    book = nodes.constant("codebook", read().codebook.numpy().astype(np.int32))
+    magnitudes = nodes.reshape(nodes.op("Gather", [book, _bytes(nodes, spec, read, 0, "data")]), vectors)
+    table = nodes.constant("signs_of_byte", (1 - 2 * bits).astype(np.int32))
+    signs = nodes.reshape(nodes.op("Gather", [table, _bytes(nodes, spec, read, 1, "signs")]), vectors)
+    integers = nodes.op("Mul", [magnitudes, signs])
+    if element == "uint8":
+        integers = nodes.op("Add", [integers, nodes.constant("zero_point", np.array(ZERO_POINT, dtype=np.int32))])
+    flat = nodes.reshape(nodes.op("Transpose", [integers], perm=[0, 2, 1]), (spec.in_features, spec.out_features))
+    return nodes.op("Cast", [flat], to=PARTS[element])
+
+
 def _codes(nodes: Nodes, spec: QSpec, read: Read) -> ir.Value:
     """Return the codes `[in / d, out]` int32."""
     f = FORMATS[spec.format]
@@ -89,7 +107,7 @@ def _codes(nodes: Nodes, spec: QSpec, read: Read) -> ir.Value:
     total = None
     low = 0
     for number, p in enumerate(PLANES[f.code_bits]):
-        codes = _bytes(nodes, spec, read, number)
+        codes = _bytes(nodes, spec, read, number, "data" if p == f.code_bits else f"data{p}")
         if p < 8:
             table = nodes.constant("codes_of_byte", (_codes_of_byte(p) << low).astype(np.int32))
             codes = nodes.op("Gather", [table, codes])
@@ -99,8 +117,8 @@ def _codes(nodes: Nodes, spec: QSpec, read: Read) -> ir.Value:
     return total
 
 
-def _bytes(nodes: Nodes, spec: QSpec, read: Read, number: int) -> ir.Value:
-    """Return the bytes of one plane of codes as int32, which Gather takes."""
+def _bytes(nodes: Nodes, spec: QSpec, read: Read, number: int, name: str) -> ir.Value:
+    """Return the bytes of one plane of codes as int32, which Gather takes; `name` of their initializer."""
     f = FORMATS[spec.format]
     planes = PLANES[f.code_bits]
     low, p = sum(planes[:number]), planes[number]
@@ -111,7 +129,6 @@ def _bytes(nodes: Nodes, spec: QSpec, read: Read, number: int) -> ir.Value:
         plane = ((codes >> low) & (2**p - 1)).reshape(-1, 8 // p)
         return as_array(sum(plane[:, i] << (p * i) for i in range(8 // p)).to(torch.uint8))
 
-    name = "data" if len(planes) == 1 else f"data{p}"
     return nodes.op("Cast", [nodes.lazy(name, ir.DataType.UINT8, (count,), packed)], to=ir.DataType.INT32)
 
 
