@@ -146,6 +146,8 @@ def render(rows: list[dict]) -> None:
             f" | {r['cores']} | {r['seconds']['quantize'] / r['blocks_run']:.1f} | {r['seconds_whole_model'] / 60:.1f}{mark}"
             f" | {r['peak_bytes'] / 2**30:.2f} | {r['bits_per_weight']:.3f} |"
         )
+    lines += ["", "Memory depends on the widest layer and on one block, not on how many blocks there are.", ""]
+    lines += [f"- {r['model']} {r['method']}: {r['note']}" for r in rows if r.get("note")]
     lines += ["", f"{rows[0]['machine']}.", "", "![Time and memory](scaling.png)"] if rows else []
     TABLE.write_text("\n".join(lines) + "\n")
     import matplotlib
