@@ -61,7 +61,7 @@ def translations(layer: str) -> dict:
         return op.Reshape(pair, op.Constant(value_ints=[*[0] * (len(x.shape) - 1), width]))
 
     return {
-        torch.ops.quantdit.onnx_layer.default: onnx_layer,
+        torch.ops.quantdit_onnx.layer.default: onnx_layer,
         torch.ops.aten.squeeze.dim: squeeze,
         torch.ops.aten.slice_scatter.default: slice_scatter,
     }

@@ -44,10 +44,10 @@ DYNAMIC = {
     "WanTransformer3DModel": ("batch", "frames", "height", "width", "tokens"),
 }
 
-torch.library.define("quantdit::onnx_layer", "(Tensor x, str layer, int out_features) -> Tensor")
+torch.library.define("quantdit_onnx::layer", "(Tensor x, str layer, int out_features) -> Tensor")
 
 
-@torch.library.register_fake("quantdit::onnx_layer")
+@torch.library.register_fake("quantdit_onnx::layer")
 def _(x: Tensor, layer: str, out_features: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
@@ -279,7 +279,7 @@ def _opaque(layers: Mapping[str, QuantLinear]) -> Iterator[None]:
     """Let each layer be one operator of its name while the body runs."""
 
     def forward(name: str, layer: QuantLinear):
-        return lambda x: torch.ops.quantdit.onnx_layer(x, name, layer.out_features)
+        return lambda x: torch.ops.quantdit_onnx.layer(x, name, layer.out_features)
 
     for name, layer in layers.items():
         layer.forward = forward(name, layer)
