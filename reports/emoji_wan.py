@@ -27,7 +27,13 @@ from quantdit.models.train.emoji_quality import motion_of, share
 from quantdit.pipeline import generate, load_pipeline
 
 HERE = Path(__file__).parent
-MODEL, BITS = "emoji-wan", ("w4a8", "w4a4", "w2a16")
+MODEL = "emoji-wan"
+RECIPES = {
+    "w4a8": ("--bits", "w4a8"),
+    "w4a4": ("--bits", "w4a4"),
+    "w2a16": ("--bits", "w2a16"),
+    "w2a16, level tables": ("--bits", "w2a16", "--weight-format", "table", "--calibration-steps", "0"),
+}
 SEEDS, STEPS, GUIDANCE, BATCH = (1, 2), 20, 3.0, 8
 SHOWN, FRAMES_SHOWN = 8, 8  # prompts, frames of each
 CELL, MARGIN, LABEL, LINE = 64, 4, 150, 18
@@ -114,9 +120,9 @@ def main() -> None:
     models = {"full precision": {"file_bytes": stored, **row_of(reference, reference, prompts)}}
     clips = {"full precision": reference}
     with tempfile.TemporaryDirectory() as work:
-        for bits in BITS:
-            output = Path(work) / f"{MODEL}-{bits}"
-            if quantdit(["calibrate", "--model", MODEL, "--bits", bits, "--output", str(output)]):
+        for number, (bits, arguments) in enumerate(RECIPES.items()):
+            output = Path(work) / str(number)
+            if quantdit(["calibrate", "--model", MODEL, *arguments, "--output", str(output)]):
                 raise SystemExit(f"{bits}: calibration failed")
             made = files.read_json(output / REPORT)
             clips[bits] = sampled(str(output), prompts)
