@@ -2,7 +2,7 @@
 
     python reports/emoji_wan.py
 
-Calibrates emoji-wan to each of BITS as `quantdit calibrate --model emoji-wan --bits ...` does, samples every prompt that it has
+Calibrates emoji-wan to each of RECIPES as `quantdit calibrate --model emoji-wan` does, samples every prompt that it has
 the embeddings of with SEEDS, and writes `emoji-wan.json` and `emoji-wan.md`, a sheet of frames and the same clips moving. Beside
 the paired error there is what the model is for: the share of clips whose thing moves the way its prompt says
 (quantdit/models/train/emoji_quality.py).
