@@ -31,6 +31,7 @@ from quantdit.layer_spec import LayerSpec
 
 FROZEN = 0.99
 CERTAIN = 30.0  # of a logit: the others' ratios are then 0 in float32
+OWN = 4.0  # times as large as another's is at least the first ratio of the code a group has, where that is not the best
 ASSIGNMENT_PART = 0.6  # of the steps; the rest is the codebooks'
 CHECKS = 10  # of the held-out error while codebooks are trained
 PATIENCE = 3  # checks without a gain, after which they are as good as they get
@@ -258,7 +259,9 @@ def soft_linear(made: Quantized, weight: Tensor, bias: Tensor | None, stats: Sta
     if training.initial == "uniform":
         logits = torch.zeros(candidates.shape)
     else:
-        # Ratios in inverse proportion to the errors; that of the best may be zero.
+        # Ratios in inverse proportion to the errors; that of the best may be zero. Where another code is better than the one a
+        # group has, all else held, its ratio must not be larger all the same: all groups moving at once would overshoot.
+        errors[0] = torch.minimum(errors[0], errors.amin(dim=0) / OWN)
         floor = 1e-3 * errors.mean().clamp_min(1e-30)
         logits = -(errors + floor).log()
     centre = None if bias is None else transform.apply(t, stats.mean)
@@ -402,6 +405,7 @@ def train(
         for layer in layers:
             layer.freeze(0.0)
             layer.logits.requires_grad_(False)
+        report |= _keep_if_better(layers, run, examples)
     groups = [{"params": [p], "lr": training.codebook_rate * size} for p, size in zip(tables, sizes, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     best = held_out_error(run, examples), [p.detach().clone() for p in tables]
@@ -426,6 +430,21 @@ def train(
         for p, kept in zip(tables, best[1], strict=True):
             p.copy_(kept)
     return report | {"held_out": best[0], "codebook_steps": made}
+
+
+@torch.no_grad()
+def _keep_if_better(layers: Sequence[SoftLinear], run: Run, examples: Examples) -> dict:
+    """Go back to the codes that the layers had where those that were found are no better on held-out samples."""
+    found = [layer.logits.clone() for layer in layers]
+    after = held_out_error(run, examples)
+    for layer in layers:
+        layer.logits.fill_(-CERTAIN)
+        layer.logits[0] = CERTAIN
+    before = held_out_error(run, examples)
+    if after < before:
+        for layer, logits in zip(layers, found, strict=True):
+            layer.logits.copy_(logits)
+    return {"held_out_found": after, "held_out_had": before, "assignments_kept": after < before}
 
 
 def held_out_error(run: Run, examples: Examples) -> float:

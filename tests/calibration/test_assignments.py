@@ -195,6 +195,31 @@ def test_what_is_trained_reports_its_own_error(linear: nn.Linear):
     assert report["weight_histogram"]["reach"] < 0.8 * made.report["weight_histogram"]["reach"]
 
 
+def test_assignments_that_do_no_good_are_forgotten_and_codebooks_are_trained_all_the_same(linear: nn.Linear):
+    made, seen = made_of(linear, method="rtn")
+    training = Training(steps=60, logit_rate=50.0, regulariser=0.0)  # jumps about
+    soft = soft_linear(made, linear.weight, linear.bias, seen, training)
+
+    def run(call: Call) -> list[Tensor]:
+        return [torch.tanh(soft(call.args[0]))]
+
+    report = train([soft], run, examples_of(linear), training, 0)
+    assert not report["assignments_kept"] and report["held_out_found"] > report["held_out_had"] > report["held_out"]
+    decided = soft.decided(made, linear.weight, linear.bias, seen)
+    assert torch.equal(decided.tensors["data"], made.tensors["data"])
+
+
+def test_the_first_ratios_do_not_move_all_groups_at_once(linear: nn.Linear):
+    """Codes of rounding alone: for most groups another would be better, all else held; for all of them at once it would not."""
+    made, seen = made_of(linear, method="rtn")
+    soft = soft_linear(made, linear.weight, linear.bias, seen, Training(candidates=2))
+    assert bool((soft.ratios[0] >= 0.5).all())
+    has = QuantLinear.from_tensors(made.spec, made.tensors, made.bias)
+    x = inputs(300, seed=30)
+    with torch.no_grad():
+        assert float((soft(x) - linear(x)).norm()) < 1.2 * float((has(x) - linear(x)).norm())
+
+
 def test_training_ends_when_nothing_is_gained_any_more(linear: nn.Linear):
     made, seen = made_of(linear)
     training = Training(steps=100, candidates=1, codebook_rate=0.0)
