@@ -94,8 +94,11 @@ class Training:
 
 
 def preset(bits: str) -> Training | None:
-    """Return how the preset of `wXaY` calibrates assignments: at 2 bits with the defaults, else not at all."""
-    return Training() if bits.startswith("w2a") else None
+    """Return what the preset of `wXaY` calibrates: at 2 bits codebooks, scales and biases, else nothing.
+
+    One candidate: after error feedback, steps spent on the choice among two gain less than as many on codebooks (reports/study).
+    """
+    return Training(candidates=1) if bits.startswith("w2a") else None
 
 
 class SoftLinear(nn.Module):

@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration-steps", type=_count, metavar="N", help="optimizer steps, of each block or end to end (w2: 300, else 0)"
     )
     vectors.add_argument("--calibration-mode", choices=("block", "end-to-end"), help="a block at a time, or all at once (block)")
-    vectors.add_argument("--candidates", type=_positive, help="codewords that each sub-vector may choose among (2)")
+    vectors.add_argument("--candidates", type=_positive, help="codewords that each sub-vector may choose among (2; w2: 1)")
     vectors.add_argument("--initial-ratios", choices=("distance", "uniform"), help="of the candidates (distance)")
     weights = sub.add_mutually_exclusive_group()
     weights.add_argument(
@@ -316,7 +316,7 @@ def _training(args: argparse.Namespace, settings):
     chosen = args.size_budget is not None or args.max_drift is not None  # then layers have other widths than the preset
     training = preset(args.bits or "") if settings.samples and not chosen else None
     if args.calibration_steps is not None:
-        training = Training(args.calibration_steps) if args.calibration_steps else None
+        training = replace(training or Training(), steps=args.calibration_steps) if args.calibration_steps else None
     given = {"mode": args.calibration_mode, "candidates": args.candidates, "initial": args.initial_ratios}
     given = {key: value for key, value in given.items() if value is not None}
     if training is None and given and args.calibration_steps is None:

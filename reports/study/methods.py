@@ -34,7 +34,7 @@ NEAREST = {"method": "rtn", "bias_correction": False}
 FIXED = NEAREST | {"table": "gaussian"}
 PLAIN = {"act_order": False, "descent": 0, "bias_correction": False}
 FP8 = {"activation_format": "fp8"}
-# How assignments are calibrated (calibration/assignments.py); other keys change rules. w2's preset does, with two candidates.
+# How assignments are calibrated (calibration/assignments.py); other keys change rules. w2's preset does, with one candidate.
 STEPS, MODE, CANDIDATES = (f"training.{field}" for field in ("steps", "mode", "candidates"))
 UNTRAINED = {STEPS: 0}
 TABLE2 = {"weight": "table2"} | UNTRAINED
@@ -69,11 +69,11 @@ METHODS: tuple[tuple[str, str, dict], ...] = (
     ("w2a16", "int2 per channel", {"weight": "int2", "group_size": "channel"}),
     ("w2a16", "k-means", NEAREST | UNTRAINED),
     ("w2a16", "k-means + GPTVQ", UNTRAINED),
-    ("w2a16", "end to end, n = 2", {MODE: "end-to-end"}),
-    ("w2a16", "end to end, n = 1", {MODE: "end-to-end", CANDIDATES: 1}),
-    ("w2a16", "from k-means, end to end, n = 1", NEAREST | {MODE: "end-to-end", CANDIDATES: 1}),
-    ("w2a16", "from k-means, end to end, n = 2", NEAREST | {MODE: "end-to-end"}),
-    ("w2a16", "block, n = 1", {CANDIDATES: 1}),
+    ("w2a16", "block, n = 2", {CANDIDATES: 2}),
+    ("w2a16", "end to end, n = 1", {MODE: "end-to-end"}),
+    ("w2a16", "end to end, n = 2", {MODE: "end-to-end", CANDIDATES: 2}),
+    ("w2a16", "from k-means, end to end, n = 1", NEAREST | {MODE: "end-to-end"}),
+    ("w2a16", "from k-means, end to end, n = 2", NEAREST | {MODE: "end-to-end", CANDIDATES: 2}),
     ("w2a16", "signs split off", {"weight": "ssvq256x8"}),
     ("w2a16", "block, n = 3", {CANDIDATES: 3}),
     ("w2a16", "end to end, n = 3", {MODE: "end-to-end", CANDIDATES: 3}),

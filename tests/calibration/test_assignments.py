@@ -269,12 +269,12 @@ def test_impossible_training_is_refused(given: dict):
 @pytest.mark.parametrize("mode", ["block", "end-to-end"])
 def test_calibrate_with_assignments(cli, pixel_dit: Path, tmp_path: Path, mode: str):
     few = ("--samples", "16", "--steps", "3", "--bits", "w2a16")
-    steps = ("--calibration-steps", "20", "--calibration-mode", mode)
+    steps = ("--calibration-steps", "20", "--calibration-mode", mode, "--candidates", "2")
     for name, more in (("plain", ("--calibration-steps", "0")), ("first", steps)):
         ran = cli("calibrate", "--model", pixel_dit, "--output", tmp_path / name, *few, *more)
         assert ran.code == 0, ran.err
     pipeline, source = load_pipeline(str(pixel_dit))
-    settings, training = Settings(samples=16, steps=3), Training(steps=20, mode=mode)
+    settings, training = Settings(samples=16, steps=3), Training(steps=20, mode=mode, candidates=2)
     calibrate(pipeline, source, from_bits("w2a16"), tmp_path / "second", settings, training=training)
     digests = [files.digest(tmp_path / name / "transformer") for name in ("plain", "first", "second")]
     assert digests[1] == digests[2] != digests[0]
