@@ -71,7 +71,7 @@ class QuantDiTConfig(QuantizationConfigMixin):
             return
         if unknown := sorted(state.keys() - {"quant_method"}):
             raise TypeError(f"QuantDiTConfig takes no {unknown[0]!r}; give bits='w4a8' or recipe='mine.toml'")
-        if (bits is None) == (recipe is None):
+        if (bits is None) == (recipe is None) or not isinstance(bits, str | None):
             raise ValueError("QuantDiTConfig takes bits='w4a8' or recipe='mine.toml', one of the two")
         wanted = recipes.from_bits(bits) if bits else recipes.from_any(recipe)
         wanted = recipes.with_weight_format(wanted, weight_format) if weight_format else wanted

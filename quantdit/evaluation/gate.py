@@ -20,6 +20,7 @@ another batch size or in bfloat16, is raised to it. Distances of sets may reach 
 from __future__ import annotations
 
 import copy
+import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -206,6 +207,11 @@ def read(path: Path, what: str) -> dict:
         if not numbers or not isinstance(content.get("report"), dict):
             raise ValueError(f"{path}: no baseline: it must hold `margins`, numbers of at least 0 by measure, and a `report`")
         _check_report(content["report"], str(path))
+        known = (*METRICS, *content["report"]["sets"], LAYERS)
+        if unknown := [name for name in margins if name not in known]:
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"{path}: a margin for {unknown[0]!r}, which nothing measures; {hint}")
     else:
         _check_report(content, str(path))
     return content

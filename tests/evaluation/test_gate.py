@@ -184,6 +184,14 @@ def test_damaged_files_are_refused(tmp_path: Path, content: str, what: str, word
         gate.read(tmp_path / "none.json", what)
 
 
+def test_a_misspelt_margin_is_refused(tmp_path: Path):
+    baseline = gate.make_baseline(made_up(0))
+    baseline["margins"]["psnrr"] = baseline["margins"].pop("psnr")
+    (tmp_path / "file.json").write_text(json.dumps(baseline))
+    with pytest.raises(ValueError, match="a margin for 'psnrr', which nothing measures; did you mean 'psnr'"):
+        gate.read(tmp_path / "file.json", "baseline")
+
+
 def test_intervals_cover_as_often_as_they_say():
     """Means of 12 prompts with 2 seeds each: the 95 % interval holds the truth in 93 to 100 % of 400 draws.
 
