@@ -126,7 +126,7 @@ class SoftLinear(nn.Module):
         self.spec, self.bucket = spec, 0
         self.transform = transform.from_tensors(spec.rotation, spec.block, tensors)
         self.static = tensors.get("static_scale")
-        self.branch = (tensors["up"].float(), tensors["down"].float()) if spec.rank else None
+        self.branch = _branch(tensors)
         self.candidates = candidates
         # Entries are trained in units of the largest, so that one rate suits all layers.
         unit = tensors["codebook"].float().abs().max().clamp_min(1)
@@ -182,9 +182,7 @@ class SoftLinear(nn.Module):
     def decided(self, made: Quantized, weight: Tensor, bias: Tensor | None, stats: Stats) -> Quantized:
         """Return the layer that `made` was with what was found; weight and bias are those of the source."""
         stored, integers, rounding = self._stored()
-        W = transform.apply_to_weight(self.transform, weight.detach().float())
-        if self.branch is not None:
-            W = W - self.branch[0] @ self.branch[1]
+        W = _beside_branch(self.transform, weight, self.branch)
         dense = stored["scale"][:, None] * integers
         gram = transform.gram(self.transform, stats.gram if bias is None else stats.centred_gram)
         report = {
@@ -251,10 +249,8 @@ def soft_linear(made: Quantized, weight: Tensor, bias: Tensor | None, stats: Sta
     spec, f = made.spec, FORMATS[made.spec.weight.format]
     t = transform.from_tensors(spec.rotation, spec.block, made.tensors)
     scale = torch.where(made.tensors["scale"] > 0, made.tensors["scale"], 1.0)
-    W = transform.apply_to_weight(t, weight.detach().float())
-    if spec.rank:
-        W = W - made.tensors["up"].float() @ made.tensors["down"].float()
-    W = W / scale[:, None]
+    branch = _branch(made.tensors)
+    W = _beside_branch(t, weight, branch) / scale[:, None]
     codebook = made.tensors["codebook"].float().reshape(-1, f.dim)
     codes = f.unpack(f, made.tensors["data"], W.shape[1] // f.dim).long()
     gram = stats.gram if bias is None else stats.centred_gram
@@ -269,9 +265,20 @@ def soft_linear(made: Quantized, weight: Tensor, bias: Tensor | None, stats: Sta
         logits = -(errors + floor).log()
     centre = None if bias is None else transform.apply(t, stats.mean)
     output = None if bias is None else bias.detach().float() + weight.detach().float() @ stats.mean
-    if centre is not None and spec.rank:
-        output = output - made.tensors["up"].float() @ (made.tensors["down"].float() @ centre)
+    if centre is not None and branch is not None:
+        output = output - branch[0] @ (branch[1] @ centre)
     return SoftLinear(spec, made.tensors, centre, output, candidates.to(f.code_dtype), logits.contiguous())
+
+
+def _branch(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Return `up`, `down` float32 of a low-rank branch; None without one."""
+    return (tensors["up"].float(), tensors["down"].float()) if "up" in tensors else None
+
+
+def _beside_branch(t: transform.Transform, weight: Tensor, branch: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Return what of a source's weight `[out, in]` is to be quantized: transformed, less its low-rank branch."""
+    W = transform.apply_to_weight(t, weight.detach().float())
+    return W if branch is None else W - branch[0] @ branch[1]
 
 
 def best_codes(
@@ -409,9 +416,12 @@ def train(
             layer.freeze(0.0)
             layer.logits.requires_grad_(False)
         report |= _keep_if_better(layers, run, examples)
+        error = report["held_out_found" if report["assignments_kept"] else "held_out_had"]
+    else:
+        error = held_out_error(run, examples)
     groups = [{"params": [p], "lr": training.codebook_rate * size} for p, size in zip(tables, sizes, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    best = held_out_error(run, examples), [p.detach().clone() for p in tables]
+    best = error, [p.detach().clone() for p in tables]
     report["held_out_assigned"] = best[0]
     left, checks, made = training.steps - until, 0, 0
     for step in range(left):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import quantdit.kernels.ops  # noqa: F401 - defines torch.ops.quantdit
-from quantdit import transform
+from quantdit import files, transform
 from quantdit.calibration import rotate, smooth
 from quantdit.calibration.lowrank import LowRank, low_rank
 from quantdit.calibration.quantize import energy, quantize_weight
@@ -162,10 +162,7 @@ def as_stored(value: Tensor, like: Tensor) -> Tensor:
 
     A bias that was stored in 16 bits stays a bias that can be: the checkpoint writes floats as narrow as is lossless.
     """
-    for dtype in (torch.float16, torch.bfloat16):
-        if torch.equal(like.to(dtype).to(like.dtype), like):
-            return value.to(dtype).to(like.dtype)
-    return value.to(like.dtype)
+    return value.to(files.narrowest(like).dtype).to(like.dtype)
 
 
 def _choose_transform(

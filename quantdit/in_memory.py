@@ -19,8 +19,9 @@ from quantdit.diffusers_quantizer import attach
 from quantdit.models import adapter as adapters
 from quantdit.pipeline import BareTransformer, load_pipeline
 from quantdit.recipe import Recipe
+from quantdit.sampling import Settings
 
-BUCKETS = 10
+BUCKETS = Settings().buckets
 
 
 def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32):

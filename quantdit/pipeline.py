@@ -262,14 +262,30 @@ def makes_clips(pipeline: object) -> bool:
     return not accepted_arguments(pipeline).keys().isdisjoint(SIZES["frames"])
 
 
+def sample_seed(seed: int, number: int) -> int:
+    """Return the seed of the noise of image or clip `number` of a run."""
+    return seed * 2**20 + number
+
+
+def guided(pipeline: object, guidance: float | None) -> dict[str, float]:
+    """Return the argument of the guidance scale; empty if there is none, or the pipeline takes none."""
+    return {"guidance_scale": guidance} if guidance is not None and "guidance_scale" in accepted_arguments(pipeline) else {}
+
+
+def samples_of(output: object) -> Tensor:
+    """Return what a pipeline made, its output left as numpy floats, as `[n, ..., c, h, w]` float32 in [-1, 1]."""
+    pixels = torch.from_numpy(output.frames if hasattr(output, "frames") else output.images)
+    return pixels.movedim(-1, -3).float() * 2 - 1
+
+
 def seeded_batches(arguments: Mapping[str, list], count: int, seed: int, batch: int) -> Iterator[dict]:
     """Yield what to call a pipeline with for each batch: its part of the arguments, and a generator for each image or clip.
 
-    Image or clip i has the seed `seed * 2^20 + i`.
+    Image or clip i has the seed `sample_seed(seed, i)`.
     """
     for start in range(0, count, batch):
         end = min(start + batch, count)
-        generators = [torch.Generator().manual_seed(seed * 2**20 + i) for i in range(start, end)]
+        generators = [torch.Generator().manual_seed(sample_seed(seed, i)) for i in range(start, end)]
         yield {key: values[start:end] for key, values in arguments.items()} | {"generator": generators}
 
 
@@ -291,15 +307,11 @@ def generate(
     from tqdm import tqdm
 
     arguments = sampling_arguments(pipeline, count, prompts, classes)
-    accepted = accepted_arguments(pipeline)
-    extra = {"guidance_scale": guidance} if guidance is not None and "guidance_scale" in accepted else {}
-    images = []
+    extra, images = guided(pipeline, guidance), []
     with tqdm(total=count, desc=description, unit="clip" if makes_clips(pipeline) else "image") as bar:
         for part in seeded_batches(arguments, count, seed, batch):
-            output = pipeline(**part, **extra, num_inference_steps=steps, output_type="np")
-            pixels = torch.from_numpy(output.frames if hasattr(output, "frames") else output.images)
-            images.append(pixels.movedim(-1, -3).float() * 2 - 1)
-            bar.update(len(pixels))
+            images.append(samples_of(pipeline(**part, **extra, num_inference_steps=steps, output_type="np")))
+            bar.update(len(images[-1]))
     return torch.cat(images)
 
 

@@ -189,7 +189,7 @@ WEIGHT_FORMATS = {
 }
 
 # What presets take. At 2 bits four levels are too few: codebooks of vectors, calibrated further (calibration/assignments.py).
-PRESETS = WEIGHTS | {2: "vq256x4"}
+PRESETS = WEIGHTS | {2: WEIGHT_FORMATS["vq"][2]}
 
 # What group_size = "auto" prefers. Narrow codes need small groups; a format not listed needs none.
 AUTO_GROUP = {"int2": 32, "int3": 64, "int4": 64}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quantdit.models.adapter import Adapter, Size
 from quantdit.models.synthetic import TRAIN_STEPS, latent_of, moved_inputs, prediction, synthetic_inputs
-from quantdit.pipeline import SIZES, BareTransformer, accepted_arguments, sampling_arguments, seeded_batches
+from quantdit.pipeline import SIZES, BareTransformer, accepted_arguments, sample_seed, sampling_arguments, seeded_batches
 
 # Images of a pipeline without an autoencoder are small; latents of one at a time are large enough.
 BATCH = 32
@@ -123,7 +123,7 @@ def trajectory(transformer: nn.Module, adapter: Adapter, settings: Settings, num
         The sample, float32, `[1, ...]`.
     """
     guidance = 1.0 if settings.guidance is None else settings.guidance
-    generator = torch.Generator().manual_seed(settings.seed * 2**20 + number)
+    generator = torch.Generator().manual_seed(sample_seed(settings.seed, number))
     inputs = synthetic_inputs(transformer, adapter, replace(settings.latent, batch=2), generator)
     # A class that is told the scale needs no second branch.
     guided = guidance != 1 and "guidance" not in inputs

@@ -27,7 +27,7 @@ class TextEncoderConfig(QuantizationConfigMixin):
         self,
         bits: str | None = None,
         recipe: object | dict | str | Path | None = None,
-        weight_format: str = "table",
+        weight_format: str | None = None,
         modules_to_not_convert: list[str] | None = None,
         seed: int = 0,
         **state: object,

@@ -15,6 +15,8 @@ import torch
 
 from quantdit import recipe
 from quantdit.compiler import Settings, calibrate
+from quantdit.evaluation.paired import capped, psnr
+from quantdit.evaluation.samples import as_images
 from quantdit.exporters.onnx_session import use_graph
 from quantdit.exporters.to_onnx import to_onnx
 from quantdit.pipeline import generate, load_pipeline
@@ -55,13 +57,12 @@ def models(folder: Path) -> dict[str, str]:
     return found
 
 
-def psnr(folder: Path, graph: Path, count: int, steps: int) -> tuple[float, float]:
+def paired_psnr(folder: Path, graph: Path, count: int, steps: int) -> tuple[float, float]:
     """Return mean and least PSNR in dB of samples from the graph against PyTorch's, same seeds."""
     pipeline, source = load_pipeline(str(folder))
     expected = generate(pipeline, count, SEED, steps)
     use_graph(pipeline, source, graph)
-    error = ((generate(pipeline, count, SEED, steps) - expected) / 2).square().flatten(1).mean(1).clamp_min(1e-12)
-    decibels = -10 * error.log10()
+    decibels = capped(psnr(as_images(expected), as_images(generate(pipeline, count, SEED, steps))))
     return float(decibels.mean()), float(decibels.min())
 
 
@@ -76,7 +77,7 @@ def row(name: str, model: str, plan: str, folder: Path) -> dict:
     result = {"model": name, "recipe": plan, "dynamic": content["dynamic"], "bytes": graph.stat().st_size}
     result |= {key: found[key] for key in ("rel_rmse", "parts_rel_rmse", "ties", "onnxruntime", "torch")}
     if name in EMBEDDED:
-        result["psnr_mean"], result["psnr_least"] = (round(v, 2) for v in psnr(made, graph, *EMBEDDED[name]))
+        result["psnr_mean"], result["psnr_least"] = (round(v, 2) for v in paired_psnr(made, graph, *EMBEDDED[name]))
     return result
 
 

@@ -9,7 +9,10 @@ import torch
 
 from quantdit.evaluation.features import BACKBONE, efficientnet_lite0_features
 from quantdit.evaluation.frechet import FeatureStatistics, frechet_distance, kernel_distance, summarise
-from quantdit.evaluation.paired import bootstrap_interval, capped, psnr, ssim
+from quantdit.evaluation.gate import markdown
+from quantdit.evaluation.measures import similarity, six
+from quantdit.evaluation.paired import bootstrap_interval, capped, psnr
+from quantdit.evaluation.samples import as_images, middle_frames
 
 FD, KID = f"FD-{BACKBONE}", f"KID-{BACKBONE}"
 LEVEL = 0.95
@@ -65,22 +68,22 @@ class DriftReport:
 
     def to_json(self) -> dict[str, object]:
         """Return plain, finite values in a fixed order, metric names with their backbone, six significant digits."""
-        kid = [{"mean": _six(mean), "standard_error": _six(error)} for mean, error in (self.kid_drift, self.kid_floor)]
-        frechet: dict[str, object] = {"drift": _six(self.fd_drift), "noise_floor": _six(self.fd_floor)}
+        kid = [{"mean": six(mean), "standard_error": six(error)} for mean, error in (self.kid_drift, self.kid_floor)]
+        frechet: dict[str, object] = {"drift": six(self.fd_drift), "noise_floor": six(self.fd_floor)}
         if self.fd_reference_real is not None and self.fd_candidate_real is not None:
-            frechet |= {"reference_to_real": _six(self.fd_reference_real), "candidate_to_real": _six(self.fd_candidate_real)}
+            frechet |= {"reference_to_real": six(self.fd_reference_real), "candidate_to_real": six(self.fd_candidate_real)}
         return {
             "count": self.count,
             "of": "clips" if self.clips else "images",
             "interval_level": LEVEL,
             "PSNR": {
                 "unit": "dB",
-                "mean": _six(self.psnr_mean),
-                "interval": [_six(x) for x in self.psnr_interval],
-                "min": _six(self.psnr_min),
+                "mean": six(self.psnr_mean),
+                "interval": [six(x) for x in self.psnr_interval],
+                "min": six(self.psnr_min),
                 "identical": self.identical,
             },
-            "SSIM": {"mean": _six(self.ssim_mean), "interval": [_six(x) for x in self.ssim_interval]},
+            "SSIM": {"mean": six(self.ssim_mean), "interval": [six(x) for x in self.ssim_interval]},
             self.names[0]: frechet,
             self.names[1]: {"drift": kid[0], "noise_floor": kid[1], "subset_size": self.kid_subset_size},
         }
@@ -119,13 +122,10 @@ def compare(
     if len(reference) < 4:
         raise ValueError(f"{len(reference)} images, expected at least 4, better 64: two disjoint subsets of two are the least")
     clips = reference.ndim == candidate.ndim == 5
-    if clips:
-        # Mean squared error over all frames: the frames of a clip one above the other are one tall image.
-        decibels = psnr(*(x.transpose(1, 2).flatten(2, 3) for x in (reference, candidate)))
-        similarity = ssim(reference.flatten(0, 1), candidate.flatten(0, 1)).reshape(len(reference), -1).mean(1)
-    else:
-        decibels, similarity = psnr(reference, candidate), ssim(reference, candidate)
-    pictures = [x[:, x.shape[1] // 2] if clips else x for x in (reference, candidate, other_seeds)]
+    # Mean squared error over all frames: the frames of a clip one above the other are one tall image.
+    decibels = psnr(as_images(reference), as_images(candidate))
+    likeness = similarity(reference, candidate)
+    pictures = [middle_frames(x) for x in (reference, candidate, other_seeds)]
     sets = [efficientnet_lite0_features(images) for images in pictures] if features is None else list(features)
     ref, cand, other = [summarise(features) for features in sets]
     subset_size = max(2, len(reference) // _SUBSETS_PER_ROUND)
@@ -137,8 +137,8 @@ def compare(
         psnr_interval=bootstrap_interval(capped(decibels), seed, LEVEL),
         psnr_min=capped(decibels).min().item(),
         identical=int(torch.isinf(decibels).sum()),
-        ssim_mean=similarity.mean().item(),
-        ssim_interval=bootstrap_interval(similarity, seed, LEVEL),
+        ssim_mean=likeness.mean().item(),
+        ssim_interval=bootstrap_interval(likeness, seed, LEVEL),
         fd_drift=frechet_distance(cand, ref),
         fd_floor=frechet_distance(other, ref),
         kid_drift=kernel_distance(sets[1], sets[0], subset_size, subsets, seed),
@@ -166,15 +166,7 @@ def table(report: DriftReport) -> str:
     ]
     if report.fd_reference_real is not None:
         rows.append((f"{fd} to real images", f"{report.fd_candidate_real:.2f}", f"{report.fd_reference_real:.2f} (reference)"))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     note = f"[a, b]: {LEVEL:.0%} bootstrap interval. ±: standard error. Noise floor: reference images of other seeds."
     if report.clips:
         note += f" PSNR is of whole clips, SSIM the mean over frames; {fd} and {kid} are of each clip's middle frame."
-    return "\n".join([*lines, "", note])
-
-
-def _six(value: float) -> float:
-    """Round to six significant digits: the last bits depend on the number of threads."""
-    return float(f"{value:.6g}")
+    return "\n".join([*markdown(rows), "", note])

@@ -87,7 +87,7 @@ def rows_of(
     a, b = as_images(reference.images), as_images(candidate.images)
     columns: dict[str, Tensor] = {
         "psnr": capped(psnr(a, b)),
-        "ssim": _ssim(reference.images, candidate.images),
+        "ssim": similarity(reference.images, candidate.images),
         "perceptual": perceptual_distance(*features),
         "latent_cosine": cosine(reference.latents[:, -1], candidate.latents[:, -1]),
     }
@@ -100,7 +100,8 @@ def rows_of(
     ]
 
 
-def _ssim(a: Tensor, b: Tensor) -> Tensor:
+def similarity(a: Tensor, b: Tensor) -> Tensor:
+    """Return the SSIM `[n]` of images, or of clips the mean over their frames."""
     if a.ndim == 5:
         return ssim(a.flatten(0, 1), b.flatten(0, 1)).reshape(len(a), -1).mean(1)
     return ssim(a, b)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from quantdit.calibration.capture import first_tensor
 from quantdit.timesteps import timestep_of
 
 STEPS = 4  # of a trajectory that are looked at, evenly spread
@@ -120,12 +121,12 @@ def _watched(reference: Mapping[str, nn.Module], candidate: Mapping[str, nn.Modu
             sums.seen.setdefault(timestep)
             sums.looking = list(sums.seen).index(timestep) in chosen
             if sums.looking:  # first the candidate: its layers with static scales then know the timestep
-                answers.append(_tensor(sums.ask(other, *args, **kwargs)))
+                answers.append(first_tensor(sums.ask(other, *args, **kwargs)))
 
         def after(module, args, kwargs, output, answers=answers):
             if sums.looking and not sums.asking:
                 timestep = timestep_of(args, kwargs)
-                pair = sums.pair(_tensor(output), answers.pop())
+                pair = sums.pair(first_tensor(output), answers.pop())
                 sums.output[timestep] = sums.output.get(timestep, 0) + pair
                 sums.looking = False
 
@@ -147,10 +148,3 @@ def _watched(reference: Mapping[str, nn.Module], candidate: Mapping[str, nn.Modu
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _tensor(output: object) -> Tensor:
-    """Return the prediction of a transformer's output: a tensor, the first of a tuple, or diffusers' `sample`."""
-    if isinstance(output, Tensor):
-        return output
-    return output[0] if isinstance(output, tuple) else output.sample

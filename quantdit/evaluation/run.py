@@ -30,7 +30,7 @@ from quantdit.evaluation.real import load_real
 from quantdit.evaluation.samples import Samples, Sampling, batches, caller, folder_digest, prompts_of, sample, versions
 from quantdit.linear import QuantLinear, weight_bits
 from quantdit.models.aliases import EMBEDDED
-from quantdit.pipeline import Source, load_pipeline, sampling_arguments
+from quantdit.pipeline import Source, load_pipeline, sample_seed, sampling_arguments
 from quantdit.streaming import is_streamed
 
 PICTURE_COLUMNS = 8
@@ -309,7 +309,7 @@ def _probe(reference: Reference, candidate: Opened, probes: int) -> dict:
         return nothing
     asked = replace(reference.sampling, samples=min(probes, reference.sampling.samples), seed=PROBE_SEED)
     found = probe(ours, theirs, batches(pipeline, asked), caller(pipeline, asked), asked.steps)
-    seeds = [asked.seed * 2**20 + i for i in range(asked.samples)]
+    seeds = [sample_seed(asked.seed, i) for i in range(asked.samples)]
     return probe_of(_only_changed(found), prompts_of(pipeline, asked), seeds)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import quantdit
 from quantdit import files
-from quantdit.pipeline import Source, accepted_arguments, makes_clips, sampling_arguments, seeded_batches
+from quantdit.pipeline import Source, guided, makes_clips, sample_seed, samples_of, sampling_arguments, seeded_batches
 from quantdit.timesteps import timestep_of
 
 PACKAGES = ("quantdit", "torch", "diffusers", "numpy")
@@ -33,7 +33,7 @@ class Sampling:
     """What each model is asked for.
 
     Attributes:
-        samples: of each model; sample i takes prompt i modulo their number, and noise of its own, seed `seed * 2^20 + i`.
+        samples: of each model; sample i takes prompt i modulo their number, and noise of its own, of `sample_seed(seed, i)`.
         seed: the first one.
         steps: of the sampler.
         guidance: scale; None for the pipeline's own.
@@ -86,7 +86,7 @@ def sample(pipeline, source: Source, asked: Sampling, cache: Path | None = None,
 
     (kind, wanted), *_ = sampling_arguments(pipeline, asked.samples, asked.prompts).items()
     names = prompts_of(pipeline, asked)
-    seeds = tuple(asked.seed * 2**20 + i for i in range(asked.samples))
+    seeds = tuple(sample_seed(asked.seed, i) for i in range(asked.samples))
     identity = _identity(pipeline, source, asked) if cache is not None else {}
     paths = [_path(cache, identity, *pair) for pair in zip(names, seeds, strict=True)]
     found = {i: kept for i, path in enumerate(paths) if (kept := _read(path)) is not None}
@@ -122,8 +122,7 @@ def prompts_of(pipeline, asked: Sampling) -> tuple[str, ...]:
 
 def caller(pipeline, asked: Sampling):
     """Return what runs the pipeline on a part of the arguments, its output left as numpy floats."""
-    accepted = accepted_arguments(pipeline)
-    extra = {"guidance_scale": asked.guidance} if asked.guidance is not None and "guidance_scale" in accepted else {}
+    extra = guided(pipeline, asked.guidance)
     return lambda part: pipeline(**part, **extra, num_inference_steps=asked.steps, output_type="np")
 
 
@@ -137,9 +136,7 @@ def batches(pipeline, asked: Sampling):
 def _run(pipeline, part: dict, asked: Sampling) -> list[dict[str, Tensor]]:
     count = len(part["generator"])
     with _latents(pipeline, count) as steps:
-        output = caller(pipeline, asked)(part)
-    pixels = torch.from_numpy(output.frames if hasattr(output, "frames") else output.images)
-    images = pixels.movedim(-1, -3).float() * 2 - 1
+        images = samples_of(caller(pipeline, asked)(part))
     times = torch.tensor(list(steps), dtype=torch.float32)
     latents = torch.stack(list(steps.values()), 1)
     # float16 keeps a pixel to 2^-11 of itself: differences of 70 dB and more are lost, and half of the disk is not.

@@ -15,29 +15,20 @@ import sys
 import tempfile
 from pathlib import Path
 
-from safetensors import safe_open
+from quantdit.files import tensor_bytes
 
 HERE = Path(__file__).parent
 PAPER = {"w2a16": 162.08, "w3a16": 241.14}  # MiB: codes, codebooks and biases (VQ4DiT, arXiv 2408.17131, table 1)
-BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1}
 ROLES = {"data": "codes", "codebook": "codebooks", "bias": "biases", "scale": "scales", "premultiplier": "signs"}
 
 
 def count(folder: Path) -> dict[str, int]:
     """Return the bytes of each kind of tensor in the file."""
-    found = dict.fromkeys(ROLES.values(), 0)
-    for path in sorted((folder / "transformer").glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            for name in names:
-                layer, _, kind = name.rpartition(".")
-                if ".emb." in layer or not layer.startswith("transformer_blocks.") or f"{layer}.data" not in names:
-                    continue
-                stored = file.get_slice(name)
-                numbers = 1
-                for size in stored.get_shape():
-                    numbers *= size
-                found[ROLES[kind]] += numbers * BYTES[stored.get_dtype()]
+    found, sizes = dict.fromkeys(ROLES.values(), 0), tensor_bytes(folder / "transformer")
+    for name, size in sizes.items():
+        layer, _, kind = name.rpartition(".")
+        if ".emb." not in layer and layer.startswith("transformer_blocks.") and f"{layer}.data" in sizes:
+            found[ROLES[kind]] += size
     return found
 
 
