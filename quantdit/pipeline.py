@@ -18,9 +18,6 @@ from quantdit import checkpoint, files, memory, streaming
 from quantdit.models.aliases import ALIASES, locate
 from quantdit.streaming import is_streamed
 
-# Pipelines of ours; every other class is diffusers' own.
-PIPELINES = {"PixelDiTPipeline": "quantdit.models.pixel_dit", "PixelWanPipeline": "quantdit.models.pixel_wan"}
-
 # What a pipeline calls its transformers; Wan 2.2 has two experts.
 PARTS = ("transformer", "transformer_2")
 # A size of a sample -> what pipelines call it.
@@ -328,12 +325,10 @@ def _check_device(device: str) -> None:
 
 
 def _pipeline_class(name: str, folder: Path) -> type:
-    import importlib
-
     import diffusers
+    from diffusers import DiffusionPipeline  # noqa: F401 - its module brings ours along (quantdit.diffusers_classes)
 
-    module = importlib.import_module(PIPELINES[name]) if name in PIPELINES else diffusers
-    cls = getattr(module, name, None)
+    cls = getattr(diffusers, name, None)
     if not isinstance(cls, type):
         raise ValueError(
             f"{folder}: the installed diffusers has no pipeline class {name!r}; upgrade it with pip install -U diffusers"

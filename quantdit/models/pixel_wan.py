@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
@@ -207,3 +208,7 @@ def _minilm() -> tuple:
         AutoTokenizer.from_pretrained(folder, local_files_only=True),
         AutoModel.from_pretrained(folder, local_files_only=True).eval(),
     )
+
+
+# Where DiffusionPipeline.from_pretrained looks for the class that a folder names.
+diffusers.PixelWanPipeline = PixelWanPipeline
