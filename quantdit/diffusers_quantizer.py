@@ -22,13 +22,13 @@ from quantdit import recipe as recipes
 from quantdit.after_import import watch
 from quantdit.calibration.no_data import quantize_without_data, unit_seed
 from quantdit.checkpoint import METHOD, CheckpointError
-from quantdit.formats import Field
 from quantdit.layer_spec import LayerSpec, layer_fields
 from quantdit.linear import QuantLinear, dense_linear
 from quantdit.models import adapter as adapters
 from quantdit.recipe import DENSE, LayerPlan, Recipe, Rule
 
 WHERE = Path("config.json")
+CALIBRATE = "loading has none: give bits such as 'w4a8', or calibrate with quantdit.quantize(model, recipe, inputs=...)"
 
 
 class Method(str, Enum):  # noqa: UP042 - diffusers asks for `.value`, and for a key of its tables
@@ -77,7 +77,7 @@ class QuantDiTConfig(QuantizationConfigMixin):
         wanted = recipes.from_bits(bits) if bits else recipes.from_any(recipe)
         wanted = recipes.with_weight_format(wanted, weight_format) if weight_format else wanted
         left_alone = tuple(Rule(f"*{name}*", weight=DENSE, optional=True) for name in modules_to_not_convert or ())
-        self.recipe = Recipe(wanted.name, (*left_alone, *recipes.without_data(wanted).rules))
+        self.recipe = Recipe(wanted.name, (*left_alone, *recipes.without_data(wanted, CALIBRATE).rules))
 
     def to_dict(self) -> dict:
         """Return the quantization_config of config.json, without the sha256 of weights that are not written yet."""
@@ -224,9 +224,8 @@ class QuantDiTQuantizer(DiffusersQuantizer):
         if not safe_serialization or use_flashpack:
             wrong = "use_flashpack=True" if use_flashpack else "safe_serialization=False"
             raise ValueError(f"quantized models are saved as safetensors; leave out {wrong}")
-        state = model.state_dict()
-        differing = [key for key, f in self._stored_fields().items() if key not in state or tuple(state[key].shape) != f.shape]
-        if differing or any(".lora_" in key or ".base_layer." in key for key in state):
+        state, found = model.state_dict(), checkpoint.quant_layers(model)
+        if {name: layer.layer_spec for name, layer in found.items()} != self._layer_specs() or any(".lora_" in key or ".base_layer." in key for key in state):
             raise ValueError(
                 "a quantized model with adapters, or with some fused into it, is not saved; unfuse_lora() and"
                 " unload_lora_weights() first, and keep the adapter's own file"
@@ -238,20 +237,16 @@ class QuantDiTQuantizer(DiffusersQuantizer):
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return what `save_pretrained` writes, of a model that passed `check_savable`: its tensors, and what the header says."""
-        state, stored = self.quantization_config.state, self._stored_fields()
+        state = self.quantization_config.state
+        stored = {f"{name}.{field}" for name, spec in self._layer_specs().items() for field in layer_fields(spec)}
         state_dict = {k: files.narrowest(t) if k in stored and checkpoint.is_scale(k) else t for k, t in state_dict.items()}
         header = {key: state[key] for key in ("spec", "recipe", "provenance")}
         header["tensors_sha256"] = checkpoint.tensors_digest(state_dict.items())
         return state_dict, {METHOD: json.dumps(header, sort_keys=True)}
 
-    def _stored_fields(self) -> dict[str, Field]:
-        """Return dtype and shape of the tensors of all quantized layers, by state-dict key."""
-        layers = self.quantization_config.state["layers"]
-        return {
-            f"{name}.{key}": field
-            for name, content in layers.items()
-            for key, field in layer_fields(LayerSpec.from_dict(content)).items()
-        }
+    def _layer_specs(self) -> dict[str, LayerSpec]:
+        """Return what config.json says of the quantized layers."""
+        return {name: LayerSpec.from_dict(content) for name, content in self.quantization_config.state["layers"].items()}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         return dequantize(model)

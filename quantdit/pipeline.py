@@ -312,16 +312,16 @@ def generate(
     return torch.cat(images)
 
 
-def _check_device(device: str) -> None:
+def _check_device(device: str | torch.device) -> None:
     try:
         kind = torch.device(device).type
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         raise ValueError(
-            f"--device {device!r} is not to be had on this machine; use cpu, or cuda where there is a GPU"
+            f"device {str(device)!r} is not to be had on this machine; use cpu, or cuda where there is a GPU"
         ) from error
     if kind == "meta":
-        raise ValueError("--device 'meta' holds no numbers; use cpu, or cuda where there is a GPU")
+        raise ValueError("device 'meta' holds no numbers; use cpu, or cuda where there is a GPU")
 
 
 def _pipeline_class(name: str, folder: Path) -> type:
@@ -345,7 +345,7 @@ def _download(model: str, hub: str) -> Path:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         folder = hub.split("/")[1]
         raise ValueError(
-            f"cannot fetch {hub} ({reason}). Where there is a network, run: hf download {hub} --local-dir {folder}; copy that"
+            f"there is no folder {hub} here, and it cannot be fetched from the hub ({reason}). Where there is a network, run: hf download {hub} --local-dir {folder}; copy that"
             f" folder here and give it as --model PATH/{folder}, or to calibrate with --weights PATH/{folder}. To measure time,"
             " memory and size without the weights: quantdit calibrate --random-weights"
         ) from error

@@ -53,13 +53,15 @@ class PixelWanPipeline(DiffusionPipeline):
         self.register_to_config(num_frames=num_frames, size=size)
         self.known: dict[str, Tensor] = {}
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: object) -> PixelWanPipeline:
-        """Load as diffusers does, and the prompt embeddings of a local folder with it."""
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        stored = Path(pretrained_model_name_or_path) / PROMPTS_FILE
-        pipeline.known = load_file(stored) if stored.exists() else {}
-        return pipeline
+    def register_to_config(self, **kwargs: object) -> None:
+        """Keep a setting; at the folder the pipeline was loaded from, the last one, read the prompt embeddings in it.
+
+        `DiffusionPipeline.from_pretrained` calls no `from_pretrained` of the class that it finds in the folder.
+        """
+        super().register_to_config(**kwargs)
+        if "_name_or_path" in kwargs:
+            stored = Path(str(kwargs["_name_or_path"])) / PROMPTS_FILE
+            self.known = load_file(stored) if stored.exists() else {}
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: object) -> None:
         """Save as diffusers does, and the prompt embeddings with it."""
