@@ -328,6 +328,15 @@ def test_dequantize_leaves_an_ordinary_model(made, run, tmp_path: Path):
     assert torch.equal(run(again, made.inputs[0]), run(model, made.inputs[0]))
 
 
+def test_the_dense_export_of_a_transformer_alone_is_the_dequantized_one(made, cli, tmp_path: Path):
+    ran = cli("export", made.folder / "many", "--to", "dense", "--output", tmp_path / "dense")
+    assert ran.code == 0, ran.err
+    dense = made.cls.from_pretrained(tmp_path / "dense", torch_dtype=torch.bfloat16)
+    expected = made.cls.from_pretrained(made.folder / "one").dequantize().state_dict()
+    assert {key: t.shape for key, t in dense.state_dict().items()} == {key: t.shape for key, t in expected.items()}
+    assert all(torch.equal(t, expected[key].to(t.dtype)) or t.dtype == torch.float32 for key, t in dense.state_dict().items())
+
+
 def test_without_quantized_activations_dequantizing_changes_only_rounding(made, run):
     model = made.cls.from_pretrained(made.folder / "full", quantization_config=QuantDiTConfig(bits="w8a16"))
     before = run(model, made.inputs[1])
