@@ -15,7 +15,7 @@ from quantdit.work_folder import copy_rest
 
 
 def to_dense(folder: Path, output: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write the pipeline of `folder` with its transformer dequantized, rotations undone, as `dtype`.
+    """Write the pipeline of `folder`, or the transformer alone that lies in it, dequantized, rotations undone, as `dtype`.
 
     Weights are quantized ones; activations are no longer quantized.
 
@@ -25,9 +25,10 @@ def to_dense(folder: Path, output: Path, dtype: torch.dtype = torch.bfloat16) ->
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {output} exists and is not an empty folder; choose another")
-    if not (folder / "transformer").is_dir():
+    bare = (folder / "config.json").exists()
+    if not bare and not (folder / "transformer").is_dir():
         raise files.CheckpointError(f"{folder} has no transformer folder; give the folder that quantdit calibrate wrote")
-    transformer = checkpoint.read_transformer(folder / "transformer")
+    transformer = checkpoint.read_transformer(folder if bare else folder / "transformer")
     for name, layer in checkpoint.quant_layers(transformer).items():
         parent, _, child = name.rpartition(".")
         setattr(transformer.get_submodule(parent), child, dense_linear(layer, torch.float32))
@@ -35,10 +36,11 @@ def to_dense(folder: Path, output: Path, dtype: torch.dtype = torch.bfloat16) ->
     # A name of its own: OUTPUT.partial may hold an interrupted calibration.
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     partial.chmod(0o755)
-    copy_rest(folder, partial, ("transformer", REPORT))
+    if not bare:
+        copy_rest(folder, partial, ("transformer", REPORT))
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(dtype)
-    transformer.save_pretrained(partial / "transformer")
+    transformer.save_pretrained(partial if bare else partial / "transformer")
     if output.exists():
         output.rmdir()
     os.replace(partial, output)

@@ -13,6 +13,8 @@ from types import ModuleType
 REGISTER = {
     "diffusers.quantizers.auto": "quantdit.diffusers_quantizer",
     "transformers.quantizers.auto": "quantdit.transformers_quantizer",
+    "diffusers.models.modeling_utils": "quantdit.diffusers_classes",
+    "diffusers.pipelines.pipeline_utils": "quantdit.diffusers_classes",
     "diffusers.loaders.lora_pipeline": "quantdit.flux_lora",
     "peft.tuners.lora.model": "quantdit.lora",
     "peft.tuners.lycoris_utils": "quantdit.lora",
@@ -46,7 +48,9 @@ def _register(module: ModuleType) -> None:
 def watch() -> None:
     """Register with what is imported already, now, and with the others when they are. Calling it again changes nothing."""
     for name in REGISTER:
-        if name in sys.modules:
-            _register(sys.modules[name])
+        module = sys.modules.get(name)
+        # One that is still running is registered with when it has run.
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            _register(module)
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

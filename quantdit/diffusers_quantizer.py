@@ -28,6 +28,7 @@ from quantdit.models import adapter as adapters
 from quantdit.recipe import DENSE, LayerPlan, Recipe, Rule
 
 WHERE = Path("config.json")
+CALIBRATE = "loading has none: give bits such as 'w4a8', or calibrate with quantdit.quantize(model, recipe, inputs=...)"
 
 
 class Method(str, Enum):  # noqa: UP042 - diffusers asks for `.value`, and for a key of its tables
@@ -76,7 +77,7 @@ class QuantDiTConfig(QuantizationConfigMixin):
         wanted = recipes.from_bits(bits) if bits else recipes.from_any(recipe)
         wanted = recipes.with_weight_format(wanted, weight_format) if weight_format else wanted
         left_alone = tuple(Rule(f"*{name}*", weight=DENSE, optional=True) for name in modules_to_not_convert or ())
-        self.recipe = Recipe(wanted.name, (*left_alone, *recipes.without_data(wanted).rules))
+        self.recipe = Recipe(wanted.name, (*left_alone, *recipes.without_data(wanted, CALIBRATE).rules))
 
     def to_dict(self) -> dict:
         """Return the quantization_config of config.json, without the sha256 of weights that are not written yet."""
@@ -209,31 +210,43 @@ class QuantDiTQuantizer(DiffusersQuantizer):
         model.is_quantized = False
         return model
 
-    def get_state_dict_and_metadata(
-        self, state_dict: dict[str, Tensor], safe_serialization: bool = False
-    ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return what `save_pretrained` writes: the state dict, and what the header says of it.
+    def check_savable(self, model: nn.Module, safe_serialization: bool = True, use_flashpack: bool = False) -> None:
+        """Refuse what `save_pretrained` could not write, before it writes anything.
+
+        Args:
+            model: with this quantizer.
+            safe_serialization, use_flashpack: as `save_pretrained` takes them.
 
         Raises:
-            ValueError: adapters are loaded or fused, which config.json, written before, does not know of.
+            ValueError: adapters are loaded or fused, which config.json does not know of; weights that are not in memory; another
+                format than safetensors.
         """
-        if not safe_serialization:
-            raise ValueError("quantized models are saved as safetensors; leave out safe_serialization=False")
-        state = self.quantization_config.state
-        stored = {}
-        for name, content in state["layers"].items():
-            fields = layer_fields(LayerSpec.from_dict(content))
-            stored |= {f"{name}.{key}": field for key, field in fields.items()}
-        differing = [key for key, f in stored.items() if key not in state_dict or tuple(state_dict[key].shape) != f.shape]
-        if differing or any(".lora_" in key or ".base_layer." in key for key in state_dict):
+        if not safe_serialization or use_flashpack:
+            wrong = "use_flashpack=True" if use_flashpack else "safe_serialization=False"
+            raise ValueError(f"quantized models are saved as safetensors; leave out {wrong}")
+        state, found = model.state_dict(), checkpoint.quant_layers(model)
+        if {name: layer.layer_spec for name, layer in found.items()} != self._layer_specs() or any(".lora_" in key or ".base_layer." in key for key in state):
             raise ValueError(
                 "a quantized model with adapters, or with some fused into it, is not saved; unfuse_lora() and"
                 " unload_lora_weights() first, and keep the adapter's own file"
             )
+        if away := [key for key, tensor in state.items() if tensor.device.type == "meta"]:
+            raise ValueError(f"{away[0]} is not in memory, so the model cannot be saved; remove what offloads it, or load it anew")
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return what `save_pretrained` writes, of a model that passed `check_savable`: its tensors, and what the header says."""
+        state = self.quantization_config.state
+        stored = {f"{name}.{field}" for name, spec in self._layer_specs().items() for field in layer_fields(spec)}
         state_dict = {k: files.narrowest(t) if k in stored and checkpoint.is_scale(k) else t for k, t in state_dict.items()}
         header = {key: state[key] for key in ("spec", "recipe", "provenance")}
         header["tensors_sha256"] = checkpoint.tensors_digest(state_dict.items())
         return state_dict, {METHOD: json.dumps(header, sort_keys=True)}
+
+    def _layer_specs(self) -> dict[str, LayerSpec]:
+        """Return what config.json says of the quantized layers."""
+        return {name: LayerSpec.from_dict(content) for name, content in self.quantization_config.state["layers"].items()}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         return dequantize(model)

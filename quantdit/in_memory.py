@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,20 +23,29 @@ from quantdit.recipe import Recipe
 from quantdit.sampling import Settings
 
 BUCKETS = Settings().buckets
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What a model raises that is called with what it does not take.
+MISFITS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
 
 
-def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
-    """Return the diffusers pipeline of a folder that `quantdit calibrate` wrote, or the transformer of one that has no more.
+def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str = torch.float32):
+    """Return the diffusers pipeline of a folder, quantized or not; of the folder of a transformer alone, that transformer.
 
     Args:
-        folder: of the pipeline, or of a transformer alone.
+        folder: of a pipeline or a transformer; or, as text, a hub id or a name that `quantdit models` lists.
         device: where to.
-        dtype: of what is not quantized.
+        dtype: of what is not quantized: torch.float32, torch.bfloat16, torch.float16, or the name of one of them.
 
     Raises:
-        ValueError: no diffusers folder, or a damaged checkpoint (files.CheckpointError).
+        ValueError: no diffusers folder, a damaged checkpoint (files.CheckpointError), no such device, another dtype.
     """
-    pipeline, source = load_pipeline(str(folder), dtype, device)
+    if str(dtype).removeprefix("torch.") not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} cannot be loaded in; use torch.float32, torch.bfloat16 or torch.float16")
+    if not isinstance(folder, str | Path) or not str(folder):
+        raise ValueError(f"load takes the path of a folder, got {folder!r}")
+    if isinstance(folder, Path) and not folder.expanduser().exists():
+        raise ValueError(f"folder {folder} does not exist; give one that quantdit calibrate or save_pretrained wrote")
+    pipeline, source = load_pipeline(str(folder), DTYPES[str(dtype).removeprefix("torch.")], device)
     if isinstance(pipeline, BareTransformer):
         return getattr(pipeline, source.parts[0]).to(device)
     return pipeline
@@ -55,25 +65,36 @@ def quantize(
     Args:
         transformer: in full precision, all of it in memory.
         recipe: bits such as `w4a8`, the path of a TOML file, or a Recipe.
-        inputs: what to calibrate on: a list of the keyword arguments of calls, in the order of sampling; or a function that has
-            the transformer called, such as `lambda: pipeline("a fox", num_inference_steps=20)`. None: no data, round to nearest.
+        inputs: what to calibrate on: a function that has the transformer called, such as
+            `lambda: pipeline("a fox", num_inference_steps=20)`; or the calls themselves in the order of sampling, each a
+            dictionary of the keyword arguments of `transformer.forward`, tensors of the shapes, dtype and device that the
+            transformer is used with, in any number (a generator does). None: no data, round to nearest.
         seed: of random signs, k-means and the choice of rows.
         tokens: rows of each call that statistics are made of, evenly spread; 0 for all.
 
     Raises:
-        ValueError: a recipe that does not fit, weights or activations with NaN or infinite entries, a transformer that is
-            quantized already or that `inputs` never calls, `weight = "auto"`.
+        ValueError: a recipe that does not fit or leaves widths open (`auto`), inputs that the transformer cannot be called with
+            or that never call it, weights that are NaN, infinite, not in memory or quantized already. Its weights are then as
+            they were. If activations turn out NaN or infinite, the blocks before are quantized: load it again.
     """
     if not isinstance(transformer, nn.Module):
         raise ValueError(f"quantize takes a transformer, got a {type(transformer).__name__}; give pipeline.transformer")
     if checkpoint.quant_layers(transformer):
         raise ValueError(f"this {type(transformer).__name__} is quantized already; quantize the full-precision model")
-    plan = recipes.from_any(recipe) if inputs is not None else recipes.without_data(recipes.from_any(recipe))
+    plan = recipes.from_any(recipe)
+    if any(rule.weight == recipes.AUTO for rule in plan.rules):
+        raise ValueError(
+            f"recipe {plan.name} leaves widths open, which quantdit.quantize does not choose; give bits such as 'w4a8', or have"
+            " the command line choose: quantdit calibrate --bits auto --max-drift 0.02"
+        )
+    plan = plan if inputs is not None else recipes.without_data(plan, "give quantdit.quantize some inputs=")
     adapter = adapters.adapter_for(transformer)
     plans = recipes.resolve(plan, adapters.layers(transformer, adapter))
     if not plans:
         raise ValueError(f"recipe {plan.name} leaves every layer dense, so there is nothing to quantize")
     for name, tensor in transformer.state_dict().items():
+        if tensor.device.type == "meta":
+            raise ValueError(f"{name} is not in memory; remove what offloads the transformer, or use quantdit calibrate")
         files.check_finite(name, tensor)
     transformer.requires_grad_(False).eval()
     with tempfile.TemporaryDirectory(prefix="quantdit-") as folder:
@@ -87,10 +108,30 @@ def quantize(
 
 
 def _record(transformer: nn.Module, inputs: Iterable[Mapping[str, object]] | Callable[[], object], folder: Path) -> StoredCalls:
-    def run() -> None:
-        for call in inputs:
-            transformer(**call)
-
-    given = inputs if callable(inputs) else run
+    given = inputs if callable(inputs) else lambda: _call(transformer, inputs)
     # Timesteps are counted as they come, so the number of sampling steps need not be known.
     return capture.transformer_calls(given, {"transformer": transformer}, 1, BUCKETS, folder)["transformer"]
+
+
+def _call(transformer: nn.Module, inputs: Iterable[Mapping[str, object]]) -> None:
+    """Call the transformer with each of the inputs.
+
+    Raises:
+        ValueError: it cannot be called with one of them, or there is none.
+    """
+    cls = type(transformer).__name__
+    takes = ", ".join(inspect.signature(transformer.forward).parameters)
+    expected = f"inputs= is a function, or a list with a dictionary for each call of {cls}, which takes {takes}"
+    if isinstance(inputs, str | Mapping) or not isinstance(inputs, Iterable):
+        raise ValueError(f"{expected}; got a {type(inputs).__name__}")
+    number = -1
+    for number, call in enumerate(inputs):
+        if not isinstance(call, Mapping):
+            raise ValueError(f"{expected}; inputs[{number}] is a {type(call).__name__}")
+        try:
+            transformer(**call)
+        except MISFITS as error:
+            reason = str(error).partition("\n")[0][:300]
+            raise ValueError(f"{cls}, which takes {takes}, cannot be called with inputs[{number}]: {reason}") from error
+    if number < 0:
+        raise ValueError(f"{expected}; got an empty one")

@@ -18,7 +18,10 @@ from quantdit.linear import QuantLinear
 
 
 class QuantLoraLinear(Linear):
-    """PEFT's layer around a QuantLinear. Unfused it is PEFT's own; fusing and unfusing leave the quantized weight as it is."""
+    """PEFT's layer around a QuantLinear. Unfused it is PEFT's own; fusing and unfusing leave the quantized weight as it is.
+
+    Once the model is dequantized, there is an ordinary linear in it, and it is PEFT's own throughout.
+    """
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fuse adapters.
@@ -26,6 +29,9 @@ class QuantLoraLinear(Linear):
         Raises:
             ValueError: one that is more than a product of two matrices (DoRA, a bias), or too large, or not finite.
         """
+        if not isinstance(self.get_base_layer(), QuantLinear):
+            super().merge(safe_merge, adapter_names)
+            return
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora_A:
                 continue
@@ -42,6 +48,9 @@ class QuantLoraLinear(Linear):
     def unmerge(self) -> None:
         """Undo all fusing; the layer has the bits it had before."""
         base = self.get_base_layer()
+        if not isinstance(base, QuantLinear):
+            super().unmerge()
+            return
         fused = sum(self.lora_A[name].weight.shape[0] for name in self.merged_adapters)
         if fused:
             base.shorten_branch(base.layer_spec.rank - fused)

@@ -18,9 +18,6 @@ from quantdit import checkpoint, files, memory, streaming
 from quantdit.models.aliases import ALIASES, locate
 from quantdit.streaming import is_streamed
 
-# Pipelines of ours; every other class is diffusers' own.
-PIPELINES = {"PixelDiTPipeline": "quantdit.models.pixel_dit", "PixelWanPipeline": "quantdit.models.pixel_wan"}
-
 # What a pipeline calls its transformers; Wan 2.2 has two experts.
 PARTS = ("transformer", "transformer_2")
 # A size of a sample -> what pipelines call it.
@@ -315,25 +312,23 @@ def generate(
     return torch.cat(images)
 
 
-def _check_device(device: str) -> None:
+def _check_device(device: str | torch.device) -> None:
     try:
         kind = torch.device(device).type
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         raise ValueError(
-            f"--device {device!r} is not to be had on this machine; use cpu, or cuda where there is a GPU"
+            f"device {str(device)!r} is not to be had on this machine; use cpu, or cuda where there is a GPU"
         ) from error
     if kind == "meta":
-        raise ValueError("--device 'meta' holds no numbers; use cpu, or cuda where there is a GPU")
+        raise ValueError("device 'meta' holds no numbers; use cpu, or cuda where there is a GPU")
 
 
 def _pipeline_class(name: str, folder: Path) -> type:
-    import importlib
-
     import diffusers
+    from diffusers import DiffusionPipeline  # noqa: F401 - its module brings ours along (quantdit.diffusers_classes)
 
-    module = importlib.import_module(PIPELINES[name]) if name in PIPELINES else diffusers
-    cls = getattr(module, name, None)
+    cls = getattr(diffusers, name, None)
     if not isinstance(cls, type):
         raise ValueError(
             f"{folder}: the installed diffusers has no pipeline class {name!r}; upgrade it with pip install -U diffusers"
@@ -350,7 +345,7 @@ def _download(model: str, hub: str) -> Path:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         folder = hub.split("/")[1]
         raise ValueError(
-            f"cannot fetch {hub} ({reason}). Where there is a network, run: hf download {hub} --local-dir {folder}; copy that"
+            f"there is no folder {hub} here, and it cannot be fetched from the hub ({reason}). Where there is a network, run: hf download {hub} --local-dir {folder}; copy that"
             f" folder here and give it as --model PATH/{folder}, or to calibrate with --weights PATH/{folder}. To measure time,"
             " memory and size without the weights: quantdit calibrate --random-weights"
         ) from error

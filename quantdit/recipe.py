@@ -235,8 +235,10 @@ def with_weight_format(recipe: Recipe, kind: str) -> Recipe:
     """Return a preset with the weights of a kind of WEIGHT_FORMATS, of the same bits.
 
     Raises:
-        ValueError: a width that the kind does not have.
+        ValueError: an unknown kind, or a width that the kind does not have.
     """
+    if kind not in WEIGHT_FORMATS:
+        raise ValueError(f"unknown weight format {kind!r}; known: {', '.join(WEIGHT_FORMATS)}")
     bits = {weight: x for of_kind in WEIGHT_FORMATS.values() for x, weight in of_kind.items()}
     offered, rules = WEIGHT_FORMATS[kind], []
     for rule in recipe.rules:
@@ -244,14 +246,18 @@ def with_weight_format(recipe: Recipe, kind: str) -> Recipe:
             x = bits.get(rule.weight)
             if x not in offered:
                 widths = " or ".join(f"w{x}" for x in offered)
-                raise ValueError(f"{recipe.name}: --weight-format {kind} has no weights of this width; use {widths}")
+                raise ValueError(f"{recipe.name}: weight format {kind} has no weights of this width; use {widths}")
             rule = replace(rule, weight=offered[x], otherwise="" if kind == "table" else WEIGHT_FORMATS["table"][x])
         rules.append(rule)
     return replace(recipe, rules=tuple(rules))
 
 
-def without_data(recipe: Recipe) -> Recipe:
+def without_data(recipe: Recipe, remedy: str = "calibrate with --samples of at least 1") -> Recipe:
     """Return the recipe with what needs calibration data taken out: rounding to nearest, fixed rotations, biases as they are.
+
+    Args:
+        recipe: to take it out of.
+        remedy: what the error tells the user to do.
 
     Raises:
         ValueError: a rule that makes no sense without: static activation scales, weights to be chosen.
@@ -260,7 +266,7 @@ def without_data(recipe: Recipe) -> Recipe:
     for rule in recipe.rules:
         if rule.weight == AUTO or (rule.weight != DENSE and rule.activation_scale == "static"):
             what = 'weight = "auto"' if rule.weight == AUTO else 'activation_scale = "static"'
-            raise ValueError(f"rule {rule.match!r}: {what} needs calibration data; calibrate with --samples of at least 1")
+            raise ValueError(f"rule {rule.match!r}: {what} needs calibration data; {remedy}")
         rotation = rule.rotation if rule.rotation in ("none", "regular") else "hadamard"
         method = "hqq" if rule.method == "hqq" else "rtn"
         plain = {"act_order": False, "descent": 0, "bias_correction": False, "smooth": "none", "low_rank": 0}
@@ -279,6 +285,9 @@ def from_any(given: Recipe | Mapping | str | Path) -> Recipe:
         return given
     if isinstance(given, Mapping):
         return from_dict(given)
+    if not isinstance(given, str | Path):
+        kind = type(given).__name__
+        raise ValueError(f"a recipe is bits such as 'w4a8', the path of a TOML file, a dictionary or a Recipe, got a {kind}")
     return from_toml(Path(given)) if isinstance(given, Path) or given.endswith(".toml") else from_bits(given)
 
 

@@ -422,7 +422,7 @@ def test_weight_formats_replace_each_other():
     assert {rule.weight for rule in table.rules} == {"table2", "dense"} and {rule.otherwise for rule in table.rules} == {""}
     assert {rule.weight for rule in recipe.with_weight_format(recipe.from_bits("w3a8"), "vq").rules} == {"vq64x2", "dense"}
     assert {rule.weight for rule in recipe.with_weight_format(vq, "ssvq").rules} == {"ssvq256x8", "dense"}
-    with pytest.raises(ValueError, match="w4a8: --weight-format ssvq has no weights of this width; use w2 or w3"):
+    with pytest.raises(ValueError, match="w4a8: weight format ssvq has no weights of this width; use w2 or w3"):
         recipe.with_weight_format(recipe.from_bits("w4a8"), "ssvq")
 
 

@@ -35,6 +35,7 @@ ORDER = (
     ("", "lora", "flux_lora"),
     ("checkpoint",),
     ("streaming", "random_weights", "diffusers_quantizer"),
+    ("diffusers_classes",),
     ("pipeline",),
     ("sampling", "work_folder"),
     ("block_by_block",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
@@ -84,3 +85,7 @@ class PixelDiTPipeline(DiffusionPipeline):
         if output_type == "pil":
             images = numpy_to_pil(images)
         return PixelDiTOutput(images=images) if return_dict else (images,)
+
+
+# Where DiffusionPipeline.from_pretrained looks for the class that a folder names.
+diffusers.PixelDiTPipeline = PixelDiTPipeline

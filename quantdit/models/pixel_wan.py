@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
@@ -52,13 +53,15 @@ class PixelWanPipeline(DiffusionPipeline):
         self.register_to_config(num_frames=num_frames, size=size)
         self.known: dict[str, Tensor] = {}
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: object) -> PixelWanPipeline:
-        """Load as diffusers does, and the prompt embeddings of a local folder with it."""
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        stored = Path(pretrained_model_name_or_path) / PROMPTS_FILE
-        pipeline.known = load_file(stored) if stored.exists() else {}
-        return pipeline
+    def register_to_config(self, **kwargs: object) -> None:
+        """Keep a setting; at the folder the pipeline was loaded from, the last one, read the prompt embeddings in it.
+
+        `DiffusionPipeline.from_pretrained` calls no `from_pretrained` of the class that it finds in the folder.
+        """
+        super().register_to_config(**kwargs)
+        if "_name_or_path" in kwargs:
+            stored = Path(str(kwargs["_name_or_path"])) / PROMPTS_FILE
+            self.known = load_file(stored) if stored.exists() else {}
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: object) -> None:
         """Save as diffusers does, and the prompt embeddings with it."""
@@ -207,3 +210,7 @@ def _minilm() -> tuple:
         AutoTokenizer.from_pretrained(folder, local_files_only=True),
         AutoModel.from_pretrained(folder, local_files_only=True).eval(),
     )
+
+
+# Where DiffusionPipeline.from_pretrained looks for the class that a folder names.
+diffusers.PixelWanPipeline = PixelWanPipeline

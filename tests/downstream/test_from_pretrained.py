@@ -127,6 +127,26 @@ def test_a_whole_pipeline_loads_and_samples_as_ours(plain_dit: Path, tmp_path: P
         assert (images == expected).all()
 
 
+@pytest.mark.parametrize(("name", "asked"), [("fashion-dit", [3]), ("emoji-wan", "a bat moving left")])
+def test_diffusers_knows_the_pipelines_of_the_embedded_models(name: str, asked: object, tmp_path: Path):
+    """Their classes are quantdit's own; model_index.json names them as it names diffusers'."""
+    from diffusers import DiffusionPipeline
+
+    def sampled(pipeline: DiffusionPipeline) -> object:
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(asked, num_inference_steps=1, guidance_scale=1, generator=generator, output_type="pt")[0]
+
+    pipeline = quantdit.load(name)
+    quantdit.quantize(pipeline.transformer, "w8a8")
+    pipeline.save_pretrained(tmp_path / "quantized")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "quantized")
+    assert type(again) is type(pipeline) and quant_layers(again.transformer)
+    assert torch.equal(sampled(again), sampled(pipeline))
+    again.save_pretrained(tmp_path / "again", max_shard_size="500KB")
+    assert torch.equal(sampled(type(again).from_pretrained(tmp_path / "again")), sampled(pipeline))
+
+
 def test_a_pipeline_is_quantized_while_it_loads(plain_dit: Path):
     from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
@@ -308,6 +328,15 @@ def test_dequantize_leaves_an_ordinary_model(made, run, tmp_path: Path):
     assert torch.equal(run(again, made.inputs[0]), run(model, made.inputs[0]))
 
 
+def test_the_dense_export_of_a_transformer_alone_is_the_dequantized_one(made, cli, tmp_path: Path):
+    ran = cli("export", made.folder / "many", "--to", "dense", "--output", tmp_path / "dense")
+    assert ran.code == 0, ran.err
+    dense = made.cls.from_pretrained(tmp_path / "dense", torch_dtype=torch.bfloat16)
+    expected = made.cls.from_pretrained(made.folder / "one").dequantize().state_dict()
+    assert {key: t.shape for key, t in dense.state_dict().items()} == {key: t.shape for key, t in expected.items()}
+    assert all(torch.equal(t, expected[key].to(t.dtype)) or t.dtype == torch.float32 for key, t in dense.state_dict().items())
+
+
 def test_without_quantized_activations_dequantizing_changes_only_rounding(made, run):
     model = made.cls.from_pretrained(made.folder / "full", quantization_config=QuantDiTConfig(bits="w8a16"))
     before = run(model, made.inputs[1])
@@ -346,3 +375,22 @@ quantdit.QuantDiTConfig(bits='w4a8')
 def test_registered_in_whatever_order_libraries_are_imported(first: str):
     printed = started(first + TABLES)
     assert printed == "['QuantDiTQuantizer', 'QuantDiTConfig', 'HfQuantizer', 'TextEncoderConfig'] True"
+
+
+ORDERS = {
+    "quantdit first": "import quantdit; from diffusers import DiffusionPipeline",
+    "quantdit last": "from diffusers import DiffusionPipeline; import quantdit",
+    "our pipeline first": "import quantdit.models.pixel_wan; from diffusers import DiffusionPipeline",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_diffusers_knows_them_in_whatever_order_things_are_imported(order: str):
+    name = "import quantdit.models.aliases as a; print(type(DiffusionPipeline.from_pretrained(a.EMBEDDED / {!r})).__name__)"
+    printed = started(f"{ORDERS[order]}; {name.format('emoji-wan')}")
+    assert printed == "PixelWanPipeline"
+
+
+def test_importing_a_model_imports_no_pipelines():
+    code = "import sys, quantdit, diffusers.models.modeling_utils as m; print('quantdit.models.pixel_wan' in sys.modules)"
+    assert started(code) == "False"

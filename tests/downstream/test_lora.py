@@ -168,6 +168,26 @@ def test_a_flux_pipeline_loads_fuses_and_unloads(tiny, run, tmp_path: Path):
     assert torch.equal(run(transformer, calls[0]), plain)
 
 
+@pytest.mark.parametrize("when", ["unfused", "fused"])
+def test_dequantized_with_an_adapter_it_is_fused_as_ever(made, run, when: str):
+    """The linear inside PEFT's layer is an ordinary one then, and so is fusing into it."""
+    model = made.cls.from_pretrained(made.folder / "full", quantization_config=quantdit.QuantDiTConfig(bits="w8a16"))
+    plain = run(model, made.inputs[0])
+    add(model, adapter_of(model))
+    if when == "fused":
+        fuse(model)
+    effect = run(model, made.inputs[0]) - plain
+    model.dequantize()
+    assert not quant_layers(model)
+    if when == "unfused":
+        fuse(model)
+    assert rel(run(model, made.inputs[0]) - plain, effect) < 0.01
+    fuse(model, back=True)
+    assert rel(run(model, made.inputs[0]) - plain, effect) < 0.01 if when == "unfused" else True
+    remove(model)
+    assert float((run(model, made.inputs[0]) - plain).norm()) < 0.01 * float(effect.norm())
+
+
 def test_saving_with_an_adapter_is_refused_and_without_it_is_not(made, tmp_path: Path):
     model = made.cls.from_pretrained(made.folder / "one")
     add(model, adapter_of(model))
