@@ -225,7 +225,8 @@ class QuantDiTQuantizer(DiffusersQuantizer):
             wrong = "use_flashpack=True" if use_flashpack else "safe_serialization=False"
             raise ValueError(f"quantized models are saved as safetensors; leave out {wrong}")
         state, found = model.state_dict(), checkpoint.quant_layers(model)
-        if {name: layer.layer_spec for name, layer in found.items()} != self._layer_specs() or any(".lora_" in key or ".base_layer." in key for key in state):
+        changed = {name: layer.layer_spec for name, layer in found.items()} != self._layer_specs()
+        if changed or any(".lora_" in key or ".base_layer." in key for key in state):
             raise ValueError(
                 "a quantized model with adapters, or with some fused into it, is not saved; unfuse_lora() and"
                 " unload_lora_weights() first, and keep the adapter's own file"

@@ -345,7 +345,7 @@ def _download(model: str, hub: str) -> Path:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         folder = hub.split("/")[1]
         raise ValueError(
-            f"there is no folder {hub} here, and it cannot be fetched from the hub ({reason}). Where there is a network, run: hf download {hub} --local-dir {folder}; copy that"
-            f" folder here and give it as --model PATH/{folder}, or to calibrate with --weights PATH/{folder}. To measure time,"
+            f"there is no folder {hub} here, and it cannot be fetched from the hub ({reason}). Where there is a network, run:"
+            f" hf download {hub} --local-dir {folder}; copy that folder here and give it as --model PATH/{folder}, or to calibrate with --weights PATH/{folder}. To measure time,"
             " memory and size without the weights: quantdit calibrate --random-weights"
         ) from error
