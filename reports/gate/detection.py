@@ -138,7 +138,7 @@ def table(rows: list[dict]) -> str:
             expected = counts[0] if name in CLEAN else counts[1]
             by = {f: sum(f in row["failed"] for row in some) for row in some for f in row["failed"]}
             caught = ", ".join(f"{f} {n}" for f, n in sorted(by.items(), key=lambda pair: -pair[1])[:4])
-            inner = ("worst layer's error", "model output error")
+            inner = ("largest growth of a layer's error", "model output error")
             images = sum(any(f not in inner for f in row["failed"]) for row in some)
             lines.append(
                 f"| {name} | {expected} of {len(some)} | {counts[0]} | {counts[1]} | {counts[2]} | {caught} | {images} |"
