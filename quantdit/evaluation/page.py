@@ -93,7 +93,7 @@ def _banner(verdict: Verdict) -> str:
 
 
 def _findings(verdict: Verdict) -> str:
-    head = ("measure", "verdict", "candidate", "baseline", "difference [95 %]", "against its limit", "limit", "noise floor")
+    head = ("measure", "verdict", "candidate", "baseline", "from the baseline [95 %]", "against its limit", "limit", "noise floor")
     rows = [_finding(f) for f in sorted(verdict.findings, key=lambda f: (FAIL, INCONCLUSIVE, PASS).index(f.verdict))]
     cells = "".join(f"<th scope='col'>{h}</th>" for h in head)
     note = (
@@ -104,14 +104,14 @@ def _findings(verdict: Verdict) -> str:
 
 def _finding(f: Finding) -> str:
     d = f.difference
-    both = any(m.equal and m.label == f.name for m in METRICS.values())
+    origin = "<br><span class='soft'>from full precision</span>" if f.equal else ""
     cells = [
-        f"<th scope='row'>{html.escape(f.name)}</th>",
+        f"<th scope='row'>{html.escape(f.label)}</th>",
         f"<td class='{f.verdict}'>{f.verdict}</td>",
         f"<td>{number(f.candidate)}</td><td>{number(f.baseline)}</td>",
-        f"<td>{number(d.estimate)} [{number(d.low)}, {number(d.high)}]</td>",
-        f"<td>{interval_chart(d.estimate, d.low, d.high, f.limit, both)}</td>",
-        f"<td>{'±' if both else ''}{number(f.limit)}</td><td>{'' if f.floor is None else number(f.floor)}</td>",
+        f"<td>{number(d.estimate)} [{number(d.low)}, {number(d.high)}]{origin}</td>",
+        f"<td>{interval_chart(d.estimate, d.low, d.high, f.limit, f.equal)}</td>",
+        f"<td>{'±' if f.equal else ''}{number(f.limit)}</td><td>{'' if f.floor is None else number(f.floor)}</td>",
     ]
     note = f"<tr><td class='note' colspan='{len(cells) + 3}'>{html.escape(f.note)}</td></tr>" if f.note else ""
     return f"<tr>{''.join(cells)}</tr>{note}"
@@ -121,7 +121,7 @@ def _tiles(report: dict) -> str:
     first, second, drift = report["reference"], report["candidate"], report["drift"]
     low, high = drift["PSNR"]["interval"]
     tiles = [
-        ("paired PSNR, dB", f"{drift['PSNR']['mean']:.1f}", f"[{low:.1f}, {high:.1f}], worst {drift['PSNR']['min']:.1f}"),
+        ("paired PSNR, dB", f"{drift['PSNR']['mean']:.2f}", f"[{low:.2f}, {high:.2f}], min {drift['PSNR']['min']:.2f}"),
         ("SSIM", f"{drift['SSIM']['mean']:.4f}", f"[{drift['SSIM']['interval'][0]:.4f}, {drift['SSIM']['interval'][1]:.4f}]"),
         (
             "transformer file",

@@ -20,6 +20,7 @@ from quantdit.evaluation.measures import (
     drift_over_steps,
     features_of,
     mean_harm,
+    paired_of,
     probe_of,
     rows_of,
     sets_of,
@@ -242,20 +243,20 @@ def compare_models(reference: Reference, candidate: Opened, real: Tensor | None 
     second = sample(candidate.pipeline, candidate.source, sampling, reference.cache, label)
     if first.images.shape != second.images.shape:
         shapes = f"{tuple(first.images.shape)} and {tuple(second.images.shape)}"
-        names = f"{reference.model.source.label} and {label}"
-        raise ValueError(f"{names} make images of shapes {shapes}; compare models of one kind")
+        both = f"{reference.model.source.label} and {label}"
+        raise ValueError(f"{both} make images of shapes {shapes}; compare models of one kind")
     features = (reference.features[0], features_of(second.images, backbone))
     # The shipped real set is the embedded model's; another model has nothing to do with it.
     embedded = reference.model.source.folder == EMBEDDED / "fashion-dit" and backbone is EFFICIENTNET
     known = real if real is not None else load_real().statistics if embedded else None
     sets = (*features, reference.features[1])
-    drift = compare(
-        first.images, second.images, reference.other.images, known, sampling.seed, sets, (backbone.frechet, backbone.kernel)
-    )
+    paired = paired_of(first.images, second.images)
+    names = (backbone.frechet, backbone.kernel)
+    drift = compare(first.images, second.images, reference.other.images, known, sampling.seed, sets, names, paired)
     looked = _probe(reference, candidate, probes)
     score = None if reference.clip is None else reference.clip.score
     alone = (reference.alone, alone_of(second, features[1], reference.alignment, score))
-    samples = rows_of(first, second, features, alone)
+    samples = rows_of(first, second, features, alone, paired)
     distances = sets_of(*features, reference.features[1], first.prompts, backbone)
     if reference.clip is not None:
         distances |= reference.clip.distances([s.images for s in (first, second, reference.other)], first.prompts)
@@ -273,6 +274,7 @@ def compare_models(reference: Reference, candidate: Opened, real: Tensor | None 
         "over_steps": drift_over_steps(first, second),
         "layers": _layer_sizes(candidate.pipeline.transformer),
         "recipe": _recipe(candidate.source),
+        "measures": gate.meanings(samples[0]),
         "samples": samples,
     }
     return Compared(report, drift, second)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from quantdit.evaluation import gate, page
 from quantdit.evaluation.charts import bar_chart, interval_chart, line_chart, ticks_of
-from quantdit.evaluation.drift import compare
+from quantdit.evaluation.drift import compare, table
 from quantdit.evaluation.measures import EFFICIENTNET, alone_of, drift_over_steps, features_of, mean_harm, rows_of, sets_of
 from quantdit.evaluation.samples import Samples
 
@@ -111,6 +111,20 @@ def test_page_is_whole_takes_nothing_from_outside_and_runs_no_name(tmp_path: Pat
     assert "&lt;script&gt;alert(1)" in text and "blocks.5.to_&lt;q&gt;" in text
     assert text.index("PSNR") > text.index('class="verdict pass"')
     assert ("temporal flickering" in text) == clips and ("$" not in text.replace("$title", ""))
+
+
+def test_page_and_table_show_the_same_intervals(tmp_path: Path):
+    """Both from one computation, to the same digits; a difference from full precision is called that."""
+    report, reference, candidate = made(False)
+    features = [features_of(s.images, EFFICIENTNET) for s in (reference, candidate, sampled(1, False))]
+    drift = compare(reference.images, candidate.images, sampled(1, False).images, features=features)
+    cells = [cell.strip() for line in table(drift).splitlines() if line.startswith("| ") for cell in line.split("|")]
+    text = page.render(report, reference, candidate)
+    for name in ("PSNR, dB", "SSIM"):
+        mean, _, rest = cells[cells.index(name) + 1].partition(" ")
+        assert f"<b>{mean}</b><span class='soft'>{rest}</span>" in text
+    row = written(tmp_path, True).read_text().split("temporal flickering, difference from full precision</th>")[1]
+    assert "from full precision</span>" in row.split("</tr>")[0] and "<td>±" in row.split("</tr>")[0]
 
 
 def test_worst_come_first(tmp_path: Path):
