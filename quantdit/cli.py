@@ -174,8 +174,10 @@ def _parser() -> argparse.ArgumentParser:
         "--inception-weights", type=Path, metavar="FILE", help="FID and KID by the original network instead of EfficientNet-Lite0"
     )
     sub.add_argument("--clip-weights", type=Path, metavar="DIR", help="a CLIP model's folder: CLIP score and CMMD")
-    sub.add_argument("--vbench", type=Path, metavar="PROGRAM", help="the `vbench` program of an environment that has the package")
-    sub.add_argument("--vbench-weights", type=Path, metavar="DIR", help="of VBench's networks (~/.cache/vbench)")
+    sub.add_argument("--vbench", type=Path, metavar="DIR", help="an environment that has the vbench package, to score clips with")
+    sub.add_argument(
+        "--vbench-weights", type=Path, metavar="DIR", help="of its networks: scores what it finds there (it fetches them all)"
+    )
     _sampling(sub)
 
     sub = command(

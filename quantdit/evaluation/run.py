@@ -115,8 +115,8 @@ class Request:
         real: folder of real images.
         inception_weights: of the original FID network.
         clip_weights: folder of a CLIP model.
-        vbench: the program of VBench, of another environment.
-        vbench_weights: of its networks.
+        vbench: folder of an environment that has the vbench package.
+        vbench_weights: folder of its networks.
     """
 
     reference: str
