@@ -289,6 +289,8 @@ def report_text(report: dict, drift: DriftReport) -> str:
         ("bits per weight, scales included", *(f"{m['bits_per_weight']:.2f}" for m in (first, second))),
     ]
     parts = ["\n".join(gate.markdown(rows)), table(drift)]
+    if given := _given(report):
+        parts.append("\n".join(gate.markdown([("by the networks given", first["name"], second["name"]), *given])))
     probed = report["probe"]
     if probed["samples"]:
         error = sum(row["output_error"] for row in probed["samples"]) / len(probed["samples"])
@@ -299,6 +301,19 @@ def report_text(report: dict, drift: DriftReport) -> str:
             line += f"; of a layer's, at most {mean[worst]:.1f} dB ({worst})"
         parts.append(f"{line}.")
     return "\n\n".join(parts)
+
+
+def _given(report: dict) -> list[tuple[str, str, str]]:
+    """Return what CLIP and VBench say of both models, where they are given; of a distance, other seeds take the first place."""
+    rows = []
+    if "clip_score" in report["samples"][0]:
+        sides = [[row[f"clip_score_{side}"] for row in report["samples"]] for side in ("reference", "candidate")]
+        rows.append(("CLIP score", *(f"{sum(values) / len(values):.2f}" for values in sides)))
+    for name, entry in report["sets"].items():
+        if name.startswith("CMMD"):
+            rows.append((name, f"{gate.number(entry['noise_floor'])} (other seeds)", gate.number(entry["drift"])))
+    first, second = (report.get("vbench", {}).get(side, {}) for side in ("reference", "candidate"))
+    return rows + [(f"VBench {name}", gate.number(value), gate.number(second[name])) for name, value in first.items()]
 
 
 def _probe(reference: Reference, candidate: Opened, probes: int) -> dict:
