@@ -453,6 +453,7 @@ def summary(verdict: Verdict) -> str:
     lines = [f"**{verdict.verdict.upper()}**: {headline(verdict)}", "", *markdown(rows), ""]
     lines += [f"- {f.name}: {f.note}" for f in verdict.findings if f.note]
     lines += [f"- note: {note}" for note in verdict.notes]
+    lines += [""] if lines[-1] else []  # else the last item of the list would take the next line in
     lines.append("Errors in dB, larger is worse; distances of sets in their own unit. Limits are of the difference with the interval.")
     return "\n".join(lines)
 

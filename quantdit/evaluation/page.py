@@ -59,6 +59,7 @@ def render(report: dict, reference: Samples, candidate: Samples) -> str:
         "stack": f"{frames * 100}%",
         "gallery": "\n".join(_figure(rows[i], reference.images[i], candidate.images[i]) for i in order),
         "measures": _measures(report),
+        "vbench": _vbench(report),
         "trajectory": _trajectory(report),
         "layers": _layers(report),
         "provenance": _provenance(report),
@@ -186,10 +187,15 @@ def _measures(report: dict) -> str:
         (n, f"{number(e['drift'])} ± {number(e['standard_error'])}", "", f"other seeds {number(e['noise_floor'])}")
         for n, e in report["sets"].items()
     ]
-    for model, scores in report.get("vbench", {}).items():
-        lines += [(f"VBench {name}, {model}", number(value), "", "") for name, value in scores.items()]
     head = ("measure", "mean", "range of the samples", "noise floor, as gated: errors in dB, larger is worse")
     return _table(head, lines)
+
+
+def _vbench(report: dict) -> str:
+    """Return VBench's own scores, which the gate does not judge."""
+    sides = [report.get("vbench", {}).get(side, {}) for side in ("reference", "candidate")]
+    lines = [(name.replace("_", " "), *(number(side[name]) for side in sides)) for name in sides[0]]
+    return f"<h3>VBench</h3>{_table(('dimension', 'full precision', 'quantized'), lines)}" if lines else ""
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

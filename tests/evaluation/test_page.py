@@ -60,6 +60,7 @@ def made(clips: bool) -> tuple[dict, Samples, Samples]:
         "over_steps": drift_over_steps(reference, candidate),
         "layers": {name: {"format": f"int{4 + 2 * (i % 2)}", "bits": 4.25, "weights": 4096} for i, name in enumerate(layers)},
         "recipe": {"recipe": {"rules": []}},
+        "vbench": {side: {"imaging_quality": 0.5 + clips / 8} for side in ("reference", "candidate")} if clips else {},
         "samples": rows,
     }
     return report, reference, candidate
@@ -143,6 +144,7 @@ def test_a_second_verdict_replaces_the_first(tmp_path: Path):
         row["output_error"] += 9.0
     page.add_verdict(path, gate.gate(report, baseline))
     text = path.read_text()
+    assert "<h3>VBench</h3>" not in text and "<td>0.625</td>" in written(tmp_path, True).read_text()  # a verdict leaves it there
     assert 'class="verdict fail"' in text and 'class="verdict pass"' not in text and text.count("<!--verdict-->") == 1
     assert not page.add_verdict(tmp_path / "none.html", gate.gate(report, baseline))
 

@@ -134,8 +134,9 @@ def networks(folder: Path, *names: str) -> Path:
     return folder
 
 
-def samples() -> Samples:
-    clips = torch.stack([moving(1.0), moving(0.5), moving(0.0)])
+def samples(side: int = SIDE) -> Samples:
+    clips = torch.stack([moving(1.0), moving(0.5), moving(0.0)]).repeat_interleave(side // SIDE, -1)
+    clips = clips.repeat_interleave(side // SIDE, -2)
     return Samples(clips, torch.zeros(3, 1, 1), (1.0,), ("a bat", "a bat", 'an "owl"/owl'), (0, 1, 2))
 
 
@@ -144,12 +145,20 @@ def test_vbench_s_own_package_scores_the_clips(tmp_path: Path):
     env, weights = environment(tmp_path), networks(tmp_path / "weights", *vbench.WEIGHTS)
     vbench.check(env, weights)
     for given in (None, weights):
-        found = vbench.run(env, given, {"reference": samples()}, tmp_path / "out")["reference"]
+        large = samples(128)
+        found = vbench.run(env, given, {"reference": large}, tmp_path / "out")["reference"]
         assert found["imaging_quality"] == 0.3 and found["quality_score"] > 0 and "total_score" not in found
-    expected = np.mean([temporal_flickering(c) for c in samples().images])
+    expected = np.mean([temporal_flickering(c) for c in large.images])
     assert found["temporal_flickering"] == pytest.approx(expected, rel=1e-5)
     names = sorted(p.name for p in (tmp_path / "out" / "reference" / "videos").iterdir())
     assert names == ["a bat-0.mp4", "a bat-1.mp4", "an _owl__owl-0.mp4"]
+
+
+def test_small_clips_have_no_dynamic_degree(tmp_path: Path):
+    """VBench's RAFT would say 0 of them, whatever moves, or fail."""
+    pytest.importorskip("av")
+    found = vbench.run(environment(tmp_path), None, {"candidate": samples()}, tmp_path / "out")["candidate"]
+    assert found.keys() == {"temporal_flickering", *vbench.WEIGHTS} - {"dynamic_degree"}
 
 
 def test_only_dimensions_whose_networks_are_there_are_scored(tmp_path: Path, clips: tuple[Path, Path], cli):
@@ -165,7 +174,7 @@ def test_only_dimensions_whose_networks_are_there_are_scored(tmp_path: Path, cli
     for found in scores.values():
         assert found.keys() == {"temporal_flickering", "motion_smoothness", "imaging_quality"} and found["imaging_quality"] == 0.4
     page = (tmp_path / "drift" / "report.html").read_text()
-    assert "VBench imaging_quality, candidate" in page and "VBench imaging_quality" in ran.out
+    assert "<h3>VBench</h3>" in page and "imaging quality" in page and "VBench imaging_quality" in ran.out
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +212,8 @@ def test_what_vbench_lacks_is_said_before_sampling(tmp_path: Path, cli, pixel_di
 
 def test_vbench_s_failure_is_passed_on(tmp_path: Path):
     pytest.importorskip("av")
-    with pytest.raises(ValueError, match="failed at dynamic_degree with exit code 1: RuntimeError: Output size is too small"):
-        vbench.run(environment(tmp_path, "dynamic_degree"), None, {"reference": samples()}, tmp_path / "out")
+    with pytest.raises(ValueError, match="failed at imaging_quality with exit code 1: RuntimeError: Output size is too small"):
+        vbench.run(environment(tmp_path, "imaging_quality"), None, {"reference": samples()}, tmp_path / "out")
 
 
 @pytest.mark.parametrize("score", ["None", "float('nan')", "'high'"])
