@@ -38,7 +38,7 @@ REPORT = "report.json"
 CEILING_DB = 100.0  # an error of 1e-5 of its reference is no error
 MOST_TIMES = 100  # more samples than this many times those given are not worth saying
 LAYERS = "layers"
-FROM_FULL = "difference from full precision"
+FROM_FULL = "from full precision"
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,10 @@ METRICS = {
 }
 LAYER_GROWTH = "largest growth of a layer's error"
 LAYER_MARGIN = 3.0
+NOTE = (
+    "Errors in dB, larger is worse; distances of sets in their own unit. Differences are from the baseline where the measure does"
+    " not say otherwise, and limits are of them."
+)
 SHARE_MARGIN = 0.1  # of precision and recall; other distances may reach those of other seeds
 
 
@@ -443,18 +447,18 @@ def _left_open(verdict: Verdict) -> str:
 
 def summary(verdict: Verdict) -> str:
     """Return a Markdown table fit for a pull-request comment, and readable as plain text."""
-    rows = [("measure", "verdict", "candidate", "baseline", "from the baseline [95 %]", "limit", "noise floor")]
+    rows = [("measure", "verdict", "candidate", "baseline", "difference [95 %]", "limit", "noise floor")]
     for f in sorted(verdict.findings, key=lambda f: (FAIL, INCONCLUSIVE, PASS).index(f.verdict)):
         d = f.difference
         floor = "" if f.floor is None else number(f.floor)
-        change = f"{number(d.estimate)} [{number(d.low)}, {number(d.high)}]{' from full precision' if f.equal else ''}"
+        change = f"{number(d.estimate)} [{number(d.low)}, {number(d.high)}]"
         limit = f"{'±' if f.equal else ''}{number(f.limit)}"
         rows.append((f.label, f.verdict, number(f.candidate), number(f.baseline), change, limit, floor))
     lines = [f"**{verdict.verdict.upper()}**: {headline(verdict)}", "", *markdown(rows), ""]
     lines += [f"- {f.name}: {f.note}" for f in verdict.findings if f.note]
     lines += [f"- note: {note}" for note in verdict.notes]
     lines += [""] if lines[-1] else []  # else the last item of the list would take the next line in
-    lines.append("Errors in dB, larger is worse; distances of sets in their own unit. Limits are of the difference with the interval.")
+    lines.append(NOTE)
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from quantdit.evaluation.charts import bar_chart, interval_chart, line_chart
-from quantdit.evaluation.gate import FAIL, INCONCLUSIVE, METRICS, PASS, Finding, Verdict, headline, number
+from quantdit.evaluation.gate import FAIL, INCONCLUSIVE, METRICS, NOTE, PASS, Finding, Verdict, headline, number
 from quantdit.evaluation.picture import GAIN
 from quantdit.evaluation.samples import Samples
 
@@ -94,23 +94,20 @@ def _banner(verdict: Verdict) -> str:
 
 
 def _findings(verdict: Verdict) -> str:
-    head = ("measure", "verdict", "candidate", "baseline", "from the baseline [95 %]", "against its limit", "limit", "noise floor")
+    head = ("measure", "verdict", "candidate", "baseline", "difference [95 %]", "against its limit", "limit", "noise floor")
     rows = [_finding(f) for f in sorted(verdict.findings, key=lambda f: (FAIL, INCONCLUSIVE, PASS).index(f.verdict))]
     cells = "".join(f"<th scope='col'>{h}</th>" for h in head)
-    note = (
-        "<p class='soft'>Errors in dB, larger is worse; the dashed line is the limit of the difference, the grey line zero.</p>"
-    )
+    note = f"<p class='soft'>{NOTE} The dashed line is the limit, the grey line zero.</p>"
     return f"<div class='scroll'><table><thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{note}"
 
 
 def _finding(f: Finding) -> str:
     d = f.difference
-    origin = "<br><span class='soft'>from full precision</span>" if f.equal else ""
     cells = [
         f"<th scope='row'>{html.escape(f.label)}</th>",
         f"<td class='{f.verdict}'>{f.verdict}</td>",
         f"<td>{number(f.candidate)}</td><td>{number(f.baseline)}</td>",
-        f"<td>{number(d.estimate)} [{number(d.low)}, {number(d.high)}]{origin}</td>",
+        f"<td>{number(d.estimate)} [{number(d.low)}, {number(d.high)}]</td>",
         f"<td>{interval_chart(d.estimate, d.low, d.high, f.limit, f.equal)}</td>",
         f"<td>{'±' if f.equal else ''}{number(f.limit)}</td><td>{'' if f.floor is None else number(f.floor)}</td>",
     ]
