@@ -174,8 +174,10 @@ def _parser() -> argparse.ArgumentParser:
         "--inception-weights", type=Path, metavar="FILE", help="FID and KID by the original network instead of EfficientNet-Lite0"
     )
     sub.add_argument("--clip-weights", type=Path, metavar="DIR", help="a CLIP model's folder: CLIP score and CMMD")
-    sub.add_argument("--vbench", type=Path, metavar="PROGRAM", help="the `vbench` program of an environment that has the package")
-    sub.add_argument("--vbench-weights", type=Path, metavar="DIR", help="of VBench's networks (~/.cache/vbench)")
+    sub.add_argument("--vbench", type=Path, metavar="DIR", help="an environment that has the vbench package, to score clips with")
+    sub.add_argument(
+        "--vbench-weights", type=Path, metavar="DIR", help="of its networks: scores what it finds there (it fetches them all)"
+    )
     _sampling(sub)
 
     sub = command(
@@ -184,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         "Hold a report against a baseline: exit code 0 for pass, 1 for fail, 3 for inconclusive.",
         "quantdit gate out/drift/report.json --baseline reports/baselines/fashion-dit-w4a8.json",
     )
-    sub.add_argument("report", type=Path, metavar="REPORT", help="report.json of quantdit evaluate")
+    sub.add_argument("report", type=Path, metavar="REPORT", help="report.json of quantdit evaluate, or its folder")
     sub.add_argument("--baseline", type=Path, required=True, metavar="FILE.json")
     sub.add_argument("--update-baseline", action="store_true", help="make the baseline of this report; margins in it are kept")
     sub.add_argument("--summary", type=Path, metavar="FILE.md", help="write the verdict there, too, as for a pull request")
@@ -461,7 +463,8 @@ def _gate(args: argparse.Namespace) -> int:
     from quantdit import files
     from quantdit.evaluation import gate, page
 
-    report = gate.read(args.report, "report")
+    path = gate.report_in(args.report)
+    report = gate.read(path, "report")
     if args.update_baseline:
         margins = gate.read(args.baseline, "baseline")["margins"] if args.baseline.exists() else None
         args.baseline.parent.mkdir(parents=True, exist_ok=True)
@@ -472,7 +475,7 @@ def _gate(args: argparse.Namespace) -> int:
     text = gate.summary(verdict)
     if args.summary:
         args.summary.write_text(text + "\n")
-    page.add_verdict(args.report.with_name("report.html"), verdict)
+    page.add_verdict(path.with_name("report.html"), verdict)
     print(text)
     return verdict.exit_code
 

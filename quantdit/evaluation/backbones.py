@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor
 
 from quantdit.evaluation.extra import require
+from quantdit.evaluation.inception import with_weights
 from quantdit.evaluation.measures import Backbone, cmmd_of
 from quantdit.evaluation.samples import middle_frames
 
-INCEPTION_WIDTH = "2048"
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases"
 INCEPTION_NAME = "InceptionV3-FID"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 BATCH = 32
@@ -27,60 +27,54 @@ class Clip:
 
     Attributes:
         name: which, as the number's name says.
-        images: `[n, c, h, w]` in [-1, 1] to embeddings `[n, d]`.
+        images: `[n, c, h, w]` in [-1, 1], cropped to their middle square or pressed into a square, to embeddings `[n, d]`.
         texts: prompts to embeddings `[n, d]`.
     """
 
     name: str
-    images: Callable[[Tensor], Tensor]
+    images: Callable[[Tensor, bool], Tensor]
     texts: Callable[[Sequence[str]], Tensor]
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the CLIP score `100 max(0, cos)` of each image, or each clip's middle frame, and its prompt, `[n]` float64.
 
-        (Hessel et al. 2021, arXiv 2104.08718, in the scale of torchmetrics.)
+        (Hessel et al. 2021, arXiv 2104.08718, in the scale of torchmetrics; pictures are cropped as CLIP crops them.)
         """
-        pictures, texts = self.images(middle_frames(images)).double(), self.texts(prompts).double()
+        pictures, texts = self.images(middle_frames(images), True).double(), self.texts(prompts).double()
         return 100 * torch.cosine_similarity(pictures, texts, dim=1).clamp_min(0)
 
     def distances(self, images: Sequence[Tensor], prompts: tuple[str, ...]) -> dict[str, dict]:
-        """Return the CMMD of candidate and of other seeds to the reference; images of reference, candidate and other seeds."""
-        return {f"CMMD ({self.name})": cmmd_of(*(self.images(middle_frames(x)) for x in images), prompts)}
+        """Return the CMMD of candidate and of other seeds to the reference; images of reference, candidate and other seeds.
+
+        CMMD's own code presses whole pictures into CLIP's square.
+        """
+        embedded = [self.images(middle_frames(x), False) for x in images]
+        return {f"CMMD ({self.name})": cmmd_of(*embedded, prompts)}
 
 
 def inception(path: Path) -> Backbone:
-    """Return the network of the FID (Heusel et al. 2017), by torch-fidelity, with the weights of `path`.
+    """Return the network of the FID (Heusel et al. 2017) with the weights of `path`.
 
-    The file is `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity's releases, or `pt_inception-2015-12-05-...`.
+    The file is `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity's releases, or pytorch-fid's `pt_inception-...`.
 
     Raises:
         ValueError: no such file, or not these weights.
-        ModuleNotFoundError: torch-fidelity is not installed.
     """
     if not path.is_file():
-        raise ValueError(
-            f"{path}: no such file; --inception-weights takes weights-inception-2015-12-05-6726825d.pth of"
-            " torch-fidelity's releases"
-        )
-    extractor = require("torch_fidelity.feature_extractor_inceptionv3", "fid").FeatureExtractorInceptionV3
+        raise ValueError(f"{path}: no such file; --inception-weights takes {INCEPTION_FILE}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # a pickle of anything else than tensors is refused
     except Exception as error:  # whatever unpickling a damaged file raises
-        raise ValueError(f"{path}: no file of weights alone ({type(error).__name__}); fetch it again") from error
-    # torch-fidelity unpickles whatever it is given: it gets a copy that holds what was checked.
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "weights.pth"
-        torch.save(state, copy)
-        try:
-            network = extractor("inception", [INCEPTION_WIDTH], feature_extractor_weights_path=str(copy))
-        except (RuntimeError, TypeError, AttributeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{path}: these are not the weights of the FID's Inception v3: {reason}") from error
+        raise ValueError(f"{path}: no file of weights alone ({type(error).__name__}); fetch {INCEPTION_FILE}") from error
+    try:
+        network = with_weights(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: not the weights of the FID's Inception v3: {error}; fetch {INCEPTION_FILE}") from error
 
     def features(images: Tensor) -> Tensor:
         pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().expand(-1, 3, -1, -1)
         with torch.inference_mode():
-            return torch.cat([network(part)[0].float() for part in pixels.split(BATCH)])
+            return torch.cat([network(part) for part in pixels.split(BATCH)])
 
     return Backbone(INCEPTION_NAME, features, "FID", "KID")
 
@@ -96,15 +90,28 @@ def load_clip(folder: Path) -> Clip:
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder}: no config.json; --clip-weights takes a folder of a CLIP model as transformers saves it")
     try:
-        model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+        model, loaded = transformers.CLIPModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: no CLIP model that can be loaded: {str(error).strip().splitlines()[0]}") from error
-    size = model.config.vision_config.image_size
+    # What transformers would make up.
+    if missing := sorted(loaded["missing_keys"]):
+        raise ValueError(f"{folder}: no whole CLIP model: it lacks {len(missing)} tensors, the first is {missing[0]}")
+    if wrong := sorted(loaded["mismatched_keys"]):
+        name, given, expected = wrong[0]
+        raise ValueError(f"{folder}: its config.json says otherwise: {name} is {list(given)}, expected {list(expected)}")
+    model.eval()
+    size, longest = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
     mean, deviation = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_DEVIATION))
 
-    def images(pictures: Tensor) -> Tensor:
-        x = torch.nn.functional.interpolate(pictures.float(), (size, size), mode="bicubic", antialias=True)
+    def images(pictures: Tensor, crop: bool) -> Tensor:
+        sides = pictures.shape[-2:]
+        wanted = [side * size // min(sides) for side in sides] if crop else [size, size]
+        x = torch.nn.functional.interpolate(pictures.float(), wanted, mode="bicubic", antialias=True)
+        top, left = ((side - size) // 2 for side in wanted)
+        x = x[..., top : top + size, left : left + size]
         x = ((x.clamp(-1, 1) + 1) / 2).expand(-1, 3, -1, -1)
         with torch.inference_mode():
             return torch.cat(
@@ -112,7 +119,7 @@ def load_clip(folder: Path) -> Clip:
             )
 
     def texts(prompts: Sequence[str]) -> Tensor:
-        tokens = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
+        tokens = tokenizer(list(prompts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
         with torch.inference_mode():
             return model.text_projection(model.text_model(**tokens).pooler_output)
 

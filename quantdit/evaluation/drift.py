@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +10,9 @@ import torch
 from quantdit.evaluation.features import BACKBONE, efficientnet_lite0_features
 from quantdit.evaluation.frechet import FeatureStatistics, frechet_distance, kernel_distance, summarise
 from quantdit.evaluation.gate import markdown
-from quantdit.evaluation.measures import similarity, six
-from quantdit.evaluation.paired import bootstrap_interval, capped, psnr
-from quantdit.evaluation.samples import as_images, middle_frames
+from quantdit.evaluation.measures import paired_of, six
+from quantdit.evaluation.paired import bootstrap_interval, capped
+from quantdit.evaluation.samples import middle_frames
 
 FD, KID = f"FD-{BACKBONE}", f"KID-{BACKBONE}"
 LEVEL = 0.95
@@ -29,6 +29,8 @@ class DriftReport:
 
     Of clips, PSNR is of a whole clip and SSIM the mean of its frames; the distribution measures, which take images to be drawn
     independently of each other, see the middle frame of each clip.
+
+    Every figure has six significant digits, so that file, page and table round the same one.
 
     Attributes:
         count: pairs of images or clips.
@@ -67,23 +69,23 @@ class DriftReport:
     names: tuple[str, str] = (FD, KID)
 
     def to_json(self) -> dict[str, object]:
-        """Return plain, finite values in a fixed order, metric names with their backbone, six significant digits."""
-        kid = [{"mean": six(mean), "standard_error": six(error)} for mean, error in (self.kid_drift, self.kid_floor)]
-        frechet: dict[str, object] = {"drift": six(self.fd_drift), "noise_floor": six(self.fd_floor)}
+        """Return plain, finite values in a fixed order, metric names with their backbone."""
+        kid = [{"mean": mean, "standard_error": error} for mean, error in (self.kid_drift, self.kid_floor)]
+        frechet: dict[str, object] = {"drift": self.fd_drift, "noise_floor": self.fd_floor}
         if self.fd_reference_real is not None and self.fd_candidate_real is not None:
-            frechet |= {"reference_to_real": six(self.fd_reference_real), "candidate_to_real": six(self.fd_candidate_real)}
+            frechet |= {"reference_to_real": self.fd_reference_real, "candidate_to_real": self.fd_candidate_real}
         return {
             "count": self.count,
             "of": "clips" if self.clips else "images",
             "interval_level": LEVEL,
             "PSNR": {
                 "unit": "dB",
-                "mean": six(self.psnr_mean),
-                "interval": [six(x) for x in self.psnr_interval],
-                "min": six(self.psnr_min),
+                "mean": self.psnr_mean,
+                "interval": list(self.psnr_interval),
+                "min": self.psnr_min,
                 "identical": self.identical,
             },
-            "SSIM": {"mean": six(self.ssim_mean), "interval": [six(x) for x in self.ssim_interval]},
+            "SSIM": {"mean": self.ssim_mean, "interval": list(self.ssim_interval)},
             self.names[0]: frechet,
             self.names[1]: {"drift": kid[0], "noise_floor": kid[1], "subset_size": self.kid_subset_size},
         }
@@ -97,6 +99,7 @@ def compare(
     seed: int = 0,
     features: Sequence[torch.Tensor] | None = None,
     names: tuple[str, str] = (FD, KID),
+    paired: Mapping[str, torch.Tensor] | None = None,
 ) -> DriftReport:
     """Measure the drift of candidate images or clips from those of the reference.
 
@@ -109,6 +112,7 @@ def compare(
         features: of reference, candidate and other seeds, `[n, d]` each, of the middle frames of clips; EfficientNet-Lite0's,
             computed here, if None.
         names: of Frechet and kernel distance on these features.
+        paired: what `measures.paired_of` says of reference and candidate, where it is known.
 
     Raises:
         ValueError: if the shapes differ, there are fewer than four images, or values are not finite.
@@ -122,33 +126,36 @@ def compare(
     if len(reference) < 4:
         raise ValueError(f"{len(reference)} images, expected at least 4, better 64: two disjoint subsets of two are the least")
     clips = reference.ndim == candidate.ndim == 5
-    # Mean squared error over all frames: the frames of a clip one above the other are one tall image.
-    decibels = psnr(as_images(reference), as_images(candidate))
-    likeness = similarity(reference, candidate)
+    paired = paired_of(reference, candidate) if paired is None else paired
+    decibels, likeness = capped(paired["psnr"]), paired["ssim"]
     pictures = [middle_frames(x) for x in (reference, candidate, other_seeds)]
     sets = [efficientnet_lite0_features(images) for images in pictures] if features is None else list(features)
     ref, cand, other = [summarise(features) for features in sets]
     subset_size = max(2, len(reference) // _SUBSETS_PER_ROUND)
     subsets = _ROUNDS * _SUBSETS_PER_ROUND
-    to_real = [None if real_features is None else frechet_distance(x, real_features) for x in (ref, cand)]
+    to_real = [None if real_features is None else six(frechet_distance(x, real_features)) for x in (ref, cand)]
     return DriftReport(
         count=len(reference),
-        psnr_mean=capped(decibels).mean().item(),
-        psnr_interval=bootstrap_interval(capped(decibels), seed, LEVEL),
-        psnr_min=capped(decibels).min().item(),
-        identical=int(torch.isinf(decibels).sum()),
-        ssim_mean=likeness.mean().item(),
-        ssim_interval=bootstrap_interval(likeness, seed, LEVEL),
-        fd_drift=frechet_distance(cand, ref),
-        fd_floor=frechet_distance(other, ref),
-        kid_drift=kernel_distance(sets[1], sets[0], subset_size, subsets, seed),
-        kid_floor=kernel_distance(sets[2], sets[0], subset_size, subsets, seed),
+        psnr_mean=six(decibels.mean().item()),
+        psnr_interval=_six(bootstrap_interval(decibels, seed, LEVEL)),
+        psnr_min=six(decibels.min().item()),
+        identical=int(torch.isinf(paired["psnr"]).sum()),
+        ssim_mean=six(likeness.mean().item()),
+        ssim_interval=_six(bootstrap_interval(likeness, seed, LEVEL)),
+        fd_drift=six(frechet_distance(cand, ref)),
+        fd_floor=six(frechet_distance(other, ref)),
+        kid_drift=_six(kernel_distance(sets[1], sets[0], subset_size, subsets, seed)),
+        kid_floor=_six(kernel_distance(sets[2], sets[0], subset_size, subsets, seed)),
         kid_subset_size=subset_size,
         fd_reference_real=to_real[0],
         fd_candidate_real=to_real[1],
         clips=clips,
         names=names,
     )
+
+
+def _six(pair: tuple[float, float]) -> tuple[float, float]:
+    return six(pair[0]), six(pair[1])
 
 
 def table(report: DriftReport) -> str:

@@ -34,9 +34,11 @@ from quantdit.evaluation.intervals import Interval, bootstrap_many, expansion
 PASS, FAIL, INCONCLUSIVE = "pass", "fail", "inconclusive"
 EXIT_CODES = {PASS: 0, FAIL: 1, INCONCLUSIVE: 3}
 FORMAT = 1
+REPORT = "report.json"
 CEILING_DB = 100.0  # an error of 1e-5 of its reference is no error
 MOST_TIMES = 100  # more samples than this many times those given are not worth saying
 LAYERS = "layers"
+FROM_FULL = "from full precision"
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,12 @@ METRICS = {
     "text_alignment_proxy": Metric("text alignment (proxy)", 0.05, lambda v: v, equal=True),
     "clip_score": Metric("CLIP score", 1.0, lambda v: v, equal=True),
 }
+LAYER_GROWTH = "largest growth of a layer's error"
 LAYER_MARGIN = 3.0
+NOTE = (
+    "Errors in dB, larger is worse; distances of sets in their own unit. Differences are from the baseline where the measure does"
+    " not say otherwise, and limits are of them."
+)
 SHARE_MARGIN = 0.1  # of precision and recall; other distances may reach those of other seeds
 
 
@@ -90,12 +97,13 @@ class Finding:
         verdict: PASS, FAIL or INCONCLUSIVE.
         candidate: its mean, in the unit gated.
         baseline: the baseline's.
-        difference: candidate less baseline, positive for worse, with its interval; of `equal`, from full precision.
+        difference: candidate less baseline, positive for worse, with its interval; of `equal`, candidate less full precision.
         limit: of the difference.
         floor: the worst of the noise floors, None where none was measured.
         more: samples that would decide, besides those there are; None if decided or hopeless.
         decides: as of Metric.
         note: what else is to be said.
+        equal: as of Metric; candidate and baseline are differences from full precision, too.
     """
 
     name: str
@@ -108,6 +116,12 @@ class Finding:
     more: int | None = None
     decides: int = 0
     note: str = ""
+    equal: bool = False
+
+    @property
+    def label(self) -> str:
+        """Return the name, with what its figures are differences from where that is not the baseline."""
+        return f"{self.name}, {FROM_FULL}" if self.equal else self.name
 
 
 @dataclass(frozen=True)
@@ -187,18 +201,38 @@ def make_baseline(report: dict, margins: dict | None = None) -> dict:
     return {"format": FORMAT, "margins": known | edited, "report": copy.deepcopy(kept)}
 
 
+def report_in(path: Path) -> Path:
+    """Return a report's file: the path itself, or what `quantdit evaluate` wrote into that folder.
+
+    Raises:
+        ValueError: a folder without a report.
+    """
+    if not path.is_dir():
+        return path
+    if not (path / REPORT).exists():
+        raise ValueError(f"{path}: a folder without {REPORT}; give the --output of quantdit evaluate, or the file")
+    return path / REPORT
+
+
 def read(path: Path, what: str) -> dict:
     """Return a report or a baseline.
 
     Raises:
         ValueError: it is not there or not whole.
     """
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; a {what} is a JSON file in it")
     if not path.exists():
         advice = "; --update-baseline makes it" if what == "baseline" else "; quantdit evaluate writes it"
         raise ValueError(f"{path}: no such {what}{advice}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: empty; make it again")
     content = files.read_json(path)
     if content.get("format") != FORMAT:
-        raise ValueError(f"{path}: a {what} of format {content.get('format')!r}, expected {FORMAT}; make it again")
+        raise ValueError(
+            f"{path}: a {what} of format {content.get('format')!r}, expected {FORMAT}, which this version of quantdit writes;"
+            " make it again"
+        )
     if what == "baseline":
         margins = content.get("margins")
         numbers = isinstance(margins, dict) and all(
@@ -292,7 +326,7 @@ def _of_samples(
         verdict = PASS if difference.high <= limit else FAIL if difference.low > limit else INCONCLUSIVE
         distance = limit - difference.estimate
     more = _more(difference, distance, len(mine)) if verdict == INCONCLUSIVE else None
-    return Finding(metric.label, verdict, candidate, base, difference, limit, floor, more, metric.decides)
+    return Finding(metric.label, verdict, candidate, base, difference, limit, floor, more, metric.decides, equal=metric.equal)
 
 
 def _interval(mine: dict[Sample, float], theirs: dict[Sample, float]) -> Interval:
@@ -351,7 +385,7 @@ def _of_sets(report: dict, stored: dict, margins: dict) -> list[Finding]:
 
 
 def _of_layers(mine: dict, theirs: dict, margin: float) -> Finding:
-    """Return the finding on the layer that got worst: no layer's own error may grow beyond the margin.
+    """Return the finding on the layer whose own error grew most: no layer's may grow beyond the margin.
 
     Damage to one layer of many is lost among the errors of all, but not in its own. The intervals hold for all layers at once.
     """
@@ -375,11 +409,11 @@ def _of_layers(mine: dict, theirs: dict, margin: float) -> Finding:
     verdict = FAIL if failed else INCONCLUSIVE if open_ones else PASS
     needs = [_more(intervals[i], margin - intervals[i].estimate, len(mine["samples"])) for i in open_ones]
     more = max(needs) if verdict == INCONCLUSIVE and None not in needs else None
-    note = f"worst: {names[place]}"
+    note = f"grew most: {names[place]}" if intervals[place].estimate > 0 else "no layer's error grew"
     note += f"; {len(failed)} layers beyond the margin" if len(failed) > 1 else ""
     note += f"; {len(new)} layers that the baseline has not" if new else ""
     means = [float(np.mean(probe["layers"][names[place]])) for probe in (mine, theirs)]
-    return Finding("worst layer's error", verdict, *means, intervals[place], margin, None, more, 2, note)
+    return Finding(LAYER_GROWTH, verdict, *means, intervals[place], margin, None, more, 2, note)
 
 
 def _more(difference: Interval, distance: float, count: int) -> int | None:
@@ -388,6 +422,11 @@ def _more(difference: Interval, distance: float, count: int) -> int | None:
     if abs(distance) * MOST_TIMES**0.5 <= half:
         return None
     return max(1, math.ceil(count * ((half / abs(distance)) ** 2 - 1)))
+
+
+def meanings(row: dict) -> dict[str, str]:
+    """Return what the figures of a report's row are, by their names in it."""
+    return {name: f"{metric.label}{f', {FROM_FULL}' if metric.equal else ''}" for name, metric in METRICS.items() if name in row}
 
 
 def headline(verdict: Verdict) -> str:
@@ -413,11 +452,13 @@ def summary(verdict: Verdict) -> str:
         d = f.difference
         floor = "" if f.floor is None else number(f.floor)
         change = f"{number(d.estimate)} [{number(d.low)}, {number(d.high)}]"
-        rows.append((f.name, f.verdict, number(f.candidate), number(f.baseline), change, number(f.limit), floor))
+        limit = f"{'±' if f.equal else ''}{number(f.limit)}"
+        rows.append((f.label, f.verdict, number(f.candidate), number(f.baseline), change, limit, floor))
     lines = [f"**{verdict.verdict.upper()}**: {headline(verdict)}", "", *markdown(rows), ""]
     lines += [f"- {f.name}: {f.note}" for f in verdict.findings if f.note]
     lines += [f"- note: {note}" for note in verdict.notes]
-    lines.append("Errors in dB, larger is worse; distances of sets in their own unit. Limits are of the difference.")
+    lines += [""] if lines[-1] else []  # else the last item of the list would take the next line in
+    lines.append(NOTE)
     return "\n".join(lines)
 
 

@@ -71,7 +71,11 @@ def alone_of(
 
 
 def rows_of(
-    reference: Samples, candidate: Samples, features: Sequence[Tensor], alone: Sequence[Mapping[str, Tensor]] = ({}, {})
+    reference: Samples,
+    candidate: Samples,
+    features: Sequence[Tensor],
+    alone: Sequence[Mapping[str, Tensor]] = ({}, {}),
+    paired: Mapping[str, Tensor] | None = None,
 ) -> list[dict]:
     """Return a row for each sample: its prompt, its seed, and every measure by the names of `gate.METRICS`.
 
@@ -83,11 +87,12 @@ def rows_of(
         candidate: of the same prompts and seeds.
         features: of both, `[n, d]`, of the middle frames.
         alone: `alone_of` both.
+        paired: `paired_of` both, where it is known.
     """
-    a, b = as_images(reference.images), as_images(candidate.images)
+    paired = paired_of(reference.images, candidate.images) if paired is None else paired
     columns: dict[str, Tensor] = {
-        "psnr": capped(psnr(a, b)),
-        "ssim": similarity(reference.images, candidate.images),
+        "psnr": capped(paired["psnr"]),
+        "ssim": paired["ssim"],
         "perceptual": perceptual_distance(*features),
         "latent_cosine": cosine(reference.latents[:, -1], candidate.latents[:, -1]),
     }
@@ -100,11 +105,14 @@ def rows_of(
     ]
 
 
-def similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Return the SSIM `[n]` of images, or of clips the mean over their frames."""
-    if a.ndim == 5:
-        return ssim(a.flatten(0, 1), b.flatten(0, 1)).reshape(len(a), -1).mean(1)
-    return ssim(a, b)
+def paired_of(reference: Tensor, candidate: Tensor) -> dict[str, Tensor]:
+    """Return `psnr` (infinite for equal ones) and `ssim`, `[n]` each, of images `[n, c, h, w]` or clips `[n, f, c, h, w]`.
+
+    Of a clip, the PSNR is of all its frames at once and the SSIM the mean over them.
+    """
+    a, b = (x.flatten(0, 1) if x.ndim == 5 else x for x in (reference, candidate))
+    # Mean squared error over all frames: the frames of a clip one above the other are one tall image.
+    return {"psnr": psnr(as_images(reference), as_images(candidate)), "ssim": ssim(a, b).reshape(len(reference), -1).mean(1)}
 
 
 def _consistency(clip: Tensor) -> float:

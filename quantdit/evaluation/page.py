@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from quantdit.evaluation.charts import bar_chart, interval_chart, line_chart
-from quantdit.evaluation.gate import FAIL, INCONCLUSIVE, METRICS, PASS, Finding, Verdict, headline, number
+from quantdit.evaluation.gate import FAIL, INCONCLUSIVE, METRICS, NOTE, PASS, Finding, Verdict, headline, number
 from quantdit.evaluation.picture import GAIN
 from quantdit.evaluation.samples import Samples
 
@@ -59,6 +59,7 @@ def render(report: dict, reference: Samples, candidate: Samples) -> str:
         "stack": f"{frames * 100}%",
         "gallery": "\n".join(_figure(rows[i], reference.images[i], candidate.images[i]) for i in order),
         "measures": _measures(report),
+        "vbench": _vbench(report),
         "trajectory": _trajectory(report),
         "layers": _layers(report),
         "provenance": _provenance(report),
@@ -96,22 +97,19 @@ def _findings(verdict: Verdict) -> str:
     head = ("measure", "verdict", "candidate", "baseline", "difference [95 %]", "against its limit", "limit", "noise floor")
     rows = [_finding(f) for f in sorted(verdict.findings, key=lambda f: (FAIL, INCONCLUSIVE, PASS).index(f.verdict))]
     cells = "".join(f"<th scope='col'>{h}</th>" for h in head)
-    note = (
-        "<p class='soft'>Errors in dB, larger is worse; the dashed line is the limit of the difference, the grey line zero.</p>"
-    )
+    note = f"<p class='soft'>{NOTE} The dashed line is the limit, the grey line zero.</p>"
     return f"<div class='scroll'><table><thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{note}"
 
 
 def _finding(f: Finding) -> str:
     d = f.difference
-    both = any(m.equal and m.label == f.name for m in METRICS.values())
     cells = [
-        f"<th scope='row'>{html.escape(f.name)}</th>",
+        f"<th scope='row'>{html.escape(f.label)}</th>",
         f"<td class='{f.verdict}'>{f.verdict}</td>",
         f"<td>{number(f.candidate)}</td><td>{number(f.baseline)}</td>",
         f"<td>{number(d.estimate)} [{number(d.low)}, {number(d.high)}]</td>",
-        f"<td>{interval_chart(d.estimate, d.low, d.high, f.limit, both)}</td>",
-        f"<td>{'±' if both else ''}{number(f.limit)}</td><td>{'' if f.floor is None else number(f.floor)}</td>",
+        f"<td>{interval_chart(d.estimate, d.low, d.high, f.limit, f.equal)}</td>",
+        f"<td>{'±' if f.equal else ''}{number(f.limit)}</td><td>{'' if f.floor is None else number(f.floor)}</td>",
     ]
     note = f"<tr><td class='note' colspan='{len(cells) + 3}'>{html.escape(f.note)}</td></tr>" if f.note else ""
     return f"<tr>{''.join(cells)}</tr>{note}"
@@ -121,7 +119,7 @@ def _tiles(report: dict) -> str:
     first, second, drift = report["reference"], report["candidate"], report["drift"]
     low, high = drift["PSNR"]["interval"]
     tiles = [
-        ("paired PSNR, dB", f"{drift['PSNR']['mean']:.1f}", f"[{low:.1f}, {high:.1f}], worst {drift['PSNR']['min']:.1f}"),
+        ("paired PSNR, dB", f"{drift['PSNR']['mean']:.2f}", f"[{low:.2f}, {high:.2f}], min {drift['PSNR']['min']:.2f}"),
         ("SSIM", f"{drift['SSIM']['mean']:.4f}", f"[{drift['SSIM']['interval'][0]:.4f}, {drift['SSIM']['interval'][1]:.4f}]"),
         (
             "transformer file",
@@ -186,10 +184,15 @@ def _measures(report: dict) -> str:
         (n, f"{number(e['drift'])} ± {number(e['standard_error'])}", "", f"other seeds {number(e['noise_floor'])}")
         for n, e in report["sets"].items()
     ]
-    for model, scores in report.get("vbench", {}).items():
-        lines += [(f"VBench {name}, {model}", number(value), "", "") for name, value in scores.items()]
     head = ("measure", "mean", "range of the samples", "noise floor, as gated: errors in dB, larger is worse")
     return _table(head, lines)
+
+
+def _vbench(report: dict) -> str:
+    """Return VBench's own scores, which the gate does not judge."""
+    sides = [report.get("vbench", {}).get(side, {}) for side in ("reference", "candidate")]
+    lines = [(name.replace("_", " "), *(number(side[name]) for side in sides)) for name in sides[0]]
+    return f"<h3>VBench</h3>{_table(('dimension', 'full precision', 'quantized'), lines)}" if lines else ""
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -20,6 +20,7 @@ from quantdit.evaluation.measures import (
     drift_over_steps,
     features_of,
     mean_harm,
+    paired_of,
     probe_of,
     rows_of,
     sets_of,
@@ -114,8 +115,8 @@ class Request:
         real: folder of real images.
         inception_weights: of the original FID network.
         clip_weights: folder of a CLIP model.
-        vbench: the program of VBench, of another environment.
-        vbench_weights: of its networks.
+        vbench: folder of an environment that has the vbench package.
+        vbench_weights: folder of its networks.
     """
 
     reference: str
@@ -242,20 +243,20 @@ def compare_models(reference: Reference, candidate: Opened, real: Tensor | None 
     second = sample(candidate.pipeline, candidate.source, sampling, reference.cache, label)
     if first.images.shape != second.images.shape:
         shapes = f"{tuple(first.images.shape)} and {tuple(second.images.shape)}"
-        names = f"{reference.model.source.label} and {label}"
-        raise ValueError(f"{names} make images of shapes {shapes}; compare models of one kind")
+        both = f"{reference.model.source.label} and {label}"
+        raise ValueError(f"{both} make images of shapes {shapes}; compare models of one kind")
     features = (reference.features[0], features_of(second.images, backbone))
     # The shipped real set is the embedded model's; another model has nothing to do with it.
     embedded = reference.model.source.folder == EMBEDDED / "fashion-dit" and backbone is EFFICIENTNET
     known = real if real is not None else load_real().statistics if embedded else None
     sets = (*features, reference.features[1])
-    drift = compare(
-        first.images, second.images, reference.other.images, known, sampling.seed, sets, (backbone.frechet, backbone.kernel)
-    )
+    paired = paired_of(first.images, second.images)
+    names = (backbone.frechet, backbone.kernel)
+    drift = compare(first.images, second.images, reference.other.images, known, sampling.seed, sets, names, paired)
     looked = _probe(reference, candidate, probes)
     score = None if reference.clip is None else reference.clip.score
     alone = (reference.alone, alone_of(second, features[1], reference.alignment, score))
-    samples = rows_of(first, second, features, alone)
+    samples = rows_of(first, second, features, alone, paired)
     distances = sets_of(*features, reference.features[1], first.prompts, backbone)
     if reference.clip is not None:
         distances |= reference.clip.distances([s.images for s in (first, second, reference.other)], first.prompts)
@@ -273,6 +274,7 @@ def compare_models(reference: Reference, candidate: Opened, real: Tensor | None 
         "over_steps": drift_over_steps(first, second),
         "layers": _layer_sizes(candidate.pipeline.transformer),
         "recipe": _recipe(candidate.source),
+        "measures": gate.meanings(samples[0]),
         "samples": samples,
     }
     return Compared(report, drift, second)
@@ -287,6 +289,8 @@ def report_text(report: dict, drift: DriftReport) -> str:
         ("bits per weight, scales included", *(f"{m['bits_per_weight']:.2f}" for m in (first, second))),
     ]
     parts = ["\n".join(gate.markdown(rows)), table(drift)]
+    if given := _given(report):
+        parts.append("\n".join(gate.markdown([("by the networks given", first["name"], second["name"]), *given])))
     probed = report["probe"]
     if probed["samples"]:
         error = sum(row["output_error"] for row in probed["samples"]) / len(probed["samples"])
@@ -297,6 +301,19 @@ def report_text(report: dict, drift: DriftReport) -> str:
             line += f"; of a layer's, at most {mean[worst]:.1f} dB ({worst})"
         parts.append(f"{line}.")
     return "\n\n".join(parts)
+
+
+def _given(report: dict) -> list[tuple[str, str, str]]:
+    """Return what CLIP and VBench say of both models, where they are given; of a distance, other seeds take the first place."""
+    rows = []
+    if "clip_score" in report["samples"][0]:
+        sides = [[row[f"clip_score_{side}"] for row in report["samples"]] for side in ("reference", "candidate")]
+        rows.append(("CLIP score", *(f"{sum(values) / len(values):.2f}" for values in sides)))
+    for name, entry in report["sets"].items():
+        if name.startswith("CMMD"):
+            rows.append((name, f"{gate.number(entry['noise_floor'])} (other seeds)", gate.number(entry["drift"])))
+    first, second = (report.get("vbench", {}).get(side, {}) for side in ("reference", "candidate"))
+    return rows + [(f"VBench {name}", gate.number(value), gate.number(second[name])) for name, value in first.items()]
 
 
 def _probe(reference: Reference, candidate: Opened, probes: int) -> dict:

@@ -1,8 +1,9 @@
-"""VBench by its own program, in an environment of its own: the package pins old versions of what everything else needs new.
+"""VBench by its own package, in an environment of its own: it pins old versions of what everything else needs new.
 
-(Huang et al. 2023, arXiv 2311.17982; PyPI `vbench`.) The clips of both models are written as files, the program scores those
-dimensions that it takes for any clip, and what it says is put beside the proxies. A total is made only of all official dimensions
-that belong to it, with VBench's own normalisation (its scripts/constant.py).
+(Huang et al. 2023, arXiv 2311.17982; PyPI `vbench` 0.1.5.) The clips of both models are written as files, the package scores
+those dimensions that it takes for any clip and whose networks are there (vbench_dimension.py), and what it says is put beside the
+proxies. A total is made only of all official dimensions that belong to it, with VBench's own normalisation (its
+scripts/constant.py).
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from quantdit.evaluation.samples import Samples
 from quantdit.evaluation.video import as_bytes, temporal_flickering
 
 FLICKERING = "temporal_flickering"
-# What VBench's mode for any clip takes; temporal_flickering is computed here, by its definition.
-ASKED = (
-    "subject_consistency",
-    "background_consistency",
-    "motion_smoothness",
-    "dynamic_degree",
-    "aesthetic_quality",
-    "imaging_quality",
-)
+SCRIPT = Path(__file__).with_name("vbench_dimension.py")
+# What VBench's mode for any clip takes, and the networks of each as VBench keeps them; temporal_flickering is computed here, by
+# its definition.
+WEIGHTS = {
+    "subject_consistency": ("dino_model/dino_vitbase16_pretrain.pth", "dino_model/facebookresearch_dino_main/hubconf.py"),
+    "background_consistency": ("clip_model/ViT-B-32.pt",),
+    "motion_smoothness": ("amt_model/amt-s.pth",),
+    "dynamic_degree": ("raft_model/models/raft-things.pth",),
+    "aesthetic_quality": ("clip_model/ViT-L-14.pt", "aesthetic_model/emb_reader/sa_0_4_vit_l_14_linear.pth"),
+    "imaging_quality": ("pyiqa_model/musiq_spaq_ckpt-358bb6af.pth",),
+}
 # Smallest and largest score of each dimension, by which VBench maps it to 0..1.
 QUALITY = {
     "subject_consistency": (0.1462, 1.0),
@@ -56,6 +59,9 @@ SEMANTIC = {
 }
 WEIGHT = {"dynamic_degree": 0.5}  # of all others: 1
 QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4, 1
+RESULTS = "clips_eval_results.json"
+# RAFT halves an eighth of a frame three times, and interpolates in what is left: below, it fails or finds nothing that moves.
+RAFT, RAFT_SIDE = "dynamic_degree", 128
 
 
 def totals(scores: Mapping[str, float]) -> dict[str, float]:
@@ -72,39 +78,74 @@ def totals(scores: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def check(program: Path | None, weights: Path | None) -> None:
-    """Refuse a program or a folder of weights that is not there, before minutes are spent on sampling.
+def check(environment: Path | None, weights: Path | None) -> None:
+    """Refuse an environment or a folder of weights that will not do, before minutes are spent on sampling.
 
     Raises:
         ValueError: which, and what to do.
         ModuleNotFoundError: clips cannot be written, for want of PyAV.
     """
-    if program is None:
+    if environment is None:
         if weights is not None:
-            raise ValueError("--vbench-weights goes with --vbench PROGRAM, which runs VBench with them")
+            raise ValueError("--vbench-weights goes with --vbench DIR, the environment whose package runs with them")
         return
-    if shutil.which(program) is None:
-        raise ValueError(
-            f"--vbench {program}: no program that can be run; make an environment for it (python -m venv DIR;"
-            " DIR/bin/pip install vbench) and give DIR/bin/vbench"
-        )
-    if weights is not None and not weights.is_dir():
-        raise ValueError(f"--vbench-weights {weights}: no such folder; VBench keeps them in ~/.cache/vbench")
+    done = subprocess.run(
+        [_python(environment), "-I", "-c", "from importlib.metadata import version; print(version('vbench'))"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise ValueError(f"--vbench {environment}: this environment has no vbench; {_ADVICE}")
+    if weights is not None:
+        dimensions(weights)
     require("av", "video")
 
 
-def run(program: Path, weights: Path | None, models: Mapping[str, Samples], folder: Path) -> dict:
-    """Return VBench's scores of the clips of each model, and the totals that they make.
+_ADVICE = "make one with python3.10 -m venv DIR; DIR/bin/pip install vbench, and give DIR"
 
-    Args:
-        program: the package's `vbench`.
-        weights: of its networks; where it keeps them itself if None.
-        models: their samples by name.
-        folder: for the clips and what the program writes; replaced.
+
+def _python(environment: Path) -> str:
+    """Return the environment's own Python.
 
     Raises:
-        ValueError: the samples are no clips, or the program failed; with the last line it wrote.
+        ValueError: there is none.
     """
+    path = environment.absolute() / "bin" / "python"  # not resolved: what it links to knows nothing of the environment
+    if not os.access(path, os.X_OK):
+        raise ValueError(f"--vbench {environment}: no environment, which would hold bin/python; {_ADVICE}")
+    return str(path)
+
+
+def dimensions(weights: Path | None) -> list[str]:
+    """Return the dimensions whose networks are in a folder; all of them if VBench is to fetch what it lacks (None).
+
+    Raises:
+        ValueError: no dimension's are there; says which files it takes.
+    """
+    if weights is None:
+        return list(WEIGHTS)
+    found = [name for name, paths in WEIGHTS.items() if all((weights / path).is_file() for path in paths)]
+    if not found:
+        wanted = "; ".join(f"{name}: {', '.join(paths)}" for name, paths in WEIGHTS.items())
+        raise ValueError(f"--vbench-weights {weights}: no dimension's networks are there, as VBench keeps them ({wanted})")
+    return found
+
+
+def run(environment: Path, weights: Path | None, models: Mapping[str, Samples], folder: Path) -> dict:
+    """Return VBench's scores of the clips of each model, and the totals that they make; no dynamic degree of small clips.
+
+    Args:
+        environment: that has the package.
+        weights: of its networks; where it keeps them itself, and fetches what it lacks, if None.
+        models: their samples by name.
+        folder: for the clips and what the package writes; replaced.
+
+    Raises:
+        ValueError: the samples are no clips, or the package failed; with the last line it wrote.
+    """
+    from tqdm import tqdm
+
     found = {}
     for name, samples in models.items():
         if samples.images.ndim != 5:
@@ -117,31 +158,31 @@ def run(program: Path, weights: Path | None, models: Mapping[str, Samples], fold
             numbers[prompt] = numbers.get(prompt, -1) + 1
             _write_clip(clip, place / "videos" / f"{_file_name(prompt)}-{numbers[prompt]}.mp4")
         scores = {FLICKERING: sum(temporal_flickering(c) for c in samples.images) / len(samples.images)}
-        for dimension in ASKED:
-            scores[dimension] = _score(program, weights, dimension, place)
+        small = min(samples.images.shape[-2:]) < RAFT_SIDE
+        asked = [d for d in dimensions(weights) if not (small and d == RAFT)]
+        for dimension in tqdm(asked, desc=f"VBench, {name}", unit="dimension", disable=None):
+            scores[dimension] = _score(environment, weights, dimension, place)
         found[name] = {k: float(f"{v:.6g}") for k, v in (scores | totals(scores)).items()}
     return found
 
 
-def _score(program: Path, weights: Path | None, dimension: str, place: Path) -> float:
+def _score(environment: Path, weights: Path | None, dimension: str, place: Path) -> float:
     results = place / dimension
     results.mkdir()
-    command = [str(program), "evaluate", "--videos_path", str((place / "videos").resolve()), "--dimension", dimension]
-    command += ["--mode", "custom_input", "--output_path", str(results.resolve())]
-    environment = os.environ | ({"VBENCH_CACHE_DIR": str(weights.resolve())} if weights is not None else {})
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+    command = [_python(environment), "-I", str(SCRIPT), str((place / "videos").resolve()), str(results.resolve()), dimension]
+    command += [str(weights.resolve())] if weights is not None else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
         raise ValueError(f"vbench failed at {dimension} with exit code {done.returncode}: {said}")
-    for path in sorted(results.glob("*eval_results.json")):
-        try:
-            value = json.loads(path.read_text())[dimension][0]
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"{path}: not the results that VBench 0.1.5 writes ({type(error).__name__})") from error
-        if isinstance(value, int | float) and math.isfinite(value):
-            return float(value)
+    path = results / RESULTS
+    try:
+        value = json.loads(path.read_text())[dimension][0]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{path}: not the results that VBench 0.1.5 writes ({type(error).__name__})") from error
+    if not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{path}: the score of {dimension} is {value!r}, expected a number")
-    raise ValueError(f"vbench left no results of {dimension} in {results}: {said}")
+    return float(value)
 
 
 def _file_name(prompt: str) -> str:

@@ -91,9 +91,37 @@ def test_as_many_more_samples_as_it_says_do_decide(baseline: dict):
 
 def test_one_bad_layer_of_many_fails_and_is_named(baseline: dict):
     found = [gate.gate(made_up(seed, layer=-24.0, first=100 * seed), baseline) for seed in range(1, 11)]
-    worst = [next(f for f in v.findings if f.name == "worst layer's error") for v in found]
+    worst = [next(f for f in v.findings if f.name == "largest growth of a layer's error") for v in found]
     assert all(f.verdict == FAIL and "l19" in f.note for f in worst)
     assert all(v.exit_code == 1 for v in found)
+
+
+def test_where_no_layer_grew_none_is_named(baseline: dict):
+    same = next(f for f in gate.gate(made_up(0), baseline).findings if f.name == gate.LAYER_GROWTH)
+    assert (same.verdict, same.note, same.difference.estimate) == (PASS, "no layer's error grew", 0.0)
+    better = made_up(0)
+    for errors in better["probe"]["layers"].values():
+        errors[:] = [v - 1 for v in errors]
+    text = gate.summary(gate.gate(better, baseline))
+    assert f"- {gate.LAYER_GROWTH}: no layer's error grew\n" in text and "grew most" not in text
+
+
+def test_a_difference_from_full_precision_says_so(baseline: dict):
+    """The candidate's 0.03 less than full precision is the difference; the baseline's own 0.01 is not taken off it."""
+    base, report = copy.deepcopy(baseline), made_up(1)
+    base["margins"]["text_alignment_proxy"] = 0.05
+    for rows, value in ((base["report"]["samples"], -0.01), (report["samples"], -0.03)):
+        for row in rows:
+            row["text_alignment_proxy"] = value
+    verdict = gate.gate(report, base)
+    found = next(f for f in verdict.findings if f.name == "text alignment (proxy)")
+    assert (found.difference.estimate, found.equal) == (pytest.approx(-0.03), True)
+    line = next(line for line in gate.summary(verdict).splitlines() if "text alignment" in line)
+    assert "text alignment (proxy), from full precision" in line and "-0.03 [-0.03, -0.03]" in line and "±0.05" in line
+    assert gate.NOTE in gate.summary(verdict)
+    of_psnr = next(line for line in gate.summary(verdict).splitlines() if line.startswith("| PSNR"))
+    assert "full precision" not in of_psnr and "±" not in of_psnr
+    assert gate.meanings(report["samples"][0])["text_alignment_proxy"] == found.label
 
 
 def test_a_better_model_passes(baseline: dict):
@@ -169,7 +197,9 @@ def test_a_baseline_needs_a_noise_floor_and_keeps_edited_margins():
     ("content", "what", "words"),
     [
         ("[]", "report", "JSON object"),
+        ("", "report", "empty"),
         ("{}", "report", "format None"),
+        ('{"format": 2}', "report", "of format 2, expected 1, which this version of quantdit writes"),
         ('{"format": 1}', "report", "no whole report"),
         ('{"format": 1, "margins": {"psnr": "1"}, "report": {}}', "baseline", "numbers of at least 0"),
         ('{"format": 1, "margins": {"psnr": 1}, "report": {"samples": []}}', "baseline", "no whole report"),
@@ -237,7 +267,11 @@ def test_gate_from_the_command_line(pixel_16: tuple[Path, Path, Path], tmp_path:
     assert cli("evaluate", full, bad, *sampling, "--output", tmp_path / "bad").code == 0
     summary = tmp_path / "comment.md"
     failed = cli("gate", tmp_path / "bad" / "report.json", "--baseline", stored, "--summary", summary)
-    assert failed.code == 1 and "**FAIL**" in failed.out and "worst layer" in summary.read_text()
+    by_folder = cli("gate", tmp_path / "bad", "--baseline", stored)
+    assert (by_folder.code, by_folder.out) == (failed.code, failed.out)
+    assert "a folder without report.json" in cli("gate", tmp_path, "--baseline", stored).error
+    assert "a folder; a baseline is a JSON file in it" in cli("gate", tmp_path / "bad", "--baseline", tmp_path).error
+    assert failed.code == 1 and "**FAIL**" in failed.out and "grew most: " in summary.read_text()
     page = (tmp_path / "bad" / "report.html").read_text()
     assert 'class="verdict fail"' in page and page.count("<!--verdict-->") == 1
     assert cli("evaluate", full, good, *sampling, "--steps", 2, "--output", tmp_path / "short").code == 0

@@ -14,7 +14,7 @@ from PIL import Image
 
 from quantdit.evaluation import gate, page
 from quantdit.evaluation.charts import bar_chart, interval_chart, line_chart, ticks_of
-from quantdit.evaluation.drift import compare
+from quantdit.evaluation.drift import compare, table
 from quantdit.evaluation.measures import EFFICIENTNET, alone_of, drift_over_steps, features_of, mean_harm, rows_of, sets_of
 from quantdit.evaluation.samples import Samples
 
@@ -60,6 +60,7 @@ def made(clips: bool) -> tuple[dict, Samples, Samples]:
         "over_steps": drift_over_steps(reference, candidate),
         "layers": {name: {"format": f"int{4 + 2 * (i % 2)}", "bits": 4.25, "weights": 4096} for i, name in enumerate(layers)},
         "recipe": {"recipe": {"rules": []}},
+        "vbench": {side: {"imaging_quality": 0.5 + clips / 8} for side in ("reference", "candidate")} if clips else {},
         "samples": rows,
     }
     return report, reference, candidate
@@ -113,6 +114,20 @@ def test_page_is_whole_takes_nothing_from_outside_and_runs_no_name(tmp_path: Pat
     assert ("temporal flickering" in text) == clips and ("$" not in text.replace("$title", ""))
 
 
+def test_page_and_table_show_the_same_intervals(tmp_path: Path):
+    """Both from one computation, to the same digits; a difference from full precision is called that."""
+    report, reference, candidate = made(False)
+    features = [features_of(s.images, EFFICIENTNET) for s in (reference, candidate, sampled(1, False))]
+    drift = compare(reference.images, candidate.images, sampled(1, False).images, features=features)
+    cells = [cell.strip() for line in table(drift).splitlines() if line.startswith("| ") for cell in line.split("|")]
+    text = page.render(report, reference, candidate)
+    for name in ("PSNR, dB", "SSIM"):
+        mean, _, rest = cells[cells.index(name) + 1].partition(" ")
+        assert f"<b>{mean}</b><span class='soft'>{rest}</span>" in text
+    row = written(tmp_path, True).read_text().split("temporal flickering, from full precision</th>")[1]
+    assert "<td>±" in row.split("</tr>")[0]
+
+
 def test_worst_come_first(tmp_path: Path):
     report, reference, candidate = made(False)
     candidate.images[5] += 0.5
@@ -129,6 +144,7 @@ def test_a_second_verdict_replaces_the_first(tmp_path: Path):
         row["output_error"] += 9.0
     page.add_verdict(path, gate.gate(report, baseline))
     text = path.read_text()
+    assert "<h3>VBench</h3>" not in text and "<td>0.625</td>" in written(tmp_path, True).read_text()  # a verdict leaves it there
     assert 'class="verdict fail"' in text and 'class="verdict pass"' not in text and text.count("<!--verdict-->") == 1
     assert not page.add_verdict(tmp_path / "none.html", gate.gate(report, baseline))
 

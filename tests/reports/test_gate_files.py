@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -31,6 +32,17 @@ def test_a_baseline_passes_itself_and_fails_once_a_layer_is_off(path: Path):
     failed = gate.gate(report, baseline)
     assert failed.verdict == gate.FAIL and name in gate.summary(failed)
     assert set(report["floor"]) == {"other seeds", "other batch", "bfloat16"}
+
+
+def test_the_detection_table_is_what_its_rows_say():
+    home = ROOT / "reports" / "gate"
+    spec = importlib.util.spec_from_file_location("detection", home / "detection.py")
+    detection = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(detection)
+    rows = [json.loads(line) for line in (home / "detection.jsonl").read_text().splitlines()]
+    text = detection.table(rows)
+    assert text == (home / "detection.md").read_text()
+    assert "20 of 20 | 83 to 100 %" in text and "100 of 100 caught, 96 to 100 %" in text  # 1 - 0.025 ** (1 / n), by hand
 
 
 def test_the_workflow_s_commands_are_those_of_the_program():
