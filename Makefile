@@ -63,9 +63,9 @@ onnx-formats: $(VENV)/test.done
 bench-onnx: $(VENV)/test.done
 	$(BIN)/quantdit bench onnx --output reports/bench/onnx.jsonl
 
-# On a machine with a CUDA GPU, within eight minutes.
+# On a machine with a CUDA GPU, within eight minutes; CONSTRAINTS= takes a torch that sees it.
 bench-kernels: $(VENV)/test.done
-	$(BIN)/quantdit bench kernels --output reports/bench/kernels.jsonl
+	$(BIN)/quantdit bench kernels --output reports/bench/kernels.jsonl --write-crossover
 
 # Every Triton kernel for every architecture, compiled without a GPU.
 bench-static: $(VENV)/test.done

@@ -237,6 +237,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help="one row a measurement; a table beside it")
     sub.add_argument("--tune", action="store_true", help="kernels: time every tile configuration first and keep the fastest")
+    sub.add_argument(
+        "--write-crossover", action="store_true", help="kernels: put the crossover points measured here where layers look them up"
+    )
     return parser
 
 
@@ -505,7 +508,7 @@ def _bench(args: argparse.Namespace) -> int:
     if args.what == "kernels":
         from quantdit import bench_kernels
 
-        bench_kernels.run(args.output, args.tune)
+        bench_kernels.run(args.output, args.tune, args.write_crossover)
     elif args.what == "onnx":
         from quantdit import bench_onnx
 

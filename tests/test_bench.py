@@ -28,7 +28,7 @@ def test_kernels_without_a_gpu_say_so_in_one_line(cli, tmp_path) -> None:
 
 
 def test_the_gates_of_the_kernels_find_what_is_wrong() -> None:
-    from quantdit import bench_kernels as kernels
+    from quantdit import bench_cases as kernels
 
     y = torch.randn(300, 8)
     expected = kernels.ends(y)
@@ -44,23 +44,24 @@ def test_the_gates_of_the_kernels_find_what_is_wrong() -> None:
         (kernels.same_codes(kernels.ends(codes), kernels.ends(scale), 0.5), (codes, scale), (codes, scale * 2)),
     ):
         check(good)
-        with pytest.raises(ValueError, match="before anything is timed"):
+        with pytest.raises(ValueError, match=r"(of|from) the definition"):
             check(bad)
 
 
 def test_rows_of_the_kernels_make_a_table() -> None:
-    from quantdit import bench_kernels as kernels
+    from quantdit import bench_report
 
-    origin = {"device": "GPU", "torch": "2", "triton": "3", "commit": "c"}
+    origin = {"device": "GPU", "torch": "2", "triton": "3", "commit": "c", "command": "quantdit bench kernels"}
     rows = [{"what": "ceiling copy", "value": 3000.0} | origin]
-    shape = {"m": 1, "n": 2, "k": 3, "us_median": 4.0, "us_fastest": 3.0} | origin
+    shape = {"task": "many", "m": 1, "n": 2, "k": 3, "us_median": 4.0, "us_fastest": 3.0, "us_host": 9.0} | origin
     rows += [shape | {"what": "quantize_tokens", "gb_s": 2400.0, "of_copy": 0.8}]
-    rows += [shape | {"what": "gemm_w4a8", "top_s": 900.0, "of_bf16": 1.5, "times_bf16": 1.5}]
-    lines = kernels.markdown(rows).splitlines()
+    rows += [shape | {"what": "gemm_w4a8", "top_s": 900.0, "of_bfloat16": 1.5, "times_bf16": 1.5}]
+    lines = bench_report.markdown(rows).splitlines()
     assert lines[-2:] == [
-        "| 1, 2, 3 | quantize_tokens | 4.0 | 3.0 | 2400.0 (80%) |  |",
-        "| 1, 2, 3 | gemm_w4a8 | 4.0 | 3.0 | 900.0 (150%) | 1.5 |",
+        "| many | 1, 2, 3 | quantize_tokens | 4.0 | 3.0 | 9.0 | 2400.0 (80%) |  |",
+        "| many | 1, 2, 3 | gemm_w4a8 | 4.0 | 3.0 | 9.0 | 900.0 (150%) | 1.5 |",
     ]
+    assert "The run has not ended." in lines
 
 
 def test_rows_compare_with_float32_of_the_same_run() -> None:

@@ -41,7 +41,9 @@ ORDER = (
     ("block_by_block",),
     ("compiler", "in_memory"),
     ("inspection", "exporters", "evaluation", "bench"),
-    ("bench_kernels", "bench_onnx"),
+    ("bench_baselines", "bench_report", "bench_onnx"),
+    ("bench_cases",),
+    ("bench_kernels",),
     ("models.train", "cli"),
 )
 # Files that only run as a script: nothing imports them.

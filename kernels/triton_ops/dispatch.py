@@ -8,9 +8,10 @@
               w4a16     16-bit activations, m up to `w4a16_up_to_m`               gemm_w4a16
               dense     16-bit activations, more tokens, float32, or split signs  decode8, then torch's product
 
-`QUANTDIT_KERNELS` or `using(mode)` chooses otherwise: `packed` and `decode` fix the product of packed weights with quantized
-activations, `torch` takes torch._int_mm and torch._scaled_mm for w8a8, `reference` runs the definitions of kernels/ops.py. The
-crossover points are in crossover.json. What the kernels do not take runs as its definition, on the same device:
+From `torch_from_m` on, gemm_w8a8 is torch._int_mm or torch._scaled_mm with the rest of the epilogue after it. `QUANTDIT_KERNELS`
+or `using(mode)` chooses otherwise: `packed` and `decode` fix the product of packed weights with quantized activations, `torch`
+takes torch's products for w8a8 at any m, `reference` runs the definitions of kernels/ops.py. The crossover points are in
+crossover.json. What the kernels do not take runs as its definition, on the same device:
 
     everything    without triton, before Ampere (compute capability 8.0)
     tokens        wider than LARGEST_WIDTH, in groups LARGEST_GROUPED_WIDTH; float64; activation groups other than GROUPS;
@@ -18,6 +19,7 @@ crossover points are in crossover.json. What the kernels do not take runs as its
     rotations     of tokens wider than LARGEST_ROTATED_WIDTH, but on sm_90 of 16 bits with signs alone; of float32 or smoothed
                   tokens on sm_80, 89 and 120 (the rotation alone: its codes are the kernel's)
     e4m3 codes    before compute capability 8.9
+    gemm_w4a16    of formats with signs of their own, whose tile spills: `choose` never takes it for those
     thin          of float32 tokens, and where the codes are not the kernel's: a product of its own, by torch
 """
 
@@ -58,7 +60,8 @@ def _mode(text: str) -> str:
 
 
 mode = _mode(os.environ.get("QUANTDIT_KERNELS", "auto"))
-CROSSOVER = json.loads(Path(__file__).with_name("crossover.json").read_text())
+CROSSOVER_FILE = Path(__file__).with_name("crossover.json")
+CROSSOVER = json.loads(CROSSOVER_FILE.read_text())
 
 
 @contextmanager
@@ -98,9 +101,14 @@ def choose(m: int, layer: LayerSpec, dtype: torch.dtype, capability: int) -> Way
         return Way(prepare, "decode")
     if mode in ("packed", "decode"):
         return Way(prepare, "w4a8" if mode == "packed" else "decode")
-    start = CROSSOVER["decode_from_m"][architecture(capability)]
-    packed = mode != "torch" and (start is None or m < start)
-    return Way(prepare, "w4a8" if packed else "decode")
+    decode = mode == "torch" or _from("decode_from_m", m, capability)
+    return Way(prepare, "decode" if decode else "w4a8")
+
+
+def _from(point: str, m: int, capability: int) -> bool:
+    """Return whether m is beyond a crossover point; null is beyond every m."""
+    start = CROSSOVER[point][architecture(capability)]
+    return start is not None and m >= start
 
 
 def architecture(capability: int) -> str:
@@ -290,7 +298,8 @@ def gemm_w8a8(
     ops.check_after(codes, weight.shape[0], *after)
     if not _takes_codes(codes):
         return ops.gemm_w8a8_reference(codes, token_scale, weight, scale, bias, dtype, *after)
-    if mode == "torch" and (product := _torch_product(codes, weight)) is not None:
+    torchs = mode == "torch" or (mode == "auto" and _from("torch_from_m", len(codes), capability_of(codes.device)))
+    if torchs and (product := _torch_product(codes, weight)) is not None:
         return ops.after_product(product.float() * scale, token_scale, bias, dtype, *after)
     from quantdit.kernels.triton_ops.gemm_w8a8 import gemm_w8a8 as kernel
 
@@ -361,7 +370,7 @@ def gemm_w4a16(
     stored = (data, multiplier, offset, codebook, format, group_size)
     after = (thin, up, activation, gate, residual)
     ops.check_after(x, data.shape[0], *after)
-    if not kernels_run(x) or x.dtype not in (torch.float16, torch.bfloat16):
+    if not kernels_run(x) or x.dtype not in (torch.float16, torch.bfloat16) or FORMATS[format].sign_split:
         return ops.gemm_w4a16_reference(x, *stored, scale, bias, *after)
     from quantdit.kernels.triton_ops.gemm_w4 import gemm_w4 as kernel
 

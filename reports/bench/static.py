@@ -92,12 +92,18 @@ def quantize_cases(arch: int) -> Iterator[Case]:
         ("rotated", "bf16", "i8", "none", 8, 0, True, False),
         ("rotated float32", "fp32", "i8", "none", 8, 0, True, False),
         ("int", "bf16", None, "int", 8, 0, False, False),
+        ("int float32", "fp32", None, "int", 8, 0, False, False),
+        ("int g32", "bf16", None, "int", 4, 32, False, False),
+        ("affine", "bf16", None, "affine", 8, 0, False, False),
+        ("affine g32 float32", "fp32", None, "affine", 4, 32, False, False),
     ]
+    if arch >= 89:
+        variants.append(("e4m3", "bf16", None, "fp8", 8, 0, False, False))
     if arch >= 89:
         variants.append(("e4m3 rotated", "bf16", "i8", "fp8", 8, 0, True, False))
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     for name, x, multiplier, format, bits, group, rotated, modulated in variants:
-        for k in (1536, 8960) if name in ("int rotated", "int rotated, modulated", "rotated") else (1536,):
+        for k in widths(name, rotated, group):
             multiplied = torch.int8 if multiplier == "i8" else torch.float32
             if rotated and not dispatch.rotates_in_registers(k, dtypes[x], multiplied, arch):
                 continue
@@ -131,6 +137,12 @@ def quantize_cases(arch: int) -> Iterator[Case]:
                 quantize_tokens.STAGES,
                 product,
             )
+
+
+def widths(name: str, rotated: bool, group: int) -> tuple[int, ...]:
+    """Return the widths of a variant's tokens: of few rows, the widest that dispatch lets in, and more of the usual ones."""
+    widest = dispatch.LARGEST_GROUPED_WIDTH if group else dispatch.LARGEST_ROTATED_WIDTH if rotated else dispatch.LARGEST_WIDTH
+    return (1536, widest, 8960) if name in ("int rotated", "int rotated, modulated", "rotated") else (1536, widest)
 
 
 def project_cases(arch: int) -> Iterator[Case]:
@@ -234,10 +246,20 @@ A16 = (
 )
 
 
+def with_every_format(chosen: tuple[tuple, ...], x: str) -> tuple[tuple, ...]:
+    """Return the chosen weights and, once, every other format that dispatch gives to gemm_w4_kernel with activations x."""
+    named = {name for name, *_ in chosen}
+    left = (
+        name for name, f in FORMATS.items() if name not in named and not (name in dispatch.WHOLE if x == "i8" else f.sign_split)
+    )
+    return chosen + tuple((name, 32 if name.startswith("int") and name != "int8" else 1536, 1, x) for name in left)
+
+
 def w4_cases(arch: int) -> Iterator[Case]:
-    """Every configuration with the usual formats, the first with each that decodes differently; the rest once."""
+    """Every configuration with the usual formats, the first with each of the others."""
     for (name, group, rows, x), configs in chain(
-        ((a, gemm_w4.CONFIGS_A8[arch]) for a in A8), ((a, gemm_w4.CONFIGS_A16[arch]) for a in A16)
+        ((a, gemm_w4.CONFIGS_A8[arch]) for a in with_every_format(A8, "i8")),
+        ((a, gemm_w4.CONFIGS_A16[arch]) for a in with_every_format(A16, "bf16")),
     ):
         e4m3 = name.endswith("e4m3")
         neighbours = 1 if "table" in name and rows == 1 else 4 if x == "i8" else 2
@@ -411,24 +433,24 @@ def asm_layouts(ttgir: str, neighbours: int) -> list[str]:
     for line in ttgir.splitlines():
         if "elementwise_inline_asm" not in line:
             continue
-        layout = re.findall(r"tensor<\d+x\d+xi8, (#[^>]*(?:<[^>]*>)?[^>]*)>", line)[-1]
+        rows, layout = re.findall(r"tensor<(\d+)x\d+xi8, (#[^>]*(?:<[^>]*>)?[^>]*)>", line)[-1]
         definition = aliases.get(layout, layout)
-        if together(definition) < neighbours:
+        if together(definition, int(rows)) < neighbours:
             errors.add(f"inline PTX on {definition[:120]}")
     return sorted(errors)
 
 
-def together(layout: str) -> int:
-    """Return how many consecutive registers of a thread are neighbours along the last axis, 0 for an unknown layout."""
+def together(layout: str, height: int) -> int:
+    """Return how many consecutive registers of a thread are neighbours along the last axis of a tile of a height; 0: unknown."""
     if found := re.search(r"dot_op<.*kWidth = (\d+)", layout):
         return int(found.group(1))
     if "#ttg.blocked" in layout:
         numbers = {key: [int(n) for n in text.split(", ")] for key, text in re.findall(r"(\w+) = \[([\d, ]+)\]", layout)}
         rows, columns = numbers["sizePerThread"]
-        if numbers["order"][0] != 1:
-            return 1
-        # A thread alone along the axis goes on where it was.
+        # A thread alone along the axis goes on where it was, unless it has another row and rows come first.
         alone = rows == 1 and numbers["threadsPerWarp"][1] == numbers["warpsPerCTA"][1] == 1
+        if numbers["order"][0] != 1:
+            return 4 if alone and height <= numbers["threadsPerWarp"][0] * numbers["warpsPerCTA"][0] else 1
         return 4 if alone else columns
     if found := re.search(r"#ttg.linear<\{register = \[(.*?)\]\]", layout):
         bases = re.findall(r"\[?(\d+), (\d+)", found.group(1))

@@ -22,6 +22,7 @@ FILES = {
     "test_gemm_w8a8.py": {"gemm_w8a8_kernel"},
     "test_gemm_w4.py": {"gemm_w4_kernel", "sum_splits_kernel"},
     "test_gemm_fp4.py": {"gemm_fp4_kernel"},
+    "test_checkpoint.py": {"quantize_tokens_kernel", "gemm_w4_kernel", "sum_splits_kernel"},
     "test_linear.py": {
         "quantize_tokens_kernel",
         "quantize_project_kernel",

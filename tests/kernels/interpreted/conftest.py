@@ -41,15 +41,21 @@ def poisoned() -> Iterator[None]:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Let CPU tensors go the ways of a GPU of a compute capability."""
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Let CPU tensors go the ways of a GPU of a compute capability, and meet the ops that a CUDA tensor would."""
+    from quantdit.kernels import ops
     from quantdit.kernels.triton_ops import dispatch
+
+    library = torch.library.Library("quantdit", "IMPL")
 
     def pretend(capability: int) -> None:
         monkeypatch.setattr(dispatch, "on_gpu", lambda tokens: True)
         monkeypatch.setattr(dispatch, "capability_of", lambda device: capability)
+        for name in ops.ON_CUDA:
+            library.impl(name, getattr(dispatch, name), "CPU", allow_override=True)
 
-    return pretend
+    yield pretend
+    library._destroy()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,16 +15,6 @@ from quantdit.layer_spec import ActivationSpec, LayerSpec
 from quantdit.linear import QuantLinear
 
 K, N = 320, 48
-
-
-@pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    """What a CUDA tensor would meet, for CPU tensors."""
-    library = torch.library.Library("quantdit", "IMPL")
-    for name in ops.ON_CUDA:
-        library.impl(name, getattr(dispatch, name), "CPU", allow_override=True)
-    yield
-    library._destroy()
 
 
 @pytest.fixture

@@ -1,0 +1,42 @@
+"""A checkpoint that is moved to a GPU: the same file, the same call, the kernels of dispatch.py instead of the CPU's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantdit import recipe
+from quantdit.compiler import Settings, calibrate
+from quantdit.kernels.triton_ops import dispatch
+from quantdit.linear import QuantLinear
+from quantdit.pipeline import load_pipeline
+
+
+def test_a_checkpoint_runs_on_a_gpu_as_it_is(pixel_dit: Path, tmp_path: Path, gpu: Callable, monkeypatch: pytest.MonkeyPatch):
+    pipeline, source = load_pipeline(str(pixel_dit))
+    calibrate(pipeline, source, recipe.from_bits("w4a8"), tmp_path / "out", Settings(samples=1, steps=1))
+    model = load_pipeline(str(tmp_path / "out"))[0].transformer.to(torch.bfloat16)
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    assert {m.layer_spec.activation.bits for m in layers} == {8, 16}
+    x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def output() -> torch.Tensor:
+        with torch.no_grad():
+            return model(x, timestep=torch.tensor([500]), class_labels=torch.tensor([1])).sample
+
+    expected = output()
+    gpu(90)
+    taken: list[str] = []
+    choose = dispatch.choose
+
+    def spy(*arguments: object) -> dispatch.Way:
+        taken.append(choose(*arguments).product)
+        return choose(*arguments)
+
+    monkeypatch.setattr(dispatch, "choose", spy)
+    y = output()
+    assert len(taken) >= len(layers) and set(taken) == {"w4a8", "w4a16"}
+    assert float((y - expected).float().norm() / expected.float().norm()) < 2e-2  # bfloat16's roundings fall otherwise
