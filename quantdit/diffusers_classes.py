@@ -1,8 +1,8 @@
 """What diffusers' own classes learn of quantdit: its pipelines by name, and to refuse a save before anything is written.
 
-`DiffusionPipeline.from_pretrained` looks for the class that model_index.json names in the module `diffusers`. `save_pretrained` of a
-model writes config.json, and that of a pipeline whole components, before the quantizer is asked; a refusal would leave behind a
-folder that is no longer what it was.
+`DiffusionPipeline.from_pretrained` looks for the class that model_index.json names in the module `diffusers`. `save_pretrained`
+of a model writes config.json, and that of a pipeline whole components, before the quantizer is asked; a refusal would leave
+behind a folder that is no longer what it was.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import nn
 
 from quantdit.after_import import watch
 from quantdit.diffusers_quantizer import QuantDiTQuantizer
-
 
 # Each enters its class into the module `diffusers`.
 PIPELINES = ("quantdit.models.pixel_dit", "quantdit.models.pixel_wan")

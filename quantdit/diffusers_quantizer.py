@@ -215,7 +215,8 @@ class QuantDiTQuantizer(DiffusersQuantizer):
 
         Args:
             model: with this quantizer.
-            safe_serialization, use_flashpack: as `save_pretrained` takes them.
+            safe_serialization: as `save_pretrained` takes it.
+            use_flashpack: as `save_pretrained` takes it.
 
         Raises:
             ValueError: adapters are loaded or fused, which config.json does not know of; weights that are not in memory; another
@@ -232,7 +233,9 @@ class QuantDiTQuantizer(DiffusersQuantizer):
                 " unload_lora_weights() first, and keep the adapter's own file"
             )
         if away := [key for key, tensor in state.items() if tensor.device.type == "meta"]:
-            raise ValueError(f"{away[0]} is not in memory, so the model cannot be saved; remove what offloads it, or load it anew")
+            raise ValueError(
+                f"{away[0]} is not in memory, so the model cannot be saved; remove what offloads it, or load it anew"
+            )
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False

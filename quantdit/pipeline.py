@@ -346,6 +346,7 @@ def _download(model: str, hub: str) -> Path:
         folder = hub.split("/")[1]
         raise ValueError(
             f"there is no folder {hub} here, and it cannot be fetched from the hub ({reason}). Where there is a network, run:"
-            f" hf download {hub} --local-dir {folder}; copy that folder here and give it as --model PATH/{folder}, or to calibrate with --weights PATH/{folder}. To measure time,"
-            " memory and size without the weights: quantdit calibrate --random-weights"
+            f" hf download {hub} --local-dir {folder}; copy that folder here and give it as --model"
+            f" PATH/{folder}, or to calibrate with --weights PATH/{folder}. To measure time, memory and size without the weights:"
+            " quantdit calibrate --random-weights"
         ) from error

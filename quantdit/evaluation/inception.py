@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the usual name
+from torch.nn import functional as F
 
 SIDE = 299
 FEATURES, CLASSES = 2048, 1008
@@ -22,7 +22,7 @@ EPSILON = 1e-3
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution of a branch: its name, output channels, kernel [rows, columns]; stride 2 takes no padding, 1 keeps the size."""
+    """A convolution of a branch: its name, output channels, kernel [rows, columns]; stride 2 has no padding, 1 keeps the size."""
 
     name: str
     out: int

@@ -1,4 +1,4 @@
-"""Scores a folder of clips by one dimension of VBench. A script that VBench's own environment runs, so it imports nothing of ours.
+"""Scores a folder of clips by one dimension of VBench. A script for VBench's own environment, so it imports nothing of ours.
 
     DIR/bin/python -I vbench_dimension.py VIDEOS RESULTS DIMENSION [WEIGHTS]
 

@@ -122,9 +122,9 @@ def table(rows: list[dict]) -> str:
     lines = [
         "# How often the gate catches damage",
         "",
-        f"Each case {REPETITIONS} times: samples of fresh seeds ({seeds[0]}, {seeds[1]} to {seeds[-1]}), and damage at a place drawn"
-        f" anew. The baselines are the committed ones, of seed {BASELINE_SEED}, with the margins that `quantdit gate` sets. Expected:"
-        " pass for the first two cases, fail for the others. `make detection` makes the rows, `detection.jsonl`.",
+        f"Each case {REPETITIONS} times: samples of fresh seeds ({seeds[0]}, {seeds[1]} to {seeds[-1]}), and damage at a place"
+        f" drawn anew. The baselines are the committed ones, of seed {BASELINE_SEED}, with the margins that `quantdit gate` sets."
+        " Expected: pass for the first two cases, fail for the others. `make detection` makes the rows, `detection.jsonl`.",
         "",
     ]
     for model in dict.fromkeys(row["model"] for row in rows):
@@ -157,9 +157,10 @@ def _of_model(model: str, own: list[dict]) -> list[str]:
     return [
         *lines,
         "",
-        f"The five kinds of damage together: {_as_expected(asked)} of {len(asked)} caught, {interval(_as_expected(asked), len(asked))}."
-        f" Sampling, probing and judging the good model took {min(seconds):.1f} s at best and {statistics.median(seconds):.1f} s in the"
-        " median, on one core of a machine at work; sampling the original, which is kept, comes on top.",
+        f"The five kinds of damage together: {_as_expected(asked)} of {len(asked)} caught,"
+        f" {interval(_as_expected(asked), len(asked))}. Sampling, probing and judging the good model took {min(seconds):.1f} s at"
+        f" best and {statistics.median(seconds):.1f} s in the median, on one core of a machine at work; sampling the"
+        " original, which is kept, comes on top.",
     ]
 
 
@@ -173,17 +174,19 @@ def _reading(rows: list[dict]) -> list[str]:
     same = "as good as identical, with the same figures every time" if outcomes <= len(SIZES) else f"{outcomes} outcomes"
     short = [f"{EXTRA}, {m}" for m in SIZES if sum(r["model"] == m and r["case"] == EXTRA for r in rows) < REPETITIONS]
     notes = [
-        f"{REPETITIONS} of {REPETITIONS} is not \"always\": the interval says what rates it is compatible with. That a rate is above 95 %"
-        " would take 59 of 59.",
+        f'{REPETITIONS} of {REPETITIONS} is not "always": the interval says what rates it is compatible with. That a rate is'
+        " above 95 % would take 59 of 59.",
         f"Full precision is held against itself sampled in batches of half the size. On a CPU that is {same}, so its"
         f" {REPETITIONS} repetitions are one: the gate passes a perfect candidate.",
-        "The good model is the one that made the baseline, with other seeds: what varies, and could cry out, are the measures of the"
-        " pictures. The probe's noise is the same in every report, so its difference is 0 here; how often a model calibrated anew"
+        "The good model is the one that made the baseline, with other seeds: what varies, and could cry out, are the measures of"
+        " the pictures."
+        " The probe's noise is the same in every report, so its difference is 0 here; how often a model calibrated anew"
         " with other data fails is not measured.",
         f"{EXTRA} was not asked for. It is the least damage there is, none at all where the channel is silent, and it shows where"
         " the gate begins to miss.",
         "Only these two small models, these sizes of samples and these kinds of damage were tried. A block at int2 is one of the"
-        f" {_places(rows, 'fashion-dit')} or {_places(rows, 'emoji-wan')} blocks there are; w4a4 without a rotation is all of them.",
+        f" {_places(rows, 'fashion-dit')} or {_places(rows, 'emoji-wan')} blocks there are; w4a4 without a rotation is"
+        " all of them.",
     ]
     notes += [f"Fewer than {REPETITIONS} repetitions: {'; '.join(short)}."] if short else []
     return ["## What this does not show", "", *(f"- {note[0].upper()}{note[1:]}" for note in notes), ""]

@@ -232,5 +232,5 @@ def test_clip_folders_that_lack_something_are_refused(clip_folder: Path, tmp_pat
     shutil.copytree(clip_folder, pickled)
     (pickled / "model.safetensors").unlink()
     torch.save(whole, pickled / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="no CLIP model that can be loaded: .*model.safetensors"):
+    with pytest.raises(ValueError, match=r"no CLIP model that can be loaded: .*model\.safetensors"):
         load_clip(pickled)

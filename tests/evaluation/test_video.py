@@ -220,5 +220,5 @@ def test_vbench_s_failure_is_passed_on(tmp_path: Path):
 def test_scores_that_are_no_numbers_are_refused(tmp_path: Path, score: str):
     pytest.importorskip("av")
     weights = networks(tmp_path / "weights", "imaging_quality")
-    with pytest.raises(ValueError, match="the score of imaging_quality is .*, expected a number"):
+    with pytest.raises(ValueError, match=r"the score of imaging_quality is .*, expected a number"):
         vbench.run(environment(tmp_path, score=score), weights, {"reference": samples()}, tmp_path / "out")
