@@ -26,6 +26,9 @@ from quantdit.formats.format import Field, Format, QSpec
 from quantdit.formats.packing import pack_codes, packed_bytes, unpack_codes
 
 
+DECODED_AT_ONCE = 1 << 18  # weights: what fits a cache
+
+
 def _fields(f: Format, s: QSpec, entry: torch.dtype = torch.int8) -> dict[str, Field]:
     codebook = (s.codebook_rows, f.levels) if f.dim == 1 else (f.codewords, f.dim)
     return {
@@ -43,14 +46,20 @@ def _unpack(f: Format, data: Tensor, n: int) -> Tensor:
 
 
 def _decode8(f: Format, s: QSpec, t: Mapping[str, Tensor]) -> Tensor:
-    assignments = unpack_codes(t["data"], f.code_bits, s.in_features // f.dim)
-    codebook = t["codebook"].view(torch.uint8)  # bytes, whatever they mean: indexing knows no float8
-    if f.sign_split:
-        return words(t["codebook"], assignments, True).flatten(1)
-    if f.dim > 1:
-        return words(codebook.view(torch.int8), assignments.int()).flatten(1)
-    entries = codebook[0][assignments.int()] if s.codebook_rows == 1 else torch.gather(codebook, 1, assignments.long())
-    return entries.view(t["codebook"].dtype)
+    data, codebook = t["data"], t["codebook"]
+    integers = torch.empty(s.out_features, s.in_features, dtype=codebook.dtype, device=data.device)
+    rows = max(1, DECODED_AT_ONCE // s.in_features)
+    for start in range(0, s.out_features, rows):
+        codes = unpack_codes(data[start : start + rows], f.code_bits, s.in_features // f.dim).int()
+        if f.dim > 1:
+            found = words(codebook, codes, f.sign_split).flatten(1)
+        else:
+            if s.codebook_rows > 1:  # one table behind the other
+                codes = codes + f.levels * torch.arange(start, start + len(codes), dtype=torch.int32, device=data.device)[:, None]
+            # As bytes, whatever they mean: selection knows no float8.
+            found = codebook.view(torch.uint8).flatten().index_select(0, codes.flatten()).view(codes.shape).view(codebook.dtype)
+        integers[start : start + rows] = found
+    return integers
 
 
 def words(codebook: Tensor, codes: Tensor, sign_split: bool = False) -> Tensor:
@@ -59,7 +68,7 @@ def words(codebook: Tensor, codes: Tensor, sign_split: bool = False) -> Tensor:
     With `sign_split` it is entry `code mod k`, whose number j is negated where bit j of `code div k` is set.
     """
     if not sign_split:
-        return codebook[codes]
+        return codebook.index_select(0, codes.flatten()).view(*codes.shape, -1)
     k, d = codebook.shape
     negative = (codes // k)[..., None] >> torch.arange(d, dtype=codes.dtype, device=codes.device) & 1
     return codebook[(codes % k).int()] * (1 - 2 * negative).to(codebook.dtype)
