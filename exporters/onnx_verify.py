@@ -54,7 +54,10 @@ class Cut:
 
 
 def recorded_calls(pipeline: object, part: str) -> list[Recorded]:
-    """Return the calls of a transformer while two samples are made in two steps, each with what PyTorch returned."""
+    """Return the calls of a transformer while samples are made in two steps, each with what PyTorch returned.
+
+    Two samples; one where the weights are decoded at every call, which then takes long.
+    """
     transformer = getattr(pipeline, part)
     adapter = adapter_for(transformer)
     signature = inspect.signature(type(transformer).forward)
@@ -70,7 +73,8 @@ def recorded_calls(pipeline: object, part: str) -> list[Recorded]:
 
     handles = [transformer.register_forward_pre_hook(before, with_kwargs=True), transformer.register_forward_hook(after)]
     video = any("frames" in spec.shape for spec in adapter.inputs)
-    settings = Settings(samples=2, steps=2, latent=Size(1, 3 if video else 1, 8, 8, 16))
+    kept = all(layer.cache_decoded for layer in checkpoint.quant_layers(transformer).values())
+    settings = Settings(samples=2 if kept else 1, steps=2, latent=Size(1, 3 if video else 1, 8, 8, 16))
     try:
         with torch.no_grad():
             parts = [part] if isinstance(pipeline, BareTransformer) else []
