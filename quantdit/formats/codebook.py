@@ -25,7 +25,6 @@ from torch import Tensor
 from quantdit.formats.format import Field, Format, QSpec
 from quantdit.formats.packing import pack_codes, packed_bytes, unpack_codes
 
-
 DECODED_AT_ONCE = 1 << 18  # weights: what fits a cache
 
 
