@@ -36,7 +36,8 @@ def session(
     Args:
         path: the .onnx file; its .data file, if there is one, lies beside it.
         providers: what is to run it, in order; each must be granted. Nodes that the others do not have run on the CPU.
-        save_memory: leave packed weights packed and decode them at every call, instead of once when the session opens.
+        save_memory: leave packed weights packed and decode them at every call, instead of once when the session opens; and give
+            memory back at once, not keep it for the next call.
         threads: of one operator; torch's number if None.
 
     Raises:
@@ -61,6 +62,7 @@ def session(
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     if save_memory:
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", PACKED_BYTES)
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     try:
         opened = ort.InferenceSession(path, options, providers=list(providers))
     except Exception as error:  # ONNX Runtime's errors have no common class of their own

@@ -9,6 +9,7 @@ the whole may then differ by TIES times what PyTorch's own does.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantdit import checkpoint
+from quantdit import checkpoint, memory
 from quantdit.calibration.capture import first_tensor
 from quantdit.exporters import onnx_session
 from quantdit.exporters.onnx_session import OnnxForward, arguments_of
@@ -102,6 +103,8 @@ def verified(
 ) -> dict:
     """Return how far the graph is from PyTorch and how fast it is.
 
+    PyTorch computes first; then the transformer gives up its weights, so that they and ONNX Runtime's are not in memory together.
+
     Returns:
         `rel_rmse` of the output over all calls, `parts_rel_rmse` of the worst part on PyTorch's values and its name, `ties`
         (what PyTorch's output moves when its inputs' last bits change), milliseconds of the last call.
@@ -113,6 +116,11 @@ def verified(
     import onnxruntime
 
     onnx.checker.check_model(path)
+    entered, left = _layer_values(transformer, calls[0])
+    ties = rel_rmse((_moved(transformer, call), call.output) for call in calls)
+    transformer.to("meta")
+    gc.collect()  # what was traced hangs together in cycles, and on the weights
+    memory.give_back()
     forward = OnnxForward(transformer, path, onnx_session.session(path, save_memory=save_memory))
     outputs, seconds = [], 0.0
     for call in calls:
@@ -121,11 +129,12 @@ def verified(
         seconds = time.perf_counter() - begun
     found = rel_rmse((got, call.output) for got, call in zip(outputs, calls, strict=True))
     del forward
-    parts = _parts(transformer, path, calls[0], cuts, save_memory)
+    # The values of the graph by name: what PyTorch has in their place. Layers with one input (q, k, v) share its value.
+    known = {cuts[name].entering: x for name, x in entered.items()} | {cuts[name].leaving: y for name, y in left.items()}
+    parts = _parts(path, calls[0], cuts, known, save_memory)
     rounded = {cuts[name].leaving for name in lossy}
     worst = max(parts, key=lambda name: parts[name] / (LOSSY if name in rounded else TOLERANCE))
     error, allowed = parts[worst], LOSSY if worst in rounded else TOLERANCE
-    ties = rel_rmse((_moved(transformer, call), call.output) for call in calls)
     if not all(part <= (LOSSY if name in rounded else TOLERANCE) for name, part in parts.items()):  # NaN is not
         raise ValueError(
             f"{worst} differs from PyTorch by {error:.2g} (rel_rmse; at most {allowed:.0e}), so the graph was not written; this"
@@ -172,11 +181,10 @@ def _moved(transformer: nn.Module, call: Recorded) -> Tensor:
         return first_tensor(transformer(**{name: moved(name, value) for name, value in call.arguments.items()}))
 
 
-def _parts(transformer: nn.Module, path: Path, call: Recorded, cuts: Mapping[str, Cut], save_memory: bool) -> dict[str, float]:
-    """Return rel_rmse of every part of the graph on PyTorch's own values, by the value that leaves it."""
-    entered, left = _layer_values(transformer, call)
-    # The values of the graph by name: what PyTorch has in their place. Layers with one input (q, k, v) share its value.
-    known = {cuts[name].entering: x for name, x in entered.items()} | {cuts[name].leaving: y for name, y in left.items()}
+def _parts(
+    path: Path, call: Recorded, cuts: Mapping[str, Cut], known: Mapping[str, Tensor], save_memory: bool
+) -> dict[str, float]:
+    """Return rel_rmse of every part of the graph on PyTorch's own values, those `known`, by the value that leaves it."""
     cut = path.with_name(f"cut-{path.name}")
     fed = _cut_graph(path, cut, cuts)
     opened = onnx_session.session(cut, save_memory=save_memory)
@@ -184,7 +192,7 @@ def _parts(transformer: nn.Module, path: Path, call: Recorded, cuts: Mapping[str
     feeds = {f"given {name}": known[name].float().numpy() for name in fed}
     arguments = {name: value for name, value in onnx_session.leaves(call.arguments) if name in inputs}
     feeds |= {i.name: onnx_session.as_numpy(arguments[i.name], i.type) for i in opened.get_inputs() if i.name in arguments}
-    expected = known | {opened.get_outputs()[0].name: call.output}
+    expected = {**known, opened.get_outputs()[0].name: call.output}
     names = [o.name for o in opened.get_outputs()]
     outputs = zip(names, opened.run(names, feeds), strict=True)
     cut.unlink()

@@ -98,6 +98,7 @@ def to_onnx(
     try:
         path = scratch / output.name
         size = save(model, path, content)
+        del model  # and the weights in it
         if verify:
             content["verified"] = verified(transformer, path, calls, cuts, content["lossy"], size > SAVE_MEMORY_BYTES)
             _describe(path, content)

@@ -80,7 +80,7 @@ METRICS = {
     "clip_score": Metric("CLIP score", 1.0, lambda v: v, equal=True),
 }
 LAYER_GROWTH = "largest growth of a layer's error"
-LAYER_MARGIN = 3.0
+LAYER_MARGIN = 6.0
 NOTE = (
     "Errors in dB, larger is worse; distances of sets in their own unit. Differences are from the baseline where the measure does"
     " not say otherwise, and limits are of them."

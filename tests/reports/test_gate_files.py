@@ -28,7 +28,7 @@ def test_a_baseline_passes_itself_and_fails_once_a_layer_is_off(path: Path):
     report = json.loads(path.read_text())["report"]
     assert gate.gate(report, baseline).verdict == gate.PASS
     name = next(iter(report["probe"]["layers"]))
-    report["probe"]["layers"][name] = [value + 6 for value in report["probe"]["layers"][name]]
+    report["probe"]["layers"][name] = [value + 9 for value in report["probe"]["layers"][name]]
     failed = gate.gate(report, baseline)
     assert failed.verdict == gate.FAIL and name in gate.summary(failed)
     assert set(report["floor"]) == {"other seeds", "other batch", "bfloat16"}
