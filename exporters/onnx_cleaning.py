@@ -9,6 +9,7 @@ import onnx_ir as ir
 SCOPES = "pkg.torch.onnx.name_scopes"
 PAIR = "quantdit.pair"
 LARGE = 2**30
+GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 NARROW_FROM = 1024  # numbers; smaller constants stay float32
 
 
@@ -167,6 +168,25 @@ def finish(model: ir.Model, output: str) -> None:
     model.producer_name = "quantdit"
     model.producer_version = None
     graph.sort()
+    weights_first(graph)
+
+
+def weights_first(graph: ir.Graph) -> None:
+    """Put the nodes that decode weights, which depend on nothing that is given, in front of all others.
+
+    Of what a node needs ONNX Runtime runs first what comes later in the graph. Were a layer's weights decoded next to the layer,
+    they would be before what leads to the layer is computed: all layers' weights at once, four times the memory of the file.
+    """
+    given = set(graph.inputs)
+    decoding = []
+    for node in graph:
+        if given.isdisjoint(node.inputs) and not any(a.type in GRAPHS for a in node.attributes.values()):
+            decoding.append(node)
+        else:
+            given.update(node.outputs)
+    if others := [node for node in graph if not given.isdisjoint(node.outputs)]:
+        graph.remove(decoding)
+        graph.insert_before(others[0], decoding)
 
 
 def narrow_weights(graph: ir.Graph) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -129,12 +130,13 @@ def test_the_plan_begins_with_what_the_targets_ask_and_reaches_every_cell():
 
 
 def test_baselines_are_near_the_dense_product():
-    """Each by the package's own code, in Triton's interpreter where it has kernels."""
-    command = [sys.executable, "-P", "-W", "ignore", HERE / "baselines_on_cpu.py", *BASELINES]
+    """Each by the package's own code, in Triton's interpreter where it has kernels; sdnq, which is GPL, where somebody has it."""
+    here = [name for name, baseline in BASELINES.items() if baseline.package != "sdnq" or importlib.util.find_spec("sdnq")]
+    command = [sys.executable, "-P", "-W", "ignore", HERE / "baselines_on_cpu.py", *here]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     errors = json.loads(done.stdout.splitlines()[-1])
-    assert errors.keys() == BASELINES.keys()
+    assert list(errors) == here and len(here) >= 3
     for name, error in errors.items():
         assert 0.001 < error <= BASELINES[name].error, f"{name} is off by {error:.3f}"
 
