@@ -186,6 +186,7 @@ WEIGHT_FORMATS = {
     "table": {2: "table2", 3: "table3", 4: "table4"},
     "vq": {2: "vq256x4", 3: "vq64x2", 4: "vq256x2"},
     "ssvq": {2: "ssvq256x8", 3: "ssvq256x4"},
+    "trellis": {2: "trellis2_l12", 3: "trellis3_l12", 4: "trellis4_l12"},
 }
 
 # What presets take. At 2 bits four levels are too few: codebooks of vectors, calibrated further (calibration/assignments.py).
