@@ -73,18 +73,47 @@ def _shuffle(past: np.ndarray, bits: int) -> np.ndarray:
 
 def states(codes: Tensor, window: int, bits: int) -> Tensor:
     """Return the states `[out, n]` int32 of the codes `[out, n]` uint8 of whole columns."""
-    codes = codes.int()
-    total = codes << (window - bits)
-    for j in range(1, -(-window // bits)):
-        shift = window - bits * (j + 1)
-        before = codes.roll(j, 0)
-        total |= before << shift if shift >= 0 else before >> -shift
-    return total
+    return _states(_with_past(codes, window, bits), window, bits)
 
 
 def decode(codes: Tensor, f: Format) -> Tensor:
     """Return `I` int8 `[out, n]` of the codes `[out, n]` uint8 of whole columns."""
-    return table(f.window, f.code_bits).to(codes.device)[states(codes, f.window, f.code_bits)]
+    entries = table(f.window, f.code_bits).to(codes.device)
+    integers = torch.empty(codes.shape, dtype=torch.int8, device=codes.device)
+    extended = _with_past(codes, f.window, f.code_bits)
+    rows, past = max(1, DECODED_AT_ONCE // codes.shape[1]), len(extended) - len(codes)
+    for start in range(0, len(codes), rows):
+        part = _states(extended[start : start + rows + past], f.window, f.code_bits)
+        integers[start : start + rows] = entries.index_select(0, part.flatten()).reshape(part.shape)
+    return integers
+
+
+def _with_past(codes: Tensor, window: int, bits: int) -> Tensor:
+    """Return codes with those in front that go before the first, which are the last."""
+    together = _together(window, bits)
+    past = -(-window // (together * bits)) * together - 1
+    return torch.cat([codes[torch.arange(-past, 0, device=codes.device) % len(codes)], codes])
+
+
+def _together(window: int, bits: int) -> int:
+    """Return how many codes, a power of two, are put together first: as many as a byte and the window hold."""
+    return max(m for m in (1, 2, 4) if m == 1 or m * bits <= min(8, window))
+
+
+def _states(codes: Tensor, window: int, bits: int) -> Tensor:
+    """Return the states of codes that stand behind their past: codes put together while a byte holds them, then bytes."""
+    together, step = _together(window, bits), 1
+    while step < together:
+        codes = codes[step:] << bits | codes[:-step]
+        step, bits = 2 * step, 2 * bits
+    pieces = -(-window // bits)
+    count = len(codes) - (pieces - 1) * step
+    codes = codes.int()
+    total = codes[(pieces - 1) * step :] << (window - bits)
+    for j in range(1, pieces):
+        before, shift = codes[(pieces - 1 - j) * step :][:count], window - bits * (j + 1)
+        total |= before << shift if shift >= 0 else before >> -shift
+    return total
 
 
 def _fields(f: Format, s: QSpec) -> dict[str, Field]:
