@@ -136,11 +136,6 @@ activation_bits = 8
 activation_format = "affine"
 
 [[rule]]
-match = "transformer_blocks.1.attn1.to_out.0"
-weight = "trellis3_l12"
-activation_bits = 8
-
-[[rule]]
 match = "role:embedder"
 weight = "dense"
 

@@ -163,9 +163,7 @@ def project_cases(arch: int) -> Iterator[Case]:
 def decode_cases(arch: int) -> Iterator[Case]:
     """Every packed format that decodes differently, and shorter last blocks."""
     packed = [
-        name
-        for name, f in FORMATS.items()
-        if (f.code_bits < 8 or f.dim > 1) and not name.endswith("e4m3") and not f.window
+        name for name, f in FORMATS.items() if (f.code_bits < 8 or f.dim > 1) and not name.endswith("e4m3") and not f.window
     ]
     for name, tail in [*((name, 128) for name in packed), ("int4", 64), ("int3", 40)]:
         types, constants = weight_arguments(name, 64)
@@ -178,7 +176,9 @@ def decode_cases(arch: int) -> Iterator[Case]:
 def trellis_cases(arch: int) -> Iterator[Case]:
     """Every width of codes with the smallest table, one that fits shared memory and one that does not."""
     for name, tail in [*((f"trellis{b}_l{w}", 128) for b in (2, 3, 4) for w in (10, 12, 16)), ("trellis3_l12", 40)]:
-        types = {"data_ptr": "*u8", "table_ptr": "*i8", "y_ptr": "*i8"} | dict.fromkeys(("N", "K", "row_bytes", "first_tile"), "i32")
+        types = {"data_ptr": "*u8", "table_ptr": "*i8", "y_ptr": "*i8"} | dict.fromkeys(
+            ("N", "K", "row_bytes", "first_tile"), "i32"
+        )
         constants = decode_trellis.constants(FORMATS[name]) | {"T": tail, "BN": decode_trellis.BN}
         yield Case("decode_trellis_kernel", f"{name}, block of {tail}", arch, types, constants, 4, 3)
 
