@@ -9,6 +9,7 @@ With numba (`pip install 'quantdit[fast]'`) the work on a CPU is calibration/vit
 
 from __future__ import annotations
 
+import itertools
 from importlib.util import find_spec
 
 import torch
@@ -42,7 +43,7 @@ def encode(targets: Tensor, f: Format, memory: int = MEMORY) -> Tensor:
         return found[:, around : around + out].T.contiguous()
     past = states(found.T, f.window - f.code_bits, f.code_bits)[around - 1].reshape(count, columns).long()
     codes = torch.empty(out, columns, dtype=torch.uint8, device=targets.device)
-    for length in sorted({b - a for a, b in zip(cuts, cuts[1:], strict=False)}):
+    for length in sorted({b - a for a, b in itertools.pairwise(cuts)}):
         of_length = [s for s in range(count) if cuts[s + 1] - cuts[s] == length]
         parts = torch.stack([targets[cuts[s] : cuts[s + 1]].T for s in of_length])  # [segments, n, length]
         first, last = past[of_length], past[[(s + 1) % count for s in of_length]]

@@ -42,7 +42,7 @@ def solve(x: Tensor, entries: Tensor, bits: int, first: Tensor | None, last: Ten
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _best_of_4(x, cost, entries, at, run, here, pasts, count, value, left):
-    """Set value and left, from `here` on, to the least cost and its a of a = 0..3. Indices are unsigned: none counts from the end."""
+    """Set value and left, from `here` on, to the least cost and its a of a = 0..3. Indices are unsigned, which saves a test."""
     for c in range(count):
         d0 = x - entries[here + c]
         d1 = x - entries[here + pasts + c]

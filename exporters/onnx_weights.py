@@ -103,7 +103,7 @@ def _signed(nodes: Nodes, spec: QSpec, read: Read, element: str) -> ir.Value:
 
 
 def _trellis(nodes: Nodes, spec: QSpec, codes: ir.Value, element: str) -> ir.Value:
-    """Return `I^T` of codes `[in, out]`: shifts of int32 are products and quotients, and the outputs before come by their index."""
+    """Return `I^T` of codes `[in, out]`: shifts are products and quotients, and the outputs before come by their index."""
     f = FORMATS[spec.format]
     states = None
     for j in range(-(-f.window // f.code_bits)):

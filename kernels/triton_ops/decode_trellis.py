@@ -47,7 +47,7 @@ def decode_trellis_kernel(
         row = ((rows + (PIECES * N - j)) % N).to(tl.int64)  # before the first comes the last
         base = data_ptr + row[:, None] * row_bytes + tile * (128 * BITS // 8)
         code = narrow_codes(base, tl.arange(0, 128)[None, :], ok, BITS, T)
-        if WINDOW >= BITS * (j + 1):
+        if BITS * (j + 1) <= WINDOW:
             state |= code << (WINDOW - BITS * (j + 1))
         else:
             state |= code >> (BITS * (j + 1) - WINDOW)
