@@ -9,6 +9,7 @@ depends on a comparison is slow on some CPUs. Runs shorter than RUN are too shor
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from numba import njit
 from torch import Tensor
 
 RUN = 64
-FEW = 4  # sequences that are not worth another thread
+FEW = 2  # sequences that are worth a thread of their own
 
 
 def solve(x: Tensor, entries: Tensor, bits: int, first: Tensor | None, last: Tensor | None) -> Tensor:
@@ -35,9 +36,13 @@ def solve(x: Tensor, entries: Tensor, bits: int, first: Tensor | None, last: Ten
     if threads == 1:
         work(parts[0])
     else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, parts))
+        list(_pool(threads).map(work, parts))
     return torch.from_numpy(codes)
+
+
+@lru_cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

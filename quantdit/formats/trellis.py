@@ -5,20 +5,20 @@ own code and on those of the outputs before it, L bits of them in all, its own t
 
     state[o, i] = code[o, i] 2^(L - k) + code[o - 1, i] 2^(L - 2k) + code[o - 2, i] 2^(L - 3k) + ...    (bits below 0 cut off)
 
-Before output 0 comes the last one: the window goes round (tail-biting), so that no start is stored and none is special. A bitshift
-trellis (QTIP, Tseng et al. 2024, arXiv 2406.11235), which decodes all weights at once, in no order; along the outputs, not the
-inputs, so that error feedback can take one input after another (calibration/viterbi.py finds the codes).
+Before output 0 comes the last one: the window goes round (tail-biting), so that no start is stored and none is special. It is the
+bitshift trellis of QTIP (Tseng et al. 2024, arXiv 2406.11235), which decodes all weights at once, in any order; here along the
+outputs, not the inputs, so that error feedback can take one input after another (calibration/viterbi.py finds the codes).
 
-The table follows from L and k and is not stored: quantiles of the Gaussian in units of 64ths of the largest. With state = b C + c,
-b the weight's own code, C = 2^(L - k) and c = h 2^k + a, its a the k bits that leave the window next, it is
+The table follows from L and k and is not stored: quantiles of the Gaussian in units of 64ths of the largest. With
+state = b C + c, b the weight's own code, C = 2^(L - k), c = h 2^k + a, and so a the k bits that leave the window next, it is
 
     table[state] = quantile[((a + b + stir(h)) mod 2^k) C + shuffle(c)]
 
-so that the 2^k values that the past leaves to choose from lie one in each 2^k-th of the Gaussian, all at one place within it, and the
-2^k pasts that a future cannot tell apart have each value in another 2^k-th. Against a table in random order that saves 9 % of the
-error of 4 bits and L = 12. `stir` and `shuffle` are products of integers: the tables are the same on every machine.
+The 2^k values that a past leaves to choose from thus lie one in each 2^k-th of the Gaussian, all at one place within it, and of
+2^k pasts that the next one cannot tell apart each has a code's value in another 2^k-th. Against a table in random order that saves
+9 % of the error at 4 bits and L = 12. `stir` and `shuffle` are products of integers: tables are the same on every machine.
 
-Names: `trellis<k>_l<L>`, k = 2, 3, 4 and L = 10, 12, 14, 16. Larger L are better and slower to find, alike to store.
+Names: `trellis<k>_l<L>`, k = 2, 3, 4 and L = 10, 12, 14, 16. A larger L is better and slower to find, and takes the same bytes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Remake formats.json and errors.json. Run `python -P tests/golden/make_golden.py` and say why they changed.
 
-formats.json: sha256 of packed bytes per format, and of the tables that trellis formats do not store. errors.json: NMSE of rounding one weight to nearest, per format and way to fit.
+formats.json: sha256 of packed bytes per format, and of the tables that trellis formats do not store. errors.json: NMSE of
+rounding one weight to nearest, per format and way to fit.
 Codes and weights come from SHAKE-256, so that no library's random numbers can change them.
 """
 
