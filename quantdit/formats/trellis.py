@@ -15,8 +15,8 @@ state = b C + c, b the weight's own code, C = 2^(L - k), c = h 2^k + a, and so a
     table[state] = quantile[((a + b + stir(h)) mod 2^k) C + shuffle(c)]
 
 The 2^k values that a past leaves to choose from thus lie one in each 2^k-th of the Gaussian, all at one place within it, and of
-2^k pasts that the next one cannot tell apart each has a code's value in another 2^k-th. Against a table in random order that saves
-9 % of the error at 4 bits and L = 12. `stir` and `shuffle` are products of integers: tables are the same on every machine.
+2^k pasts that the next one cannot tell apart each has a code's value in another 2^k-th. Against a table in random order that
+saves 9 % of the error at 4 bits and L = 12. `stir` and `shuffle` are products of integers: tables are the same on every machine.
 
 Names: `trellis<k>_l<L>`, k = 2, 3, 4 and L = 10, 12, 14, 16. A larger L is better and slower to find, and takes the same bytes.
 """
