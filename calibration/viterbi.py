@@ -64,7 +64,7 @@ def solve(x: Tensor, entries: Tensor, bits: int, first: Tensor | None, last: Ten
         last: the same for where it ends.
         memory: bytes.
     """
-    if not x.is_cuda and numba_is_installed():
+    if x.device.type == "cpu" and numba_is_installed():
         from quantdit.calibration.viterbi_numba import solve as fast
 
         return fast(x, entries, bits, first, last)

@@ -9,7 +9,6 @@ depends on a comparison is slow on some CPUs. Runs shorter than RUN are too shor
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -36,16 +35,12 @@ def solve(x: Tensor, entries: Tensor, bits: int, first: Tensor | None, last: Ten
     if threads == 1:
         work(parts[0])
     else:
-        list(_pool(threads).map(work, parts))
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, parts))
     return torch.from_numpy(codes)
 
 
-@lru_cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _best_of_4(x, cost, entries, at, run, here, pasts, count, value, left):
     """Set value and left, from `here` on, to the least cost and its a of a = 0..3. Indices are unsigned, which saves a test."""
     for c in range(count):
@@ -64,7 +59,7 @@ def _best_of_4(x, cost, entries, at, run, here, pasts, count, value, left):
         left[here + c] = j if w < v else i
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _better_of_4(x, cost, entries, at, run, there, pasts, here, count, number, old, old_left, value, left):
     """The same for a = number..number + 3, against what the a before came to: `old`."""
     for c in range(count):
@@ -85,7 +80,7 @@ def _better_of_4(x, cost, entries, at, run, there, pasts, here, count, number, o
         left[here + c] = i if v < before else old_left[here + c]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _solve(sequences, entries, bits, first, last, codes):
     length = sequences.shape[1]
     options = 1 << bits

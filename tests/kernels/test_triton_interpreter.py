@@ -26,6 +26,7 @@ FILES = {
         "quantize_tokens_kernel",
         "quantize_project_kernel",
         "decode8_kernel",
+        "decode_trellis_kernel",
         "gemm_w8a8_kernel",
         "gemm_w4_kernel",
         "sum_splits_kernel",
