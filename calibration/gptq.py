@@ -93,6 +93,7 @@ def descend(codes: Tensor, W: Tensor, H: Tensor, grid: Grid, groups: list[Params
 
     GPTQ never goes back to a column. Here each column in turn takes the level nearest to the best real number for it, all others
     held, `v_i - (H (V - W))_i / H_ii`, which no other level can beat. (CDQuant, Nair and Suggala 2024, arXiv 2406.17542.)
+    What a trellis takes is nearly the best for the column, so the column keeps its codes where those are nearer.
     """
     values = zip(codes.split(group_size, dim=1), groups, strict=True)
     V, codes = torch.cat([grid.value(c, p) for c, p in values], dim=1).T.contiguous(), codes.T.contiguous()
@@ -101,8 +102,11 @@ def descend(codes: Tensor, W: Tensor, H: Tensor, grid: Grid, groups: list[Params
 
     def visit(i: int, slope: Tensor, moved: Tensor) -> None:
         params = groups[i // group_size]
-        c = grid.encode((V[i] - slope[0] / curvature[i])[:, None], params)
+        target = V[i] - slope[0] / curvature[i]
+        c = grid.encode(target[:, None], params)
         v = grid.value(c, params)[:, 0]
+        if torch.dist(v, target) > torch.dist(V[i], target):
+            v, c = V[i], codes[i][:, None]
         moved[0] = v - V[i]
         V[i], codes[i] = v, c[:, 0]
 

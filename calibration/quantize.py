@@ -66,7 +66,8 @@ def quantize_weight(
         codes, groups = rtn(W, importance, grid, group_size)
     spec = QSpec(format, *weight.shape, group_size, grid.codebook_rows)
     q = QTensor(spec, f.pack(f, codes), _zero_rows(grid.scale, weight), **grid.fields(groups))
-    return _refine_scale(q, weight, gram) if method == "gptq" else q
+    q = _refine_scale(q, weight, gram) if method == "gptq" else q
+    return replace(q, scale=vectors.in_16_bits(q.scale)) if f.window else q
 
 
 def _quantize_vectors(

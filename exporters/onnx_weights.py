@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quantdit.exporters.onnx_nodes import Nodes
-from quantdit.formats import FORMATS, QSpec
+from quantdit.formats import FORMATS, QSpec, trellis
 from quantdit.formats.packing import PLANES
 from quantdit.layer_spec import decodes_to_fp8
 from quantdit.qtensor import QTensor
@@ -51,7 +51,7 @@ def emit_integers(nodes: Nodes, spec: QSpec, read: Read, element: str, storage: 
     shape = (spec.in_features, spec.out_features)
     if not is_packed(spec, storage):
         return _dense(nodes, spec, read, element)
-    if f.dim == 1 and spec.codebook_rows == 1 and not _affine(spec) and len(PLANES[f.code_bits]) == 1:
+    if f.dim == 1 and spec.codebook_rows == 1 and not _affine(spec) and not f.window and len(PLANES[f.code_bits]) == 1:
         # One Gather unpacks and decodes: the table of a byte holds the levels of its codes.
         book = _level_of(read().codebook[0], element)
         table = nodes.constant("levels_of_byte", book[_codes_of_byte(f.code_bits)])
@@ -59,6 +59,8 @@ def emit_integers(nodes: Nodes, spec: QSpec, read: Read, element: str, storage: 
     if f.sign_split:
         return _signed(nodes, spec, read, element)
     codes = _codes(nodes, spec, read)
+    if f.window:
+        return _trellis(nodes, spec, codes, element)
     if _affine(spec):
         return _affine_integers(nodes, spec, read, codes, element)
     if f.dim > 1:
@@ -98,6 +100,22 @@ def _signed(nodes: Nodes, spec: QSpec, read: Read, element: str) -> ir.Value:
         integers = nodes.op("Add", [integers, nodes.constant("zero_point", np.array(ZERO_POINT, dtype=np.int32))])
     flat = nodes.reshape(nodes.op("Transpose", [integers], perm=[0, 2, 1]), (spec.in_features, spec.out_features))
     return nodes.op("Cast", [flat], to=PARTS[element])
+
+
+def _trellis(nodes: Nodes, spec: QSpec, codes: ir.Value, element: str) -> ir.Value:
+    """Return `I^T` of codes `[in, out]`: shifts are products and quotients, and the outputs before come by their index."""
+    f = FORMATS[spec.format]
+    states = None
+    for j in range(-(-f.window // f.code_bits)):
+        before = codes
+        if j:
+            index = (np.arange(spec.out_features) - j) % spec.out_features
+            before = nodes.op("Gather", [codes, nodes.constant("outputs_before", index)], axis=1)
+        shift = f.window - f.code_bits * (j + 1)
+        factor = nodes.constant("power_of_two", np.array(2 ** abs(shift), dtype=np.int32))
+        part = nodes.op("Mul" if shift >= 0 else "Div", [before, factor])
+        states = part if states is None else nodes.op("Add", [states, part])
+    return nodes.op("Gather", [nodes.constant("trellis", _level_of(trellis.table(f.window, f.code_bits), element)), states])
 
 
 def _codes(nodes: Nodes, spec: QSpec, read: Read) -> ir.Value:

@@ -83,8 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     vectors = sub.add_argument_group("assignments of codebooks and tables, calibrated on the outputs of blocks (VQ4DiT)")
     vectors.add_argument(
         "--weight-format",
-        choices=("table", "vq", "ssvq"),
-        help="with --bits: level tables, codebooks of vectors, or these with signs split off (w2: vq, else table)",
+        choices=("table", "vq", "ssvq", "trellis"),
+        help="with --bits: level tables, codebooks of vectors, these with signs split off, or trellis codes (w2: vq, else table)",
     )
     vectors.add_argument(
         "--calibration-steps", type=_count, metavar="N", help="optimizer steps, of each block or end to end (w2: 300, else 0)"

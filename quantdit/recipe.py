@@ -22,6 +22,7 @@ ROTATIONS = ("none", "hadamard", "outlier", "ars", "auto", "regular")
 SMOOTHINGS = ("none", "rms", "absmax", "salience")
 TABLES = ("lloyd-max", "twin-log", "twin-log-paper", "gaussian")
 LARGEST_RANK = 512
+LEAST_OUTPUTS = 32  # of a trellis, whose windows go round: of fewer weights they leave too few to choose from
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Rule:
         bias_correction: the bias takes up what quantization does to the mean of the output.
         table: for `table2..6`, how the levels are chosen.
         table_rows: one table per `layer` or per output `channel`.
-        otherwise: the format of layers whose width `weight` cannot take, whose codewords are vectors; "" refuses such layers.
+        otherwise: the format of layers that `weight` cannot take: of a width that its vectors do not divide, or of fewer outputs
+            than LEAST_OUTPUTS for a trellis; "" refuses such layers.
         optional: a preset's rule may match nothing; a user's may not.
     """
 
@@ -181,11 +183,13 @@ class LayerPlan:
 # The weight format per X of wXaY. Level tables beat integers with a group size of equal stored bits: reports/study.
 WEIGHTS = {2: "table2", 3: "table3", 4: "table4", 6: "table6", 8: "int8"}
 
-# What --weight-format replaces a preset's weights by: tables of levels, codebooks of vectors, the same with signs split off.
+# What --weight-format replaces a preset's weights by: tables of levels, codebooks of vectors, the same with signs split off,
+# trellis codes.
 WEIGHT_FORMATS = {
     "table": {2: "table2", 3: "table3", 4: "table4"},
     "vq": {2: "vq256x4", 3: "vq64x2", 4: "vq256x2"},
     "ssvq": {2: "ssvq256x8", 3: "ssvq256x4"},
+    "trellis": {2: "trellis2_l12", 3: "trellis3_l12", 4: "trellis4_l12"},
 }
 
 # What presets take. At 2 bits four levels are too few: codebooks of vectors, calibrated further (calibration/assignments.py).
@@ -355,7 +359,7 @@ def options(recipe: Recipe, layers: list[Layer]) -> dict[str, dict[str, LayerPla
         for number, rule in enumerate(recipe.rules):
             if rule.matches(layer.name, layer.role):
                 used.add(number)
-                if rule.otherwise and layer.in_features % FORMATS[rule.weight].dim:
+                if rule.otherwise and _refusal(rule.weight, layer):
                     rule = replace(rule, weight=rule.otherwise, otherwise="")
                 if rule.weight != DENSE:
                     weights = WEIGHTS.values() if rule.weight == AUTO else (rule.weight,)
@@ -369,16 +373,25 @@ def options(recipe: Recipe, layers: list[Layer]) -> dict[str, dict[str, LayerPla
 
 def _plan(rule: Rule, number: int, layer: Layer, recipe: Recipe) -> LayerPlan:
     width = layer.in_features
-    f = FORMATS[rule.weight]
-    where = f"recipe {recipe.name}, rule {number + 1} ({rule.match!r}): layer {layer.name} has {width} inputs, which"
-    if width % f.dim:
-        raise ValueError(
-            f'{where} {f.name} cannot take {f.dim} at a time; name a scalar format for such layers, as in otherwise = "table2"'
-        )
+    where = f"recipe {recipe.name}, rule {number + 1} ({rule.match!r}): layer {layer.name} has"
+    if refusal := _refusal(rule.weight, layer):
+        raise ValueError(f'{where} {refusal}; name a scalar format for such layers, as in otherwise = "table2"')
     if isinstance(rule.group_size, int) and width % rule.group_size:
-        raise ValueError(f'{where} group_size = {rule.group_size} does not divide; use group_size = "auto" or "channel"')
+        raise ValueError(
+            f'{where} {width} inputs, which group_size = {rule.group_size} does not divide; use group_size = "auto" or "channel"'
+        )
     wanted = 0 if rule.activation_group_size == "token" else rule.activation_group_size
     return LayerPlan(rule, _group_size(rule, width), _largest_group(wanted, width, 0))
+
+
+def _refusal(weight: str, layer: Layer) -> str:
+    """Return why a format does not take a layer, or nothing."""
+    f = FORMATS[weight]
+    if layer.in_features % f.dim:
+        return f"{layer.in_features} inputs, which {f.name} cannot take {f.dim} at a time"
+    if f.window and layer.out_features < LEAST_OUTPUTS:
+        return f"{layer.out_features} outputs, and {f.name} needs {LEAST_OUTPUTS}"
+    return ""
 
 
 def _group_size(rule: Rule, width: int) -> int:

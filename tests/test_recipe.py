@@ -422,6 +422,9 @@ def test_weight_formats_replace_each_other():
     assert {rule.weight for rule in table.rules} == {"table2", "dense"} and {rule.otherwise for rule in table.rules} == {""}
     assert {rule.weight for rule in recipe.with_weight_format(recipe.from_bits("w3a8"), "vq").rules} == {"vq64x2", "dense"}
     assert {rule.weight for rule in recipe.with_weight_format(vq, "ssvq").rules} == {"ssvq256x8", "dense"}
+    for bits in ("w2a16", "w3a8", "w4a8"):
+        weights = {rule.weight for rule in recipe.with_weight_format(recipe.from_bits(bits), "trellis").rules}
+        assert weights == {f"trellis{bits[1]}_l12", "dense"}
     with pytest.raises(ValueError, match="w4a8: weight format ssvq has no weights of this width; use w2 or w3"):
         recipe.with_weight_format(recipe.from_bits("w4a8"), "ssvq")
 
@@ -443,3 +446,13 @@ def test_rules_checked_when_built_in_python_too():
     rule = Rule("*", "int4")
     for wrong in ({"weight": "int5"}, {"group_size": 63}, {"activation_bits": 9}, {"rotation": "yes"}, {"method": "awq"}):
         assert "'*'" in refusal(lambda wrong=wrong: replace(rule, **wrong))
+
+
+def test_a_trellis_needs_outputs_to_go_round():
+    """Of fewer than 32 the layer is refused by name, or takes what the rule has for it otherwise."""
+    layers = [recipe.Layer("a", "attention", 32, 20), recipe.Layer("b", "attention", 31, 20)]
+    rule = recipe.Rule("*", weight="trellis4_l12")
+    with pytest.raises(ValueError, match=r"layer b has 31 outputs, and trellis4_l12 needs 32; name a scalar format"):
+        recipe.resolve(recipe.Recipe("r", (rule,)), layers)
+    plans = recipe.resolve(recipe.Recipe("r", (replace(rule, otherwise="table4"),)), layers)
+    assert [plan.rule.weight for plan in plans.values()] == ["trellis4_l12", "table4"]

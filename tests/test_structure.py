@@ -55,6 +55,7 @@ HEAVY = (
     "diffusers",
     "peft",
     "triton",
+    "numba",
     "onnx",
     "onnxruntime",
     "matplotlib",
@@ -192,5 +193,5 @@ def test_importing_is_light():
         print((first, {looked}, is_initialized()))"""
     first, then, initialised = ast.literal_eval(started(code))
     assert then == first, "only what torch itself brings"
-    assert not set(then) & {"diffusers", "triton", "onnx", "onnxruntime", "matplotlib", "transformers"}
+    assert not set(then) & {"diffusers", "triton", "numba", "onnx", "onnxruntime", "matplotlib", "transformers"}
     assert not initialised

@@ -81,6 +81,18 @@ def _plane(base, j, ok, START: tl.constexpr, P: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
+def narrow_codes(base, j, ok, BITS: tl.constexpr, T: tl.constexpr):
+    """Return codes j of at most 6 bits, int32, of the blocks of T codes at `base`."""
+    if BITS == 6:
+        code = _plane(base, j, ok, 0, 4, T) | (_plane(base, j, ok, T // 2, 2, T) << 4)
+    elif BITS == 3:
+        code = _plane(base, j, ok, 0, 2, T) | (_plane(base, j, ok, T // 4, 1, T) << 2)
+    else:
+        code = _plane(base, j, ok, 0, BITS, T)
+    return code
+
+
+@triton.jit
 def stored_tile(
     data_ptr,
     multiplier_ptr,
@@ -117,12 +129,8 @@ def stored_tile(
         elif BITS == 12:
             code = tl.load(base + j, mask=ok, other=0).to(tl.int32)
             negative = _plane(base, j, ok, T, 4, T)
-        elif BITS == 6:
-            code = _plane(base, j, ok, 0, 4, T) | (_plane(base, j, ok, T // 2, 2, T) << 4)
-        elif BITS == 3:
-            code = _plane(base, j, ok, 0, 2, T) | (_plane(base, j, ok, T // 4, 1, T) << 2)
         else:
-            code = _plane(base, j, ok, 0, BITS, T)
+            code = narrow_codes(base, j, ok, BITS, T)
         if KIND == "affine":
             at = row[:, None] * (K // GROUP) + (column // GROUP)[None, :] if GROUP else row[:, None] + lane[None, :] * 0
             multiplier = tl.load(multiplier_ptr + at, mask=ok, other=0).to(tl.int32)

@@ -4,9 +4,9 @@
               separate  otherwise                                                 rotate or torch, then quantize_tokens
     product   w8a8      the weight is 8 bits as stored                            gemm_w8a8
               w4a8      packed weight, m below `decode_from_m`                    gemm_w4a8, decoded in registers
-              decode    packed weight, m from there on, or e4m3 activations       decode8 to scratch, then gemm_w8a8
+              decode    packed weight, m from there on; e4m3 activations; trellis decode8 to scratch, then gemm_w8a8
               w4a16     16-bit activations, m up to `w4a16_up_to_m`               gemm_w4a16
-              dense     16-bit activations, more tokens, float32, or split signs  decode8, then torch's product
+              dense     the same, more tokens, float32, split signs or a trellis  decode8, then torch's product
 
 From `torch_from_m` on, gemm_w8a8 is torch._int_mm or torch._scaled_mm with the rest of the epilogue after it. `QUANTDIT_KERNELS`
 or `using(mode)` chooses otherwise: `packed` and `decode` fix the product of packed weights with quantized activations, `torch`
@@ -92,17 +92,22 @@ def choose(m: int, layer: LayerSpec, dtype: torch.dtype, capability: int) -> Way
     a, weight = layer.activation, layer.weight
     if a.bits == 16:
         few = m <= CROSSOVER["w4a16_up_to_m"][architecture(capability)] and dtype != torch.float32 and mode != "reference"
-        few = few and not FORMATS[weight.format].sign_split
+        few = few and multiplies_packed(weight.format)
         return Way("separate", "w4a16" if few else "dense")
     prepare = "fused" if layer.rotation == "hadamard" and layer.rank <= LARGEST_RANK else "separate"
     if weight.format in WHOLE:
         return Way(prepare, "w8a8")
-    if a.format == "fp8":
+    if a.format == "fp8" or FORMATS[weight.format].window:
         return Way(prepare, "decode")
     if mode in ("packed", "decode"):
         return Way(prepare, "w4a8" if mode == "packed" else "decode")
     decode = mode == "torch" or _from("decode_from_m", m, capability)
     return Way(prepare, "decode" if decode else "w4a8")
+
+
+def multiplies_packed(format: str) -> bool:
+    """Whether gemm_w4a16 decodes weights of this format in registers: not split signs, which spill, nor a trellis."""
+    return not FORMATS[format].sign_split and not FORMATS[format].window
 
 
 def _from(point: str, m: int, capability: int) -> bool:
@@ -274,6 +279,10 @@ def decode8(
     stored = (data, multiplier, offset, codebook, format, in_features, group_size)
     if format in WHOLE or not kernels_run(data):
         return ops.decode8_reference(*stored)
+    if FORMATS[format].window:
+        from quantdit.kernels.triton_ops.decode_trellis import decode_trellis
+
+        return decode_trellis(data, format, in_features)
     from quantdit.kernels.triton_ops.decode8 import decode8 as kernel
 
     return kernel(*stored)
@@ -340,7 +349,8 @@ def gemm_w4a8(
     stored = (data, multiplier, offset, codebook, format, group_size)
     after = (thin, up, activation, gate, residual)
     ops.check_after(codes, data.shape[0], *after)
-    if codes.dtype == torch.float8_e4m3fn:  # decoded in registers, its sums would have to wait for each other on Hopper
+    # Decoded in registers, sums of e4m3 would have to wait for each other on Hopper; a trellis needs the codes of other outputs.
+    if codes.dtype == torch.float8_e4m3fn or FORMATS[format].window:
         weight = decode8(data, multiplier, offset, codebook, format, codes.shape[1], group_size)
         return gemm_w8a8(codes, token_scale, weight, scale, bias, dtype, *after)
     if not _takes_codes(codes):
@@ -370,7 +380,7 @@ def gemm_w4a16(
     stored = (data, multiplier, offset, codebook, format, group_size)
     after = (thin, up, activation, gate, residual)
     ops.check_after(x, data.shape[0], *after)
-    if not kernels_run(x) or x.dtype not in (torch.float16, torch.bfloat16) or FORMATS[format].sign_split:
+    if not kernels_run(x) or x.dtype not in (torch.float16, torch.bfloat16) or not multiplies_packed(format):
         return ops.gemm_w4a16_reference(x, *stored, scale, bias, *after)
     from quantdit.kernels.triton_ops.gemm_w4 import gemm_w4 as kernel
 

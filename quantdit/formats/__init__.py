@@ -21,6 +21,7 @@ from quantdit.formats.codebook import (
 )
 from quantdit.formats.float8 import FP8_E4M3
 from quantdit.formats.format import Field, Format, QSpec
+from quantdit.formats.trellis import TRELLIS
 
 FORMATS: dict[str, Format] = {
     "int2": INT2,
@@ -43,6 +44,7 @@ FORMATS: dict[str, Format] = {
     "ssvq256x8": SSVQ256X8,
     "ssvq256x4": SSVQ256X4,
     "fp8_e4m3": FP8_E4M3,
+    **TRELLIS,
 }
 
 __all__ = ["FORMATS", "Field", "Format", "QSpec"]

@@ -47,6 +47,8 @@ class Format:
         code_bits: width of one code.
         dim: weights per code (1 for scalar formats).
         sign_split: whether a code is a codeword of magnitudes and, above it, a bit for each weight that is negative.
+        window: bits, of a weight's code and of those of the outputs before it, that say what the weight is (trellis.py); 0 where
+            its own code does.
         fields: `spec -> {field name: Field}`, everything stored besides `scale` (float32 `[out]`).
         pack: codes `[out, in // dim]` uint8 (int32 above 8 bits) -> `data`.
         unpack: `data`, `in_features // dim` -> codes `[out, in // dim]` of the same dtype; `unpack(pack(codes)) == codes`.
@@ -63,6 +65,7 @@ class Format:
     decode8: Callable[[Format, QSpec, Mapping[str, Tensor]], Tensor]
     check: Callable[[Format, QSpec, Mapping[str, Tensor]], str | None]
     sign_split: bool = False
+    window: int = 0
 
     @property
     def levels(self) -> int:

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from quantdit.formats import FORMATS
-from quantdit.kernels.triton_ops import decode8, dispatch, gemm_fp4, gemm_w4, gemm_w8a8, quantize_tokens
+from quantdit.kernels.triton_ops import decode8, decode_trellis, dispatch, gemm_fp4, gemm_w4, gemm_w8a8, quantize_tokens
 from quantdit.kernels.triton_ops.tuning import Config
 
 FOLDER = Path(__file__).parent
@@ -68,7 +68,7 @@ class Case:
         return self.kernel, self.variant, self.arch
 
 
-MODULES = (quantize_tokens, decode8, gemm_w8a8, gemm_w4, gemm_fp4)
+MODULES = (quantize_tokens, decode8, decode_trellis, gemm_w8a8, gemm_w4, gemm_fp4)
 JIT = {name: value for module in MODULES for name, value in vars(module).items() if name.endswith("_kernel")}
 AFTER = dict.fromkeys(("thin_ptr", "up_ptr", "gate_ptr", "residual_ptr"))
 AFTER_TYPES = dict.fromkeys(AFTER, "*bf16")
@@ -174,13 +174,25 @@ def project_cases(arch: int) -> Iterator[Case]:
 
 def decode_cases(arch: int) -> Iterator[Case]:
     """Every packed format that decodes differently, and shorter last blocks."""
-    packed = [name for name, f in FORMATS.items() if (f.code_bits < 8 or f.dim > 1) and not name.endswith("e4m3")]
+    packed = [
+        name for name, f in FORMATS.items() if (f.code_bits < 8 or f.dim > 1) and not name.endswith("e4m3") and not f.window
+    ]
     for name, tail in [*((name, 128) for name in packed), ("int4", 64), ("int3", 40)]:
         types, constants = weight_arguments(name, 64)
         constants["T"] = tail
         del constants["TAIL"]
         types |= {"y_ptr": "*u8", "N": "i32", "K": "i32", "row_bytes": "i32", "first_tile": "i32"}
         yield Case("decode8_kernel", f"{name}, block of {tail}", arch, types, constants | {"BN": decode8.BN}, 4, 3)
+
+
+def trellis_cases(arch: int) -> Iterator[Case]:
+    """Every width of codes with the smallest table, one that fits shared memory and one that does not."""
+    for name, tail in [*((f"trellis{b}_l{w}", 128) for b in (2, 3, 4) for w in (10, 12, 16)), ("trellis3_l12", 40)]:
+        types = {"data_ptr": "*u8", "table_ptr": "*i8", "y_ptr": "*i8"} | dict.fromkeys(
+            ("N", "K", "row_bytes", "first_tile"), "i32"
+        )
+        constants = decode_trellis.constants(FORMATS[name]) | {"T": tail, "BN": decode_trellis.BN}
+        yield Case("decode_trellis_kernel", f"{name}, block of {tail}", arch, types, constants, 4, 3)
 
 
 def weight_arguments(name: str, group: int, rows: int = 1, k: int = 1536) -> tuple[dict[str, str], dict]:
@@ -332,7 +344,7 @@ def cases(arch: int) -> list[Case]:
     """Return everything that is shipped for an architecture."""
     return [
         c
-        for make in (quantize_cases, project_cases, decode_cases, w8a8_cases, w4_cases, sum_cases, fp4_cases)
+        for make in (quantize_cases, project_cases, decode_cases, trellis_cases, w8a8_cases, w4_cases, sum_cases, fp4_cases)
         for c in make(arch)
     ]
 

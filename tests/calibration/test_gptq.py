@@ -256,7 +256,7 @@ def test_any_group_size(group: int, method: str):
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
-@pytest.mark.parametrize("name", SCALAR)
+@pytest.mark.parametrize("name", [name for name in SCALAR if not FORMATS[name].window])
 def test_values_stay_legal_for_hostile_weights(name: str, method: str):
     """Outliers, one-sided rows, a single weight, equal weights: what is stored decodes, and to something near."""
     W = random(8, 128, seed=8)
@@ -321,7 +321,7 @@ def test_scale_follows_the_weight(name: str, method: str):
 @pytest.mark.parametrize("name", SCALAR)
 def test_the_channel_scale_after_gptq_is_the_best_for_its_codes(name: str):
     """Any other scale of a channel has a larger output error; 1 % off adds 1e-4 of the channel's power."""
-    W, H = random(6, 64), correlated_gram(64)
+    W, H = random(40, 64), correlated_gram(64)
     q = quantize_weight(W, H, name, 64)
 
     def row_errors(scale: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantdit.formats import FORMATS, Format, QSpec
+from quantdit.formats import FORMATS, Format, QSpec, trellis
 from quantdit.formats.packing import pack_codes, packed_bytes, unpack_codes
 from quantdit.qtensor import QTensor, check_values, spec_fields
 
@@ -25,6 +25,7 @@ TABLES = ("table2", "table3", "table4", "table6")
 TABLES_E4M3 = tuple(f"{name}_e4m3" for name in TABLES)
 VECTORS = ("vq256x4", "vq64x2", "vq256x2", "vq256x8")
 SIGN_SPLIT = ("ssvq256x8", "ssvq256x4")
+TRELLIS = tuple(f"trellis{bits}_l{window}" for bits in (2, 3, 4) for window in (10, 12, 14, 16))
 FEW = 256  # of the codes of wide formats
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -72,7 +73,7 @@ def slow_e4m3(code: int) -> float:
 
 def test_the_lists_here_cover_the_table():
     """A new format lands in the generic tests by itself; this says that it also needs a slow definition of its decode."""
-    assert {*AFFINE, *TABLES, *TABLES_E4M3, *VECTORS, *SIGN_SPLIT, "int8", "fp8_e4m3"} == set(FORMATS)
+    assert {*AFFINE, *TABLES, *TABLES_E4M3, *VECTORS, *SIGN_SPLIT, *TRELLIS, "int8", "fp8_e4m3"} == set(FORMATS)
     assert all(name == f.name for name, f in FORMATS.items())
 
 
@@ -325,6 +326,72 @@ def test_every_stored_code_has_an_entry(name: str):
     short = {"data": data, "scale": torch.ones(5), "codebook": torch.ones(f.codewords - 1, f.dim, dtype=torch.int8)}
     with pytest.raises(ValueError, match=f"codebook: expected .*{f.codewords}"):
         QTensor(spec, **short)
+
+
+def slow_states(column: list[int], window: int, bits: int) -> list[int]:
+    """Return each state of a column: the last L bits of the stream of codes that goes round, the newest code on top."""
+    stream = "".join(f"{code:0{bits}b}" for code in reversed(column))  # output 0's code is the last, the low bits
+    states = []
+    for o in range(len(column)):
+        end = len(stream) - bits * o  # of output o's code; what stands behind it are the outputs before
+        turned = (stream[end - bits :] + stream[: end - bits]) * (window // len(stream) + 1)
+        states.append(int(turned[:window], 2))
+    return states
+
+
+@pytest.mark.parametrize("out", [1, 3, 8, 70])
+@pytest.mark.parametrize("name", TRELLIS)
+def test_trellis_decode_of_any_bytes(name: str, out: int):
+    """I[o, i] = table[state], whatever the bits: also of fewer outputs than a window has codes, which go round more than once."""
+    f = FORMATS[name]
+    spec = QSpec(name, out, 40, 40)
+    fields = spec_fields(spec)
+    assert fields.keys() == {"scale", "data"}, "the table is not stored"
+    data = torch.randint(256, fields["data"].shape, generator=torch.Generator().manual_seed(out)).to(torch.uint8)
+    integers = f.decode8(f, spec, {"data": data})
+    assert integers.dtype == torch.int8
+    entries = trellis.table(f.window, f.code_bits).tolist()
+    columns = f.unpack(f, data, 40).T.tolist()
+    expected = [[entries[state] for state in slow_states(column, f.window, f.code_bits)] for column in columns]
+    assert integers.T.tolist() == expected
+    assert f.check(f, spec, {"data": data}) is None
+
+
+@pytest.mark.parametrize(("window", "bits"), [(10, 2), (10, 3), (10, 4)])
+def test_every_state_of_a_trellis_is_reached(window: int, bits: int):
+    """Codes that spell each state once: all entries come out, in the order of the states."""
+    f = FORMATS[f"trellis{bits}_l{window}"]
+    pieces = -(-window // bits)
+    states = torch.arange(2**window)
+    padded = states << (pieces * bits - window)  # the oldest piece may be cut
+    codes = torch.stack([(padded >> (bits * j)) & (2**bits - 1) for j in range(pieces)]).to(torch.uint8)  # oldest first
+    decoded = trellis.decode(codes, f)
+    assert torch.equal(decoded[-1], trellis.table(window, bits))
+
+
+def test_parts_that_are_decoded_at_once_do_not_show(monkeypatch: pytest.MonkeyPatch):
+    f = FORMATS["trellis3_l14"]
+    codes = random_codes(f, 50, 9)
+    whole = trellis.decode(codes, f)
+    for at_once in (1, 9, 100):
+        monkeypatch.setattr(trellis, "DECODED_AT_ONCE", at_once)
+        assert torch.equal(trellis.decode(codes, f), whole)
+
+
+@pytest.mark.parametrize("name", TRELLIS)
+def test_trellis_tables_are_spread_gaussians(name: str):
+    """Each past leaves one value of each 2^k-th of the quantiles, at one place in it; symmetric, and safe pairs (PEAK)."""
+    f = FORMATS[name]
+    table = trellis.table(f.window, f.code_bits)
+    assert torch.equal(table.sort().values, -table.sort().values.flip(0)) and int(table.max()) == trellis.PEAK
+    quantile = torch.distributions.Normal(0, 1).icdf((torch.arange(2**f.window) + 0.5).double() / 2**f.window)
+    assert float((table.sort().values - quantile / trellis.unit(f.window)).abs().max()) < 0.5 + 1e-4
+    options = table.reshape(2**f.code_bits, -1).sort(dim=0).values  # [own code in order, past]
+    strata = table.sort().values.reshape(2**f.code_bits, -1)
+    assert torch.equal(options.sort(dim=1).values, strata)
+    # No rounding is near a tie: nothing but a wrong table differs on another machine.
+    scaled = (quantile / trellis.unit(f.window)).abs()
+    assert float(((scaled % 1) - 0.5).abs().min()) > 1e-7
 
 
 def test_int8_codes_are_the_two_s_complement_of_i():

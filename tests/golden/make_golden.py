@@ -1,6 +1,7 @@
 """Remake formats.json and errors.json. Run `python -P tests/golden/make_golden.py` and say why they changed.
 
-formats.json: sha256 of packed bytes per format. errors.json: NMSE of rounding one weight to nearest, per format and way to fit.
+formats.json: sha256 of packed bytes per format, and of the tables that trellis formats do not store. errors.json: NMSE of
+rounding one weight to nearest, per format and way to fit.
 Codes and weights come from SHAKE-256, so that no library's random numbers can change them.
 """
 
@@ -13,8 +14,8 @@ from pathlib import Path
 import torch
 
 from quantdit.calibration.gptq import rtn
-from quantdit.calibration.grids import AFFINE_FITS, GRIDS, TABLES
-from quantdit.formats import FORMATS
+from quantdit.calibration.grids import AFFINE_FITS, GRIDS, TABLES, Grid
+from quantdit.formats import FORMATS, trellis
 
 FILE = Path(__file__).with_name("formats.json")
 ERRORS = Path(__file__).with_name("errors.json")
@@ -32,16 +33,24 @@ def digests() -> dict[str, str]:
         codes = torch.tensor([number % f.levels for number in numbers], dtype=f.code_dtype).reshape(ROWS, CODES)
         packed = f.pack(f, codes).contiguous().view(torch.uint8)
         result[name] = hashlib.sha256(packed.numpy().tobytes()).hexdigest()
+        if f.window:
+            entries = trellis.table(f.window, f.code_bits)
+            result[f"{name} table"] = hashlib.sha256(entries.numpy().tobytes()).hexdigest()
     return result
 
 
 def errors() -> dict[str, float]:
-    """Return format and options -> NMSE, to five digits, of a weight `[OUT, IN]` of nearly Gaussian numbers."""
+    """Return format and options -> NMSE, to five digits, of a weight `[OUT, IN]` of nearly Gaussian numbers.
+
+    Of trellis formats, whose sequences go along the outputs, it is that of the weight's transpose.
+    """
     noise = torch.tensor(list(hashlib.shake_256(b"quantdit weight").digest(OUT * IN * 12)), dtype=torch.float32)
     weight = (noise.reshape(OUT, IN, 12) - 127.5).sum(dim=-1) / 256  # variance 1, exact in float32
     importance = torch.ones(IN)
-    cases = {}
+    cases, tall = {}, {name: grid for name, grid in GRIDS.items() if FORMATS[name].window}
     for name, grid in GRIDS.items():
+        if name in tall:
+            continue
         if name.startswith("table"):
             cases |= {
                 f"{name} {t} {r}": grid(weight, importance, IN, name, t, rows=r) for t in TABLES for r in ("layer", "channel")
@@ -53,12 +62,18 @@ def errors() -> dict[str, float]:
         else:
             cases[name] = grid(weight, importance, IN, name, "")
     result = {}
-    for name, grid in cases.items():
-        group = GROUP if name.endswith(f" {GROUP}") else IN
-        codes, groups = rtn(weight / grid.scale[:, None], importance, grid, group)
+
+    def error(W: torch.Tensor, grid: Grid, group: int) -> float:
+        codes, groups = rtn(W / grid.scale[:, None], torch.ones(W.shape[1]), grid, group)
         values = [grid.value(c, p) for c, p in zip(codes.split(group, dim=1), groups, strict=True)]
-        delta = (torch.cat(values, dim=1) * grid.scale[:, None] - weight).double()
-        result[name] = float(f"{float(delta.square().sum() / weight.double().square().sum()):.4e}")
+        delta = (torch.cat(values, dim=1) * grid.scale[:, None] - W).double()
+        return float(f"{float(delta.square().sum() / W.double().square().sum()):.4e}")
+
+    for name, grid in cases.items():
+        result[name] = error(weight, grid, GROUP if name.endswith(f" {GROUP}") else IN)
+    W = weight.T.contiguous()
+    for name, make in tall.items():
+        result[name] = error(W, make(W, torch.ones(OUT), OUT, name, ""), OUT)
     return result
 
 

@@ -28,6 +28,8 @@ WAYS = [
     (65, spec("table4", 16), torch.bfloat16, 90, "separate", "dense"),
     (2, spec("table4", 16), torch.float32, 90, "separate", "dense"),
     (2, spec("ssvq256x8", 16), torch.bfloat16, 90, "separate", "dense"),
+    (2, spec("trellis2_l12", 16), torch.bfloat16, 90, "separate", "dense"),
+    (2, spec("trellis4_l12", 8), torch.bfloat16, 86, "fused", "decode"),
     (2, spec("int8", 8), torch.bfloat16, 90, "fused", "w8a8"),
     (2, spec("int4", 8), torch.bfloat16, 90, "fused", "w4a8"),
     (100000, spec("int4", 8), torch.bfloat16, 90, "fused", "decode"),

@@ -18,7 +18,7 @@ ROOM = Path(__file__).parents[2] / "kernels" / "triton_ops"
 # Which file runs which kernels: each is launched there, or the test of the file fails.
 FILES = {
     "test_quantize_tokens.py": {"quantize_tokens_kernel", "quantize_project_kernel"},
-    "test_decode8.py": {"decode8_kernel"},
+    "test_decode8.py": {"decode8_kernel", "decode_trellis_kernel"},
     "test_gemm_w8a8.py": {"gemm_w8a8_kernel"},
     "test_gemm_w4.py": {"gemm_w4_kernel", "sum_splits_kernel"},
     "test_gemm_fp4.py": {"gemm_fp4_kernel"},
@@ -27,6 +27,7 @@ FILES = {
         "quantize_tokens_kernel",
         "quantize_project_kernel",
         "decode8_kernel",
+        "decode_trellis_kernel",
         "gemm_w8a8_kernel",
         "gemm_w4_kernel",
         "sum_splits_kernel",

@@ -1,4 +1,4 @@
-"""decode8_kernel: the bytes of the definition, for every format and every kind of last block."""
+"""decode8_kernel and decode_trellis_kernel: the bytes of the definition, for every format and every kind of last block."""
 
 from __future__ import annotations
 
@@ -9,9 +9,20 @@ import torch
 
 from quantdit.formats import FORMATS
 from quantdit.kernels.triton_ops import decode8 as module
+from quantdit.kernels.triton_ops.decode_trellis import decode_trellis
 
 WIDTHS = {128: 64, 384: 128, 64: 32, 44: 44, 300: 300, 704: 32}  # and a group size; 704 = 5.5 blocks
-CASES = [(name, k, group) for name, f in FORMATS.items() for k, group in WIDTHS.items() if k % f.dim == 0]
+CASES = [(name, k, group) for name, f in FORMATS.items() for k, group in WIDTHS.items() if k % f.dim == 0 and not f.window]
+# Windows that end in the middle of a code, tables in and out of shared memory, fewer outputs than a window reaches back to.
+TRELLIS = (
+    ("trellis4_l10", 37, 300),
+    ("trellis4_l12", 64, 256),
+    ("trellis3_l10", 37, 44),
+    ("trellis3_l16", 33, 300),
+    ("trellis2_l12", 37, 128),
+    ("trellis2_l16", 5, 136),
+    ("trellis2_l14", 1, 64),
+)
 
 
 @pytest.mark.parametrize(("name", "k", "group"), CASES)
@@ -23,3 +34,9 @@ def test_every_format_is_the_definition(name: str, k: int, group: int, weight: C
         expected = q.decode8()
         assert decoded.dtype == expected.dtype
         assert torch.equal(decoded.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize(("name", "n", "k"), TRELLIS)
+def test_trellis_is_the_definition(name: str, n: int, k: int, weight: Callable):
+    q = weight(name, n, k)
+    assert torch.equal(decode_trellis(q.data, name, k), q.decode8())

@@ -79,6 +79,8 @@ LAYERS = {
     "low rank, fp8": ("fp8_e4m3", ActivationSpec(8, "fp8"), "hadamard", 40),
     "w4a16": ("table4", A16),
     "w2a16 codebook": ("vq64x2", A16),
+    "trellis": ("trellis3_l12", A8, "hadamard"),
+    "w2a16 trellis": ("trellis2_l10", A16),
     "w4a16 low rank": ("int4", A16, "none", 8),
 }
 
