@@ -75,7 +75,10 @@ def recorded_calls(pipeline: object, part: str) -> list[Recorded]:
     handles = [transformer.register_forward_pre_hook(before, with_kwargs=True), transformer.register_forward_hook(after)]
     video = any("frames" in spec.shape for spec in adapter.inputs)
     kept = all(layer.cache_decoded for layer in checkpoint.quant_layers(transformer).values())
-    settings = Settings(samples=2 if kept else 1, steps=2, latent=Size(1, 3 if video else 1, 8, 8, 16))
+    # A class with a table of positions is traced at its own size, the one that its graph can be used with.
+    own = getattr(transformer.config, "sample_size", None)
+    side = own if isinstance(own, int) else 8
+    settings = Settings(samples=2 if kept else 1, steps=2, latent=Size(1, 3 if video else 1, side, side, 16))
     try:
         with torch.no_grad():
             parts = [part] if isinstance(pipeline, BareTransformer) else []

@@ -220,7 +220,7 @@ def run(output: Path, subjects: tuple[Subject, ...] = SUBJECTS, rounds: int = RO
             for row in rows_for(subject, Path(folder), rounds):
                 rows.append(row | origin)
                 speed = f"{row['ms_median']:>9.1f} ms  x{row['times_ort_float32']:<6}"
-                print(f"{row['model']}  {speed} {row['rel_rmse']:.1e}  {row['what']}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    output.with_suffix(".md").write_text(markdown(rows))
+                print(f"{row['model']}  {speed} {row['rel_rmse']:.1e}  {row['what']}", flush=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        output.with_suffix(".md").write_text(markdown(rows))
