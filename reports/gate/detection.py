@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -187,7 +188,9 @@ def _reading(rows: list[dict]) -> list[str]:
     """Return what these rows do not show."""
     outcomes = len({json.dumps(row["differences"]) for row in rows if row["case"] == CLEAN[0]})
     same = "as good as identical, with the same figures every time" if outcomes <= len(SIZES) else f"{outcomes} outcomes"
-    short = [f"{EXTRA}, {m}" for m in SIZES if sum(r["model"] == m and r["case"] == EXTRA for r in rows) < REPETITIONS]
+    count = Counter((r["case"], r["model"]) for r in rows)
+    some = [(case, model) for case in (ANEW, EXTRA) for model in SIZES if count[case, model] < REPETITIONS]
+    short = [f"{case}, {model}: {count[case, model]}" for case, model in some]
     notes = [
         f'{REPETITIONS} of {REPETITIONS} is not "always": the interval says what rates it is compatible with. That a rate is'
         " above 95 % would take 59 of 59.",
