@@ -262,7 +262,9 @@ def with_every_format(chosen: tuple[tuple, ...], x: str) -> tuple[tuple, ...]:
     """Return the chosen weights and, once, every other format that dispatch gives to gemm_w4_kernel with activations x."""
     named = {name for name, *_ in chosen}
     left = (
-        name for name, f in FORMATS.items() if name not in named and not (name in dispatch.WHOLE if x == "i8" else f.sign_split)
+        name
+        for name, f in FORMATS.items()
+        if name not in named and not f.window and not (name in dispatch.WHOLE if x == "i8" else f.sign_split)
     )
     return chosen + tuple((name, 32 if name.startswith("int") and name != "int8" else 1536, 1, x) for name in left)
 
