@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # A folder `kernels/` in the current directory must not shadow the package of that name (diffusers imports it).
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test lint gate baselines detection emoji-wan study study-peers clean
+.PHONY: demo test test-slow lint gate baselines detection emoji-wan study study-peers clean
 .PHONY: bench bench-kernels bench-static bench-scaling bench-onnx onnx-formats
 
 demo: $(VENV)/eval.done
@@ -18,6 +18,10 @@ demo: $(VENV)/eval.done
 # A process for each core, each with one thread: threads that wait for each other spin.
 test: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
+
+# What is left out of it for its time.
+test-slow: $(VENV)/test.done
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal -m slow
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .

@@ -32,6 +32,7 @@ def mean_psnr(reference: torch.Tensor, rules: recipe.Recipe, folder: Path) -> fl
     return float(psnr(reference, generate(load_pipeline(str(folder))[0], IMAGES, 5, STEPS, 2.0)).mean())
 
 
+@pytest.mark.slow
 def test_w4a8_keeps_the_pictures_and_needs_its_error_feedback(reference: torch.Tensor, tmp_path: Path) -> None:
     from dataclasses import replace
 
@@ -42,6 +43,7 @@ def test_w4a8_keeps_the_pictures_and_needs_its_error_feedback(reference: torch.T
     assert feedback > nearest + 2
 
 
+@pytest.mark.slow
 def test_the_video_model_keeps_its_clips_in_w4a8(cli, tmp_path: Path) -> None:
     ran = cli(
         "calibrate", "--model", "emoji-wan", "--bits", "w4a8", "--samples", "4", "--steps", "6", "--output", tmp_path / "out"

@@ -68,6 +68,7 @@ def test_every_kind_of_task_is_measured_and_the_crossover_points_are_kept(tmp_pa
     assert "| W4A8 linear, rotation and quantization included" in page and "Complete after" in page
 
 
+@pytest.mark.slow
 def test_what_fails_is_a_row_and_the_rest_goes_on(tmp_path: Path):
     """One candidate raises, one is wrong, one ends the process, one hangs, one ends the process when it is timed."""
     rows, page = ran("faults", tmp_path)
@@ -105,6 +106,7 @@ def test_time_that_is_over_ends_the_run(tmp_path: Path):
     assert "Out of time after" in page and "not measured" in page
 
 
+@pytest.mark.slow
 def test_a_run_that_can_measure_nothing_ends_and_says_so(tmp_path: Path):
     process = started("nothing", tmp_path)
     _, error = process.communicate(timeout=300)
