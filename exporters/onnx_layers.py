@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from quantdit import hadamard
-from quantdit.exporters.onnx_nbits import block_of, emit_nbits
+from quantdit.exporters.onnx_nbits import TARGET_BLOCKS, block_of, emit_nbits
 from quantdit.exporters.onnx_nodes import Nodes
+from quantdit.exporters.onnx_session import VNNI
 from quantdit.exporters.onnx_weights import ZERO_POINT, as_array, emit_integers
 from quantdit.formats.float8 import LARGEST
+from quantdit.kernels.cpu import unsafe_rows
 from quantdit.layer_spec import ActivationSpec, decodes_to_fp8
 from quantdit.linear import QuantLinear
 from quantdit.transform import NAMES
@@ -34,7 +36,8 @@ class Translation:
 
     Attributes:
         storage: `packed` or `int8`.
-        target: `cpu` (integer products of our codes), `cpu-nbits` or `cuda` (onnx_nbits.py).
+        target: `cpu` (integer products of our codes, exact on every CPU), `cpu-vnni` (the same, weights always int8), `cpu-nbits`
+            or `cuda` (onnx_nbits.py).
         lossy: layers whose activations something else than our codes stands for.
         bucket: the int64 scalar of the timestep bucket; None if no layer has static scales.
         initializers: constants by content, weights by name.
@@ -61,7 +64,7 @@ def emit_layer(shared: Translation, name: str, layer: QuantLinear, x: ir.Value) 
     tokens = shared.prepared.get((*key, "transformed")) or (_transformed(nodes, layer, x, rank), None)
     shared.prepared[(*key, "transformed")] = tokens
     moved = tokens[0]
-    narrow = shared.target != "cpu" and block_of(spec.weight, shared.target) > 0
+    narrow = shared.target in TARGET_BLOCKS and block_of(spec.weight, shared.target) > 0
     own = spec.activation == ActivationSpec(8)  # what MatMulNBits does to its tokens comes closest to that
     if narrow and (own or spec.activation.bits == 16):
         level = 4 if own and shared.target != "cuda" else 0
@@ -91,11 +94,14 @@ def _product(nodes: Nodes, shared: Translation, layer: QuantLinear, codes: ir.Va
     if floats:
         weight = emit_integers(nodes, spec, lambda: layer.qtensor, "float32", shared.storage)
         return nodes.op("Mul", [nodes.op("MatMul", [codes, weight]), _scale(nodes, layer)])
-    weight = emit_integers(nodes, spec, lambda: layer.qtensor, "uint8", shared.storage)
+    element = "int8" if shared.target == VNNI or not unsafe_rows(layer.qtensor.decode8()).any() else "uint8"
+    weight = emit_integers(nodes, spec, lambda: layer.qtensor, element, shared.storage)
     # A node of its own for every consumer: ONNX Runtime fuses no DequantizeLinear that two products share.
     left = nodes.op("DequantizeLinear", [codes, nodes.scalar(1), _zero_point(nodes)])
-    zeros = nodes.constant("zero_points", np.full(spec.out_features, ZERO_POINT, np.uint8))
-    right = nodes.op("DequantizeLinear", [weight, _scale(nodes, layer), zeros], axis=1)
+    operands = [weight, _scale(nodes, layer)]
+    if element == "uint8":
+        operands.append(nodes.constant("zero_points", np.full(spec.out_features, ZERO_POINT, np.uint8)))
+    right = nodes.op("DequantizeLinear", operands, axis=1)
     return nodes.op("MatMul", [left, right])
 
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 METADATA = "quantdit"
 CPU = "CPUExecutionProvider"
+VNNI = "cpu-vnni"  # a target of to_onnx.py
+NO_VNNI = "and this CPU adds up uint8 x int8 products in 16 bits, where they saturate"
 WHEELS = ("onnxruntime", "onnxruntime-gpu")
 PACKED_BYTES = "1000000"  # constants larger than this are decoded at every call where memory is to be saved
 
@@ -42,7 +45,8 @@ def session(
 
     Raises:
         ImportError: onnxruntime is not installed.
-        ValueError: a provider that is not to be had (ONNX Runtime would run on the CPU without a word).
+        ValueError: a provider that is not to be had (ONNX Runtime would run on the CPU without a word), or a graph for CPUs with
+            VNNI on one without.
         CheckpointError: no ONNX graph, or a damaged one.
     """
     path = Path(path)
@@ -74,7 +78,24 @@ def session(
             f"{refused[0]} was asked for, but ONNX Runtime opened {path} on {', '.join(opened.get_providers())};"
             " its CUDA and cuDNN libraries are probably missing: pip install 'onnxruntime-gpu[cuda,cudnn]'"
         )
+    if f'"target": "{VNNI}"' in opened.get_modelmeta().custom_metadata_map.get(METADATA, "") and saturates():
+        raise ValueError(f"{path} was exported with --target {VNNI}, {NO_VNNI}; export it with --target cpu")
     return opened
+
+
+@lru_cache(maxsize=1)
+def saturates() -> bool:
+    """Return whether `uint8 x int8` products of ONNX Runtime saturate on this CPU (kernels/cpu.py), by one of the largest."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight = numpy_helper.from_array(np.full((64, 64), 127, np.int8), "w")
+    x, y = (helper.make_tensor_value_info(n, kind, [8, 64]) for n, kind in (("x", TensorProto.UINT8), ("y", TensorProto.INT32)))
+    graph = helper.make_graph([helper.make_node("MatMulInteger", ["x", "w"], ["y"])], "largest", [x], [y], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    opened = _onnxruntime().InferenceSession(model.SerializeToString(), providers=[CPU])
+    product = opened.run(None, {"x": np.full((8, 64), 255, np.uint8)})[0]
+    return bool((product != 255 * 127 * 64).any())
 
 
 def _onnxruntime():

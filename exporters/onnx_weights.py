@@ -1,10 +1,10 @@
 """Stored weights as ONNX: initializers of packed codes, and the few nodes that decode them to the 8-bit matrix `I` at load time.
 
-A graph holds the weight transposed, `[in, out]`, as MatMul wants it. For integer products it is uint8 `I + 128` with the zero
-point 128, because `uint8 x int8` saturates on x86 before AVX512-VNNI unless the session says otherwise (reports/bench); for float
-products it is float32. Codes are packed in element order, element 0 in the low bits, in planes of 4, 2 and 1 bits as
-formats/packing.py cuts them, so that one Gather from a table of 256 rows unpacks a byte. ONNX Runtime folds all of it when
-a session is created.
+A graph holds the weight transposed, `[in, out]`, as MatMul wants it. For integer products it is int8 `I`, which ONNX Runtime
+multiplies fastest, where that is exact on every CPU, else uint8 `I + 128` of zero point 128: before AVX512-VNNI, x86 adds two
+neighbouring products of `uint8 x int8` in 16 bits and saturates (kernels/cpu.py). For float products it is float32. Codes are
+packed in element order, element 0 in the low bits, in planes of 4, 2 and 1 bits as formats/packing.py cuts them, so that one
+Gather from a table of 256 rows unpacks a byte. ONNX Runtime folds all of it when a session is created.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from quantdit.layer_spec import decodes_to_fp8
 from quantdit.qtensor import QTensor
 
 ZERO_POINT = 128
-PARTS = {"uint8": ir.DataType.UINT8, "float32": ir.DataType.FLOAT}
+PARTS = {"uint8": ir.DataType.UINT8, "int8": ir.DataType.INT8, "float32": ir.DataType.FLOAT}
 
 Read = Callable[[], QTensor]
 
@@ -44,7 +44,7 @@ def emit_integers(nodes: Nodes, spec: QSpec, read: Read, element: str, storage: 
         nodes: where nodes and initializers go.
         spec: of the weight.
         read: returns the QTensor; called once for each initializer, when the file is written.
-        element: `uint8` (`I + 128`; not for formats that decode to e4m3) or `float32` (`I`).
+        element: `int8` (`I`) or `uint8` (`I + 128`), not for formats that decode to e4m3; `float32` (`I`).
         storage: `packed` or `int8` (decoded in the file: a byte a weight).
     """
     f = FORMATS[spec.format]
@@ -79,8 +79,8 @@ def _affine(spec: QSpec) -> bool:
 
 def _dense(nodes: Nodes, spec: QSpec, read: Read, element: str) -> ir.Value:
     shape = (spec.in_features, spec.out_features)
-    if element == "uint8":
-        return nodes.lazy("weight", ir.DataType.UINT8, shape, lambda: _shifted(read().decode8().T))
+    if element != "float32":
+        return nodes.lazy("weight", PARTS[element], shape, lambda: _integers(read().decode8().T, element))
     stored = ir.DataType.FLOAT8E4M3FN if decodes_to_fp8(spec.format) else ir.DataType.INT8
     weight = nodes.lazy("weight", stored, shape, lambda: as_array(read().decode8().T))
     return nodes.op("Cast", [weight], to=ir.DataType.FLOAT)
@@ -152,15 +152,9 @@ def _bytes(nodes: Nodes, spec: QSpec, read: Read, number: int, name: str) -> ir.
 
 def _affine_integers(nodes: Nodes, spec: QSpec, read: Read, codes: ir.Value, element: str) -> ir.Value:
     groups = (spec.groups, 1, spec.out_features)
-    unsigned = element == "uint8"
+    kind = "uint8" if element == "uint8" else "int8"
     multiplier = nodes.lazy("multiplier", ir.DataType.UINT8, groups, lambda: as_array(read().multiplier.T.reshape(groups)))
-    kind = ir.DataType.UINT8 if unsigned else ir.DataType.INT8
-
-    def offsets() -> np.ndarray:
-        offset = read().offset.T.reshape(groups)
-        return _shifted(offset) if unsigned else as_array(offset)
-
-    offset = nodes.lazy("offset", kind, groups, offsets)
+    offset = nodes.lazy("offset", PARTS[kind], groups, lambda: _integers(read().offset.T.reshape(groups), kind))
     codes = nodes.reshape(codes, (spec.groups, spec.group_size, spec.out_features))
     steps = nodes.op("Mul", [codes, nodes.op("Cast", [multiplier], to=ir.DataType.INT32)])
     integers = nodes.op("Add", [steps, nodes.op("Cast", [offset], to=ir.DataType.INT32)])
@@ -174,12 +168,13 @@ def _codes_of_byte(p: int) -> np.ndarray:
 
 
 def _level_of(codebook: Tensor, element: str) -> np.ndarray:
-    return _shifted(codebook) if element == "uint8" else np.ascontiguousarray(codebook.float().numpy())
+    return np.ascontiguousarray(codebook.float().numpy()) if element == "float32" else _integers(codebook, element)
 
 
-def _shifted(integers: Tensor) -> np.ndarray:
-    """Return int8 integers as uint8, 128 higher."""
-    return as_array(integers.contiguous().view(torch.uint8) ^ ZERO_POINT)
+def _integers(integers: Tensor, element: str) -> np.ndarray:
+    """Return int8 integers as they are, or as uint8, 128 higher."""
+    integers = integers.contiguous()
+    return as_array(integers.view(torch.uint8) ^ ZERO_POINT if element == "uint8" else integers)
 
 
 def as_array(tensor: Tensor) -> np.ndarray:

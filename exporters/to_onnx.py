@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from quantdit import checkpoint, files
-from quantdit.exporters.onnx_session import METADATA, leaves
+from quantdit.exporters.onnx_session import METADATA, NO_VNNI, VNNI, leaves, saturates
 from quantdit.exporters.onnx_verify import Cut, keep_decoded, recorded_calls, verified
 from quantdit.linear import QuantLinear
 from quantdit.models.adapter import Adapter, adapter_for
@@ -30,7 +30,7 @@ from quantdit.pipeline import load_pipeline
 
 OPSET = 23
 STORAGES = ("packed", "int8")
-TARGETS = ("cpu", "cpu-nbits", "cuda")
+TARGETS = ("cpu", VNNI, "cpu-nbits", "cuda")
 SINGLE_FILE_BYTES = 2**26  # beyond, weights go into a file of their own; protobuf ends at 2 GiB
 SAVE_MEMORY_BYTES = 2**28  # weights beyond stay packed while a graph is verified
 LAYER = "Layer"
@@ -64,9 +64,12 @@ def to_onnx(
         verify: run the graph against PyTorch on calls that the pipeline makes while it samples, or on made-up ones for a
             transformer without a pipeline (onnx_verify.py). A graph that computes something else is not written.
         part: which of several transformers.
-        target: `cpu`: integer products of the checkpoint's own codes, standard operators alone. `cpu-nbits`: MatMulNBits, 4-bit
-            weights stay so in memory; 8-bit activations are rounded by ONNX Runtime, for each block of inputs. `cuda`:
-            MatMulNBits with float16 activations, which is what ONNX Runtime's CUDA kernels multiply; 8-bit ones are not rounded.
+        target: `cpu`: integer products of the checkpoint's own codes, standard operators alone, exact on every CPU: uint8 x int8
+            where no two neighbouring weights saturate before AVX512-VNNI (8-bit ones do), else uint8 x uint8.
+            `cpu-vnni`: uint8 x int8 throughout, the faster one, for CPUs that have VNNI; on others `session` refuses the graph.
+            `cpu-nbits`: MatMulNBits, 4-bit weights stay so in memory; 8-bit activations are rounded by ONNX Runtime, for each
+            block of inputs. `cuda`: MatMulNBits with float16 activations, which is what ONNX Runtime's CUDA kernels multiply;
+            8-bit ones are not rounded.
 
     Raises:
         ValueError: no quantized folder (CheckpointError), an output that exists, a model that cannot be traced, or a graph that
@@ -74,7 +77,7 @@ def to_onnx(
         ImportError: the packages of quantdit[onnx] are missing.
         OSError: the output cannot be written.
     """
-    _check(folder, output, storage, target)
+    _check(folder, output, storage, target, verify)
     pipeline, source = load_pipeline(str(folder))
     names = source.parts
     if part is not None and part not in names:
@@ -130,7 +133,7 @@ def describe(output: Path, content: dict) -> str:
     return "\n".join(lines)
 
 
-def _check(folder: Path, output: Path, storage: str, target: str) -> None:
+def _check(folder: Path, output: Path, storage: str, target: str, verify: bool) -> None:
     if storage not in STORAGES:
         raise ValueError(f"storage {storage!r} is unknown; use {' or '.join(STORAGES)}")
     if target not in TARGETS:
@@ -143,6 +146,11 @@ def _check(folder: Path, output: Path, storage: str, target: str) -> None:
     if not folder.is_dir():
         raise files.CheckpointError(f"{folder} is no folder; give the folder that quantdit calibrate wrote")
     require_packages()
+    if verify and target == VNNI and saturates():
+        raise ValueError(
+            f"target {target} is for CPUs with VNNI, {NO_VNNI}, so that the graph cannot be verified here;"
+            " export it on a machine that has it, or with --no-verify"
+        )
 
 
 def require_packages() -> None:

@@ -30,6 +30,7 @@ from quantdit.pipeline import load_pipeline
 from quantdit.random_weights import write_random_transformer
 
 ROUNDS = 7
+BASELINE = "ONNX Runtime float32, our export's graph"
 BLOCKS = 2
 
 
@@ -53,16 +54,19 @@ GROUPED = {"weight": "int4", "group_size": 128, "method": "rtn", "activation_bit
 
 @dataclass(frozen=True)
 class Ours:
-    """One way of ours: bits as a preset, or GROUPED weights for the blocks; the export's target."""
+    """One way of ours: bits as a preset, with other weights perhaps, or GROUPED ones for the blocks; the export's target."""
 
     bits: str
     target: str
+    weights: str = ""
     grouped: bool = False
 
 
 OURS = {
     "ours w8a8, target cpu": Ours("w8a8", "cpu"),
+    "ours w8a8, target cpu-vnni": Ours("w8a8", onnx_session.VNNI),
     "ours w4a8 (table), target cpu": Ours("w4a8", "cpu"),
+    "ours w4a8 (trellis), target cpu": Ours("w4a8", "cpu", "trellis"),
     "ours w4a8 (int4 g128), target cpu": Ours("w4a8", "cpu", grouped=True),
     "ours w4a8 (int4 g128), target cpu-nbits": Ours("w4a8", "cpu-nbits", grouped=True),
 }
@@ -71,6 +75,8 @@ OURS = {
 def plan(how: Ours) -> recipe.Recipe:
     """Return the recipe of a way of ours."""
     preset = recipe.from_bits(how.bits)
+    if how.weights:
+        return recipe.with_weight_format(preset, how.weights)
     if not how.grouped:
         return preset
     *before, last = preset.to_dict()["rule"]
@@ -82,6 +88,12 @@ def dense_graph(transformer: nn.Module, arguments: dict, path: Path) -> None:
     """Write the full-precision transformer as float32, each weight an initializer, as other quantizers want it."""
     model, content, _ = to_onnx.graph_of(transformer, arguments, narrow=False)
     to_onnx.save(model, path, content)
+
+
+def plain_graph(transformer: nn.Module, arguments: dict, path: Path) -> None:
+    """Write the same as `torch.onnx.export` does it, without what our export mends."""
+    program = torch.onnx.export(transformer, (), kwargs=arguments, dynamo=True, verbose=False)
+    program.save(path, external_data=True)
 
 
 def peers(dense: Path, folder: Path) -> dict[str, Path]:
@@ -138,15 +150,18 @@ def rows_for(subject: Subject, folder: Path, rounds: int) -> list[dict]:
         expected = first_tensor(dense(**arguments)).clone()
     graphs: dict[str, Path] = {}
     for number, (name, how) in enumerate(OURS.items()):
+        if how.target == onnx_session.VNNI and onnx_session.saturates():
+            continue
         made = folder / f"ours{number}"
         pipeline, source = load_pipeline(str(folder / "dense"))
         calibrate(pipeline, source, plan(how), made, Settings(samples=0))
         graphs[name] = folder / f"ours{number}.onnx"
         found = to_onnx.to_onnx(made, graphs[name], target=how.target)["verified"]
         print(f"{subject.model}: {name} verified, parts {found['parts_rel_rmse']:.1e}, whole {found['rel_rmse']:.1e}")
-    path = folder / "float32.onnx"
+    path, plain = folder / "float32.onnx", folder / "plain.onnx"
     dense_graph(dense, arguments, path)
-    graphs = {"ONNX Runtime float32": path} | graphs | peers(path, folder)
+    plain_graph(dense, arguments, plain)
+    graphs = {BASELINE: path, "ONNX Runtime float32, torch.onnx.export's graph": plain} | graphs | peers(path, folder)
     feeds = {name: value.numpy() for name, value in onnx_session.leaves(arguments) if isinstance(value, Tensor)}
     candidates = {name: runner(graph, feeds) for name, graph in graphs.items()}
     candidates |= {"torch float32": torch_runner(dense, arguments)}
@@ -154,7 +169,7 @@ def rows_for(subject: Subject, folder: Path, rounds: int) -> list[dict]:
     halves = {n: v.bfloat16() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in arguments.items()}
     candidates |= {"torch bfloat16": torch_runner(narrow, halves)}
     measured = bench.measure(candidates, rounds)
-    base = measured["ONNX Runtime float32"][0]
+    base = measured[BASELINE][0]
     return [
         {
             "model": subject.model,

@@ -9,8 +9,10 @@ import torch
 
 from quantdit import hadamard, transform
 from quantdit.calibration.quantize import quantize_weight
-from quantdit.exporters import onnx_session
+from quantdit.exporters import onnx_session, to_onnx
 from quantdit.exporters.onnx_layers import Translation, emit_layer
+from quantdit.exporters.onnx_nodes import Nodes
+from quantdit.exporters.onnx_weights import emit_integers
 from quantdit.formats import FORMATS
 from quantdit.layer_spec import ActivationSpec, LayerSpec
 from quantdit.linear import QuantLinear
@@ -161,6 +163,69 @@ def test_products_are_exact_where_int8_saturates_on_old_processors(tmp_path: Pat
     x = torch.ones(1, 5, IN)
     got = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(got), layer(x), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("format", ["trellis4_l12", "int8"])
+def test_int8_weights_whose_neighbours_cannot_saturate_stay_int8(format: str, tmp_path: Path) -> None:
+    """The largest such neighbours and the largest codes, in a plain session: exact on every CPU, and the faster product."""
+    import onnxruntime
+
+    layer = made_layer(format, bias=False)
+    if format == "int8":
+        layer.data.fill_(64)
+    path = exported(tmp_path, {"layer": layer})
+    assert product_weight_of(path) == ir.DataType.INT8
+    x = torch.ones(1, 5, IN)
+    got = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(got), layer(x), rtol=1e-6, atol=0)
+    if format == "int8":
+        layer.data[0, :2] = 65
+        assert product_weight_of(exported(tmp_path, {"layer": layer})) == ir.DataType.UINT8
+
+
+def product_weight_of(path: Path) -> ir.DataType:
+    """Return the type of the weight that a graph's only integer product takes."""
+    (scaled,) = (n for n in ir.load(path).graph if n.op_type == "DequantizeLinear" and n.attributes.get("axis"))
+    value = scaled.inputs[0]
+    while value.dtype is None:  # decoded by nodes, whose last is a Gather from a table or a Reshape of one
+        value = value.producer().inputs[0]
+    return value.dtype
+
+
+@pytest.mark.parametrize("storage", ["packed", "int8"])
+@pytest.mark.parametrize("format", [name for name in FORMATS if "e4m3" not in name])
+def test_int8_weights_of_every_format(format: str, storage: str, tmp_path: Path) -> None:
+    """For CPUs with VNNI: what the nodes decode to, since this CPU may not multiply it exactly."""
+    q = made_layer(format).qtensor
+    nodes = Nodes("layer", {})
+    made = emit_integers(nodes, q.spec, lambda: q, "int8", storage)
+    out = nodes.op("Identity", [made])
+    out.shape, out.type = ir.Shape([IN, OUT]), ir.TensorType(ir.DataType.INT8)
+    graph = ir.Graph([], [out], nodes=nodes.made, initializers=[*nodes.shared.values()], opset_imports={"": 23}, name="weight")
+    ir.save(ir.Model(graph, ir_version=11), tmp_path / "weight.onnx")
+    (got,) = onnx_session.session(tmp_path / "weight.onnx").run(None, {})
+    assert torch.equal(torch.from_numpy(got), q.decode8().T)
+
+
+def test_a_graph_for_vnni_is_refused_without(tmp_path: Path, monkeypatch) -> None:
+    layer = made_layer("int8", bias=False)
+    layer.data.fill_(64)  # exact here too
+    path = exported(tmp_path, {"layer": layer}, target=onnx_session.VNNI)
+    to_onnx._describe(path, {"target": onnx_session.VNNI})
+    monkeypatch.setattr(onnx_session, "saturates", lambda: True)
+    with pytest.raises(ValueError, match=r"exported with --target cpu-vnni.*export it with --target cpu"):
+        onnx_session.session(path)
+    monkeypatch.setattr(onnx_session, "saturates", lambda: False)
+    x = torch.randn(2, 5, IN)
+    got = torch.from_numpy(onnx_session.session(path).run(None, {"x": x.numpy()})[0])
+    assert float((got - layer(x)).norm() / layer(x).norm()) < FLOAT
+
+
+def test_saturation_is_what_the_cpu_does() -> None:
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    if "flags" not in flags:
+        pytest.skip("only of x86 Linux is it known which CPUs saturate")
+    assert onnx_session.saturates() == (not any("vnni" in flag for flag in flags))
 
 
 @pytest.mark.parametrize("bits", [8, 16])

@@ -129,10 +129,17 @@ def test_a_video_graph_takes_other_sizes(wan) -> None:
 
 
 def test_a_graph_that_computes_something_else_is_not_written(everything, tmp_path: Path, monkeypatch) -> None:
-    right = onnx_weights._shifted
-    monkeypatch.setattr(onnx_weights, "_shifted", lambda integers: right(integers) ^ 8)
+    right = onnx_weights._integers
+    monkeypatch.setattr(onnx_weights, "_integers", lambda integers, element: right(integers, element) ^ 8)
     with pytest.raises(ValueError, match=r"transformer_blocks.* differs from PyTorch by .* not written"):
         to_onnx.to_onnx(everything.folder, tmp_path / "wrong.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_for_vnni_cannot_be_verified_without(everything, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(to_onnx, "saturates", lambda: True)
+    with pytest.raises(ValueError, match=r"for CPUs with VNNI.*--no-verify"):
+        to_onnx.to_onnx(everything.folder, tmp_path / "out.onnx", target="cpu-vnni")
     assert not list(tmp_path.iterdir())
 
 
