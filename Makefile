@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # A folder `kernels/` in the current directory must not shadow the package of that name (diffusers imports it).
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test test-slow lint gate baselines detection emoji-wan study study-peers clean
+.PHONY: demo test test-slow lint gate baselines detection emoji-wan study study-layer study-peers clean
 .PHONY: bench bench-kernels bench-static bench-scaling bench-onnx onnx-formats
 
 demo: $(VENV)/eval.done
@@ -89,6 +89,12 @@ study: $(VENV)/eval.done
 	$(BIN)/python reports/study/methods.py --output reports/study/quantdit.jsonl
 	$(BIN)/python reports/study/render.py
 
+# Weight codes on one layer of Wan's shape, and other packages' in environments of their own. Rows that are there are kept.
+LAYER_PEERS := orbitquant sdnq hqq bitsandbytes torchao
+study-layer: $(VENV)/eval.done $(LAYER_PEERS:%=.venv-peers/%/peer.done)
+	$(BIN)/python reports/study/wan_layer.py
+	for peer in $(LAYER_PEERS); do .venv-peers/$$peer/bin/python reports/study/wan_layer.py --peer $$peer || exit 1; done
+
 # Other packages on the embedded model, each in an environment of its own. One that fails leaves rows that say so; rows that
 # are in $(OUT)/study already are kept, so an interrupted run goes on where it was.
 PEERS ?= orbitquant sdnq auto-round hqq quanto bitsandbytes torchao
@@ -112,7 +118,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/eval.done: setup.cfg constraints.txt | $(VENV)/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[eval,plot]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[eval,plot,fast]'
 	touch $@
 
 $(VENV)/test.done: setup.cfg constraints.txt | $(VENV)/bin/python
