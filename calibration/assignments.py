@@ -25,9 +25,10 @@ from quantdit.calibration import vectors
 from quantdit.calibration.calls import Call, rows_of
 from quantdit.calibration.layer import Quantized, as_stored, histogram, quantized_inputs, relative_error
 from quantdit.calibration.stats import Stats
-from quantdit.formats import FORMATS
+from quantdit.formats import FORMATS, QSpec
 from quantdit.formats.codebook import words
 from quantdit.layer_spec import LayerSpec
+from quantdit.recipe import LayerPlan
 
 FROZEN = 0.99
 CERTAIN = 30.0  # of a logit: the others' ratios are then 0 in float32
@@ -226,6 +227,13 @@ def parts(made: Mapping[str, Quantized], training: Training) -> list[tuple[str, 
         found[-1] += (name,)
         room -= needed
     return found
+
+
+def trains(plan: LayerPlan) -> bool:
+    """Return whether a layer so planned is one of those (`is_trainable`)."""
+    f = FORMATS[plan.rule.weight]
+    codebook = f.fields(f, QSpec(f.name, 64, 64, 64)).get("codebook")
+    return codebook is not None and codebook.dtype == torch.int8 and (f.dim > 1 or plan.rule.table_rows == "layer")
 
 
 def is_trainable(made: Quantized) -> bool:

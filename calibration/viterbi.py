@@ -10,6 +10,7 @@ With numba (`pip install 'quantdit[fast]'`) the work on a CPU is calibration/vit
 from __future__ import annotations
 
 import itertools
+import warnings
 from importlib.util import find_spec
 
 import torch
@@ -64,10 +65,12 @@ def solve(x: Tensor, entries: Tensor, bits: int, first: Tensor | None, last: Ten
         last: the same for where it ends.
         memory: bytes.
     """
-    if x.device.type == "cpu" and numba_is_installed():
-        from quantdit.calibration.viterbi_numba import solve as fast
+    if x.device.type == "cpu":
+        if numba_is_installed():
+            from quantdit.calibration.viterbi_numba import solve as fast
 
-        return fast(x, entries, bits, first, last)
+            return fast(x, entries, bits, first, last)
+        warnings.warn("trellis codes take ten to twenty times as long without numba: pip install 'quantdit[fast]'", stacklevel=2)
     # The costs of every state and their differences, in float32, and the way back of every past.
     each = 12 * len(entries) + x.shape[1] * (len(entries) >> bits)
     many = max(1, memory // each)

@@ -319,8 +319,9 @@ def _training(args: argparse.Namespace, settings):
 
     from quantdit.calibration.assignments import Training, preset
 
-    chosen = args.size_budget is not None or args.max_drift is not None  # then layers have other widths than the preset
-    training = preset(args.bits or "") if settings.samples and not chosen else None
+    # Layers of other weights than the preset's: nothing that it would train.
+    other = args.size_budget is not None or args.max_drift is not None or args.weight_format == "trellis"
+    training = preset(args.bits or "") if settings.samples and not other else None
     if args.calibration_steps is not None:
         training = replace(training or Training(), steps=args.calibration_steps) if args.calibration_steps else None
     given = {"mode": args.calibration_mode, "candidates": args.candidates, "initial": args.initial_ratios}

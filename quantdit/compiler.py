@@ -22,7 +22,7 @@ from quantdit.block_by_block import Job, Made
 from quantdit.calibration import allocate, capture, sensitivity
 from quantdit.calibration import calls as call_files
 from quantdit.calibration.allocate import Option
-from quantdit.calibration.assignments import Training
+from quantdit.calibration.assignments import Training, trains
 from quantdit.calibration.calls import StoredCalls
 from quantdit.calibration.salience import salient_calls
 from quantdit.formats import QSpec
@@ -115,7 +115,7 @@ def calibrate(
             "choosing the layers' weights needs one transformer, in memory as a whole: give a larger --memory-budget,"
             " or fix the weights with --bits"
         )
-    _check_training(training, settings, transformers)
+    _check_training(training, settings, transformers, options)
     provenance = {
         "quantdit": quantdit.__version__,
         "source": source.label,
@@ -400,7 +400,9 @@ def _check_target(
         _check_budget(math.floor(target.size_budget * whole), least, whole, target)
 
 
-def _check_training(training: Training | None, settings: Settings, transformers: dict[str, nn.Module]) -> None:
+def _check_training(
+    training: Training | None, settings: Settings, transformers: dict[str, nn.Module], options: dict[str, dict[str, dict]]
+) -> None:
     if training is None:
         return
     if not settings.samples:
@@ -409,6 +411,13 @@ def _check_training(training: Training | None, settings: Settings, transformers:
         raise ValueError(
             "calibrating assignments end-to-end needs the transformer in memory as a whole: give a larger --memory-budget, or"
             " --calibration-mode block"
+        )
+    plans = [plan for layers in options.values() for of_layer in layers.values() for plan in of_layer.values()]
+    if not any(map(trains, plans)):
+        weights = ", ".join(sorted({plan.rule.weight for plan in plans}))
+        raise ValueError(
+            f"calibrating assignments trains codebooks and level tables of whole weights, and these layers have none ({weights});"
+            " take --weight-format table or vq, or leave out --calibration-steps"
         )
 
 

@@ -51,7 +51,7 @@ def refusal(act: Callable[[], object]) -> str:
 def test_grammar_offers_every_combination(x: int, y: int):
     plans = recipe.resolve(recipe.from_bits(f"w{x}a{y}"), LAYERS)
     block = plans["blocks.0.attn.to_q"].rule
-    weight = {2: "vq256x4", 8: "int8"}.get(x, f"table{x}")
+    weight = {2: "vq256x4", 3: "trellis3_l12", 8: "int8"}.get(x, f"table{x}")
     f = FORMATS[block.weight]
     assert (f.code_bits / f.dim, block.weight, block.activation_bits) == (x, weight, y)
     assert plans["blocks.0.ff.out"].rule == block

@@ -59,7 +59,8 @@ def test_the_same_bytes_again_and_without_numba(
 ):
     whole = (folder / "transformer" / WEIGHTS).read_bytes()
     monkeypatch.setattr(viterbi, "numba_is_installed", lambda: False)
-    again = calibrated(cli, pixel_dit, tmp_path / "again", "--bits", "w3a8", "--samples", "0")
+    with pytest.warns(UserWarning, match=r"quantdit\[fast\]"):
+        again = calibrated(cli, pixel_dit, tmp_path / "again", "--bits", "w3a8", "--samples", "0")
     assert (again / "transformer" / WEIGHTS).read_bytes() == whole
 
 

@@ -37,7 +37,7 @@ FP8 = {"activation_format": "fp8"}
 # How assignments are calibrated (calibration/assignments.py); other keys change rules. w2's preset does, with one candidate.
 STEPS, MODE, CANDIDATES = (f"training.{field}" for field in ("steps", "mode", "candidates"))
 UNTRAINED = {STEPS: 0}
-TABLE2 = {"weight": "table2"} | UNTRAINED
+TABLE2, TABLE3 = {"weight": "table2"} | UNTRAINED, {"weight": "table3"}
 # Widths chosen layer by layer, in as many bytes as the preset takes; w2 has nothing narrower to choose.
 MIXED = {"weight": recipe.AUTO}
 
@@ -81,17 +81,17 @@ METHODS: tuple[tuple[str, str, dict], ...] = (
     ("w4a8", "trellis", {"weight": "trellis4_l12"}),
     ("w4a8", "trellis, rank 32", {"weight": "trellis4_l12", "low_rank": 32}),
     ("w3a8", "trellis, round to nearest", NEAREST | {"weight": "trellis3_l12"}),
-    ("w3a8", "trellis", {"weight": "trellis3_l12"}),
     ("w3a8", "trellis, L = 16", {"weight": "trellis3_l16"}),
     ("w3a8", "trellis, rank 32", {"weight": "trellis3_l12", "low_rank": 32}),
     ("w2a16", "trellis, round to nearest", UNTRAINED | NEAREST | {"weight": "trellis2_l12"}),
     ("w2a16", "trellis", UNTRAINED | {"weight": "trellis2_l12"}),
     ("w2a16", "trellis, rank 16", UNTRAINED | {"weight": "trellis2_l12", "low_rank": 16}),
-    ("w3a8", "round to nearest", NEAREST),
-    ("w3a8", "fixed Gaussian table, no data", FIXED),
+    ("w3a8", "table, error feedback", TABLE3),
+    ("w3a8", "round to nearest", TABLE3 | NEAREST),
+    ("w3a8", "fixed Gaussian table, no data", TABLE3 | FIXED),
     ("w3a8", "int3 g64", {"weight": "int3", "group_size": 64}),
-    ("w3a8", "twin-log", {"table": "twin-log"}),
-    ("w3a8", "rotation auto", {"rotation": "auto"}),
+    ("w3a8", "twin-log", TABLE3 | {"table": "twin-log"}),
+    ("w3a8", "rotation auto", TABLE3 | {"rotation": "auto"}),
     ("w4a4", "int, whole token", {"activation_format": "int", "activation_group_size": "token"}),
     ("w4a4", "int g32", {"activation_format": "int"}),
     ("w4a4", "affine g64", {"activation_group_size": 64}),

@@ -302,6 +302,7 @@ def test_calibrate_with_assignments(cli, pixel_dit: Path, tmp_path: Path, mode: 
         (("--bits", "w2a16", "--samples", "0", "--calibration-steps", "5"), ("--samples 0", "--calibration-steps")),
         (("--bits", "w8a8", "--weight-format", "vq"), ("w2 or w3 or w4",)),
         (("--bits", "w2a16", "--calibration-steps", "5", "--candidates", "9"), ("9 candidates", "4")),
+        (("--bits", "w3a8", "--calibration-steps", "5"), ("codebooks", "trellis3_l12", "--weight-format table or vq")),
     ],
 )
 def test_what_cannot_be_is_one_line(cli, pixel_dit: Path, tmp_path: Path, given: tuple, words: tuple):

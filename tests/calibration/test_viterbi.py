@@ -15,6 +15,7 @@ from quantdit.calibration.quantize import output_error, quantize_weight
 from quantdit.formats import FORMATS, trellis
 
 pytest.importorskip("numba")
+pytestmark = pytest.mark.filterwarnings("ignore:trellis codes take")
 TRELLIS = [name for name, f in FORMATS.items() if f.window]
 # NMSE of Gaussian rows with the table in random order, L = 12 (the figures of QTIP's construction as we measured it).
 RANDOM_ORDER = {4: 0.0051, 3: 0.0194, 2: 0.0723}
