@@ -84,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     vectors.add_argument(
         "--weight-format",
         choices=("table", "vq", "ssvq", "trellis"),
-        help="with --bits: level tables, codebooks of vectors, these with signs split off, or trellis codes (w2: vq, else table)",
+        help="with --bits: level tables, codebooks of vectors, these with signs split off, or trellis codes (w2: vq, w3: trellis,"
+        " else table)",
     )
     vectors.add_argument(
         "--calibration-steps", type=_count, metavar="N", help="optimizer steps, of each block or end to end (w2: 300, else 0)"

@@ -30,8 +30,11 @@ HERE = Path(__file__).parent
 MODEL = "emoji-wan"
 RECIPES = {
     "w4a8": ("--bits", "w4a8"),
+    "w4a8, trellis": ("--bits", "w4a8", "--weight-format", "trellis"),
     "w4a4": ("--bits", "w4a4"),
+    "w3a8": ("--bits", "w3a8"),
     "w2a16": ("--bits", "w2a16"),
+    "w2a16, trellis": ("--bits", "w2a16", "--weight-format", "trellis"),
     "w2a16, level tables": ("--bits", "w2a16", "--weight-format", "table", "--calibration-steps", "0"),
 }
 SEEDS, STEPS, GUIDANCE, BATCH = (1, 2), 20, 3.0, 8
