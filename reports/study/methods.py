@@ -39,7 +39,7 @@ STEPS, MODE, CANDIDATES = (f"training.{field}" for field in ("steps", "mode", "c
 UNTRAINED = {STEPS: 0}
 TABLE2, TABLE3 = {"weight": "table2"} | UNTRAINED, {"weight": "table3"}
 # Widths chosen layer by layer, in as many bytes as the preset takes; w2 has nothing narrower to choose.
-MIXED = {"weight": recipe.AUTO}
+MIXED = {"weight": recipe.AUTO, "otherwise": ""}
 
 # bits, method, changes to every quantizing rule of the preset and to its training. No change: the preset itself.
 METHODS: tuple[tuple[str, str, dict], ...] = (

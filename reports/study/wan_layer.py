@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 # PYTHONSAFEPATH, which the Makefile sets, keeps the folder of a script off the path.
 sys.path.append(str(Path(__file__).parent))
+import measure
 import peers
 
 import quantdit
@@ -112,9 +113,8 @@ def measured(given: Case, layer: nn.Module, stored: list[Tensor], **facts: objec
         identity = torch.eye(given.linear.in_features)
         weight = layer(identity) - layer(torch.zeros_like(identity))
         dense = given.linear.weight.T
-    size = sum(files.narrowest(t).nbytes for t in stored)
     return facts | {
-        "bits_per_weight": round(8 * size / given.linear.weight.numel(), 4),
+        "bits_per_weight": round(measure.stored_bits(stored, given.linear.weight.numel()), 4),
         "output_rel_rmse": rel_rmse(got, expected),
         "weight_rel_rmse": rel_rmse(weight, dense),
     }
@@ -131,7 +131,8 @@ def own_row(given: Case, bits: int, name: str, way: str) -> dict:
     made = quantize_layer(linear.weight, linear.bias, found, plan, SEED)
     seconds = round(time.process_time() - began, 1)
     layer = QuantLinear.from_tensors(made.spec, made.tensors, made.bias)
-    row = measured(given, layer, list(made.tensors.values()), package="quantdit", version=quantdit.__version__)
+    stored = [files.narrowest(t) for t in made.tensors.values()]  # as a checkpoint stores them
+    row = measured(given, layer, stored, package="quantdit", version=quantdit.__version__)
     return row | {"bits": bits, "method": name, "way": way, "seconds": seconds}
 
 
