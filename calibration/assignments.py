@@ -28,7 +28,7 @@ from quantdit.calibration.stats import Stats
 from quantdit.formats import FORMATS, QSpec
 from quantdit.formats.codebook import words
 from quantdit.layer_spec import LayerSpec
-from quantdit.recipe import LayerPlan
+from quantdit.recipe import Rule
 
 FROZEN = 0.99
 CERTAIN = 30.0  # of a logit: the others' ratios are then 0 in float32
@@ -229,11 +229,13 @@ def parts(made: Mapping[str, Quantized], training: Training) -> list[tuple[str, 
     return found
 
 
-def trains(plan: LayerPlan) -> bool:
-    """Return whether a layer so planned is one of those (`is_trainable`)."""
-    f = FORMATS[plan.rule.weight]
+def trains(rule: Rule) -> bool:
+    """Return whether layers of a rule are such (`is_trainable`); False where the weight is not one format, but dense or open."""
+    if rule.weight not in FORMATS:
+        return False
+    f = FORMATS[rule.weight]
     codebook = f.fields(f, QSpec(f.name, 64, 64, 64)).get("codebook")
-    return codebook is not None and codebook.dtype == torch.int8 and (f.dim > 1 or plan.rule.table_rows == "layer")
+    return codebook is not None and codebook.dtype == torch.int8 and (f.dim > 1 or rule.table_rows == "layer")
 
 
 def is_trainable(made: Quantized) -> bool:

@@ -94,7 +94,7 @@ def _product(nodes: Nodes, shared: Translation, layer: QuantLinear, codes: ir.Va
     if floats:
         weight = emit_integers(nodes, spec, lambda: layer.qtensor, "float32", shared.storage)
         return nodes.op("Mul", [nodes.op("MatMul", [codes, weight]), _scale(nodes, layer)])
-    element = "int8" if shared.target == VNNI or not unsafe_rows(layer.qtensor.decode8()).any() else "uint8"
+    element = "int8" if shared.target == VNNI or not unsafe_rows(layer.decoded()).any() else "uint8"
     weight = emit_integers(nodes, spec, lambda: layer.qtensor, element, shared.storage)
     # A node of its own for every consumer: ONNX Runtime fuses no DequantizeLinear that two products share.
     left = nodes.op("DequantizeLinear", [codes, nodes.scalar(1), _zero_point(nodes)])

@@ -291,7 +291,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             print(
                 f"quantdit: note: {settings.samples} of {len(settings.prompts)} prompts are used; see --samples", file=sys.stderr
             )
-        training = _training(args, settings)
+        training = _training(args, settings, plan)
         report = calibrate(pipeline, source, plan, args.output, settings, args.resume, args.overwrite, target, training)
         if scratch is not None:
             shutil.rmtree(scratch)
@@ -314,15 +314,13 @@ def _calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _training(args: argparse.Namespace, settings):
+def _training(args: argparse.Namespace, settings, plan):
     """Return how assignments are calibrated: as the user said, else as the preset does where there are samples; or None."""
     from dataclasses import replace
 
-    from quantdit.calibration.assignments import Training, preset
+    from quantdit.calibration.assignments import Training, preset, trains
 
-    # Layers of other weights than the preset's: nothing that it would train.
-    other = args.size_budget is not None or args.max_drift is not None or args.weight_format == "trellis"
-    training = preset(args.bits or "") if settings.samples and not other else None
+    training = preset(args.bits or "") if settings.samples and any(map(trains, plan.rules)) else None
     if args.calibration_steps is not None:
         training = replace(training or Training(), steps=args.calibration_steps) if args.calibration_steps else None
     given = {"mode": args.calibration_mode, "candidates": args.candidates, "initial": args.initial_ratios}

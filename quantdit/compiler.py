@@ -412,9 +412,9 @@ def _check_training(
             "calibrating assignments end-to-end needs the transformer in memory as a whole: give a larger --memory-budget, or"
             " --calibration-mode block"
         )
-    plans = [plan for layers in options.values() for of_layer in layers.values() for plan in of_layer.values()]
-    if not any(map(trains, plans)):
-        weights = ", ".join(sorted({plan.rule.weight for plan in plans}))
+    rules = [plan.rule for layers in options.values() for of_layer in layers.values() for plan in of_layer.values()]
+    if not any(map(trains, rules)):
+        weights = ", ".join(sorted({rule.weight for rule in rules}))
         raise ValueError(
             f"calibrating assignments trains codebooks and level tables of whole weights, and these layers have none ({weights});"
             " take --weight-format table or vq, or leave out --calibration-steps"

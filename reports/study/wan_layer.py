@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -161,8 +162,7 @@ def peer_row(given: Case, peer: peers.Peer, configuration: peers.Configuration, 
     began = time.process_time()
     stored = peer.quantize(model, **configuration.options)
     seconds = round(time.process_time() - began, 1)
-    version = peers.version(peer.package)
-    row = measured(given, model.transformer, stored, package=peer.package, version=version)
+    row = measured(given, model.transformer, stored, package=peer.package, version=version(peer.package))
     return row | {"bits": bits, "method": configuration.method, "way": "", "seconds": seconds}
 
 
@@ -216,10 +216,9 @@ def main() -> None:
     args = parser.parse_args()
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
     done = {(r["package"], r["bits"], r["method"], r["way"]) for r in rows}
-    given = case()
-    for key, how in wanted(args.peer):
-        if key in done:
-            continue
+    missing = [(key, how) for key, how in wanted(args.peer) if key not in done]
+    given = case() if missing else None
+    for key, how in missing:
         try:
             row = own_row(given, **how) if args.peer is None else peer_row(given, **how)
         except Exception as error:  # of somebody else's code: the row is left out, and the reason said
