@@ -27,6 +27,7 @@ from quantdit.layer_spec import ActivationSpec, decodes_to_fp8
 from quantdit.linear import QuantLinear
 from quantdit.transform import NAMES
 
+SPLIT_FROM = 128  # below, ONNX Runtime loses more to many small products than it saves
 SMALLEST = float(np.finfo(np.float32).tiny)  # in place of the scale of a token of zeros
 
 
@@ -142,10 +143,22 @@ def _transformed(nodes: Nodes, layer: QuantLinear, x: ir.Value, rank: int) -> ir
         x = nodes.op("Gather", [x, nodes.constant("permutation", t.permutation.numpy())], axis=-1)
         return _block_product(nodes, x, t.rotation2, "rotation2", rank)
     if t.block > 1:
-        blocks = nodes.reshape(x, [*kept, layer.in_features // t.block, t.block])
-        rotated = nodes.op("MatMul", [blocks, nodes.constant("hadamard", hadamard.hadamard(t.block).numpy())])
-        return nodes.reshape(rotated, [*kept, layer.in_features])
+        return _hadamard_product(nodes, x, layer.in_features, t.block, kept)
     return x
+
+
+def _hadamard_product(nodes: Nodes, x: ir.Value, width: int, block: int, kept: list[int]) -> ir.Value:
+    """Return x times H in blocks: H_b, or `H_ac = H_a kron H_c` from both sides, X -> H_a X H_c: at 128 a fifth of the work."""
+    if block < SPLIT_FROM:
+        blocks = nodes.reshape(x, [*kept, width // block, block])
+        rotated = nodes.op("MatMul", [blocks, nodes.constant("hadamard", hadamard.hadamard(block).numpy())])
+    else:
+        outer = 1 << (block.bit_length() - 1) // 2
+        left, right = hadamard.hadamard(outer), hadamard.hadamard(block // outer)
+        blocks = nodes.reshape(x, [*kept, width // block, outer, block // outer])
+        inner = nodes.op("MatMul", [blocks, nodes.constant("hadamard", right.numpy())])
+        rotated = nodes.op("MatMul", [nodes.constant("hadamard_outer", left.numpy()), inner])
+    return nodes.reshape(rotated, [*kept, width])
 
 
 def _block_product(nodes: Nodes, x: ir.Value, blocks: Tensor, field: str, rank: int) -> ir.Value:
@@ -193,8 +206,9 @@ def _token_scale(nodes: Nodes, shared: Translation, layer: QuantLinear, x: ir.Va
 
 
 def _absmax_scale(nodes: Nodes, x: ir.Value, top: float) -> ir.Value:
-    largest = _reduce(nodes, "ReduceMax", nodes.op("Abs", [x]))
-    return nodes.op("Div", [largest, nodes.scalar(top)])
+    # Two passes that only read cost less than one that writes the absolute values.
+    low, high = _reduce(nodes, "ReduceMin", x), _reduce(nodes, "ReduceMax", x)
+    return nodes.op("Div", [nodes.op("Max", [high, nodes.op("Neg", [low])]), nodes.scalar(top)])
 
 
 def _reduce(nodes: Nodes, kind: str, x: ir.Value) -> ir.Value:

@@ -120,13 +120,22 @@ def _onnxruntime_products(codes: Tensor, transposed: Tensor) -> dict[str, Callab
     return found
 
 
-def measure(candidates: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, tuple[float, float]]:
-    """Return (median, fastest) milliseconds of each candidate over interleaved rounds, after one warm-up."""
+def measure(candidates: dict[str, Callable[[], Tensor]], rounds: int, untimed: int = 0) -> dict[str, tuple[float, float]]:
+    """Return (median, fastest) milliseconds of each candidate over interleaved rounds, after one warm-up.
+
+    Args:
+        candidates: what is called, by name.
+        rounds: how often each is timed.
+        untimed: calls right before each timed one, where candidates have threads of their own: those of ONNX Runtime and of
+            OpenMP wait actively for a while after a call and would take the next candidate's processors.
+    """
     for run in candidates.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
+            for _ in range(untimed):
+                run()
             start = time.perf_counter()
             run()
             times[name].append((time.perf_counter() - start) * 1e3)

@@ -168,7 +168,7 @@ def rows_for(subject: Subject, folder: Path, rounds: int) -> list[dict]:
     narrow = load_pipeline(str(folder / "dense"), dtype=torch.bfloat16)[0].transformer
     halves = {n: v.bfloat16() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in arguments.items()}
     candidates |= {"torch bfloat16": torch_runner(narrow, halves)}
-    measured = bench.measure(candidates, rounds)
+    measured = bench.measure(candidates, rounds, untimed=1)
     base = measured[BASELINE][0]
     return [
         {
