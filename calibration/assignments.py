@@ -9,6 +9,7 @@ The logits z are trained until each sub-vector has one codeword left; then the c
 sub-vector is frozen once a ratio passes 0.99; what is not frozen when the steps for assignments are over takes its largest ratio.
 
 Levels of a table are codewords of one weight, for which this is AdaRound (Nagel et al. 2020, arXiv 2004.10568) with a softmax.
+Trellis codes stay as they are, since none can change alone, and their table is fixed: scales and biases are what is trained.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Training:
         steps: of the optimizer.
         mode: `block`: one block after another, on the inputs that the quantized blocks before it make; `end-to-end`: all blocks
             at once, each on what the ones before it return meanwhile, which needs the model in memory twice.
-        candidates: codewords a sub-vector may choose among; 1 trains codebooks, scales and biases alone.
+        candidates: codewords a sub-vector may choose among; 1 trains codebooks, scales and biases alone. Trellis codes have one.
         initial: ratios begin as 1 / n (`uniform`) or in inverse proportion to the candidates' errors (`distance`).
         logit_rate: learning rate of the logits.
         codebook_rate: of codebooks, scales and biases, as a part of their size.
@@ -95,7 +96,7 @@ class Training:
 
 
 def preset(bits: str) -> Training | None:
-    """Return what the preset of `wXaY` calibrates: at 2 bits codebooks, scales and biases, else nothing.
+    """Return what the preset of `wXaY` calibrates: at 2 bits scales and biases, and codebooks where there are, else nothing.
 
     One candidate: after error feedback, steps spent on the choice among two gain less than as many on codebooks (reports/study).
     """
@@ -106,9 +107,11 @@ class SoftLinear(nn.Module):
     """A quantized linear whose codes are not decided yet. `bucket` as in QuantLinear.
 
     Attributes:
-        candidates: uint8 `[n, out, in / d]`, codes (int32 where they have signs).
-        logits: float32, the same shape; a parameter.
-        codebook: float32 `[k, d]`, scale float32 `[out]`; parameters.
+        candidates: uint8 `[n, out, in / d]`, codes (int32 where they have signs); None where codes stay as they are (trellis).
+        logits: float32, the same shape; a parameter. None without candidates.
+        codebook: float32 `[k, d]`; a parameter. None without candidates.
+        integers: int8 `[out, in]`, what codes that stay as they are stand for; None with candidates.
+        scale: float32 `[out]`; a parameter.
         centre: float32 `[in]`, the mean of the transformed inputs; None without a bias.
         output: float32 `[out]`, the mean output; a parameter. The bias follows from it: whatever becomes of the weight, it takes
             up what that does to the mean.
@@ -120,26 +123,33 @@ class SoftLinear(nn.Module):
         tensors: Mapping[str, Tensor],
         centre: Tensor | None,
         output: Tensor | None,
-        candidates: Tensor,
-        logits: Tensor,
+        candidates: Tensor | None,
+        logits: Tensor | None,
     ) -> None:
         super().__init__()
         self.spec, self.bucket = spec, 0
         self.transform = transform.from_tensors(spec.rotation, spec.block, tensors)
         self.static = tensors.get("static_scale")
         self.branch = _branch(tensors)
-        self.candidates = candidates
-        # Entries are trained in units of the largest, so that one rate suits all layers.
-        unit = tensors["codebook"].float().abs().max().clamp_min(1)
-        codebook = tensors["codebook"].float().reshape(-1, FORMATS[spec.weight.format].dim) / unit
-        self.logits = nn.Parameter(logits)
-        self.codebook = nn.Parameter(codebook)
-        self.scale = nn.Parameter(tensors["scale"] * unit)
+        f, self.candidates = FORMATS[spec.weight.format], candidates
+        if candidates is None:
+            self.logits = self.codebook = None
+            self.integers = f.decode8(f, spec.weight, tensors)
+            self.scale = nn.Parameter(tensors["scale"].clone())
+        else:
+            # Entries are trained in units of the largest, so that one rate suits all layers.
+            unit = tensors["codebook"].float().abs().max().clamp_min(1)
+            self.logits = nn.Parameter(logits)
+            self.codebook = nn.Parameter(tensors["codebook"].float().reshape(-1, f.dim) / unit)
+            self.integers = None
+            self.scale = nn.Parameter(tensors["scale"] * unit)
         self.centre = centre
         self.output = None if output is None else nn.Parameter(output)
 
     def weight(self) -> Tensor:
         """Return the weight `[out, in]` in the transformed space."""
+        if self.candidates is None:
+            return self.integers * self.scale[:, None]
         f = FORMATS[self.spec.weight.format]
         found = [words(self.codebook, part.int(), f.sign_split) for part in self.candidates]
         soft = found[0] if len(found) == 1 else sum(r[..., None] * word for r, word in zip(self.ratios, found, strict=True))
@@ -163,6 +173,11 @@ class SoftLinear(nn.Module):
         return y.reshape(*x.shape[:-1], -1).to(x.dtype)
 
     @property
+    def is_open(self) -> bool:
+        """Return whether sub-vectors have codewords to choose among."""
+        return self.logits is not None and len(self.logits) > 1
+
+    @property
     def ratios(self) -> Tensor:
         """Return `[n, out, in / d]`."""
         return self.logits.softmax(dim=0)
@@ -170,8 +185,6 @@ class SoftLinear(nn.Module):
     @torch.no_grad()
     def freeze(self, least: float = FROZEN) -> float:
         """Decide every sub-vector one of whose ratios is above `least`; returns the part that is decided."""
-        if len(self.logits) == 1:
-            return 1.0
         best = self.ratios.max(dim=0)
         decided = best.values > least
         winner = torch.arange(len(self.logits))[:, None, None] == best.indices
@@ -195,7 +208,9 @@ class SoftLinear(nn.Module):
         return replace(made, tensors=made.tensors | stored, bias=mended, report=made.report | report)
 
     def _stored(self) -> tuple[dict[str, Tensor], Tensor, float]:
-        """Return data, codebook and scale as they are stored, `I` float32, and the relative error of rounding the codebook."""
+        """Return what changed as it is stored, `I` float32, and the relative error of rounding the codebook."""
+        if self.candidates is None:
+            return {"scale": vectors.in_16_bits(self.scale.abs())}, self.integers.float(), 0.0
         f = FORMATS[self.spec.weight.format]
         winner = self.logits.argmax(dim=0, keepdim=True)
         codes = self.candidates.gather(0, winner)[0]
@@ -209,11 +224,13 @@ class SoftLinear(nn.Module):
 
 def bytes_of(made: Quantized, training: Training) -> int:
     """Return what training a layer takes: of each candidate a code, a logit, its gradient and average; soft weights, float32."""
-    weight, n = made.spec.weight, training.candidates
-    groups = weight.out_features * weight.in_features // FORMATS[weight.format].dim
+    weight, f = made.spec.weight, FORMATS[made.spec.weight.format]
+    size = weight.out_features * weight.in_features
+    if f.window:
+        return size * (1 + 3 * 4)  # the integers, as float32, times the scales, the gradient
     # Each candidate's codewords are kept for the backward pass; the mixture, its product with the scales, the gradient.
-    code = FORMATS[weight.format].code_dtype.itemsize
-    return groups * n * (code + 3 * 4) + weight.out_features * weight.in_features * 4 * (n + 3)
+    n = training.candidates
+    return size // f.dim * n * (f.code_dtype.itemsize + 3 * 4) + size * 4 * (n + 3)
 
 
 def parts(made: Mapping[str, Quantized], training: Training) -> list[tuple[str, ...]]:
@@ -231,6 +248,11 @@ def parts(made: Mapping[str, Quantized], training: Training) -> list[tuple[str, 
 
 def trains(rule: Rule) -> bool:
     """Return whether layers of a rule are such (`is_trainable`); False where the weight is not one format, but dense or open."""
+    return chooses(rule) or (rule.weight in FORMATS and FORMATS[rule.weight].window > 0)
+
+
+def chooses(rule: Rule) -> bool:
+    """Return whether layers of a rule have one int8 codebook for the whole weight, to choose codewords of."""
     if rule.weight not in FORMATS:
         return False
     f = FORMATS[rule.weight]
@@ -239,7 +261,9 @@ def trains(rule: Rule) -> bool:
 
 
 def is_trainable(made: Quantized) -> bool:
-    """Return whether a layer has one int8 codebook for the whole weight."""
+    """Return whether a layer has one int8 codebook for the whole weight, or trellis codes."""
+    if FORMATS[made.spec.weight.format].window:
+        return True
     codebook = made.tensors.get("codebook")
     return codebook is not None and codebook.dtype == torch.int8 and made.spec.weight.codebook_rows == 1
 
@@ -247,24 +271,37 @@ def is_trainable(made: Quantized) -> bool:
 def soft_linear(made: Quantized, weight: Tensor, bias: Tensor | None, stats: Stats, training: Training) -> SoftLinear:
     """Return a layer to be trained, from what `quantize_layer` made of it.
 
-    Candidates are the code that a sub-vector has, and the codewords that would leave the least output error, all else held.
-
     Args:
-        made: the quantized layer, of a codebook for the whole weight.
+        made: the quantized layer, of a codebook for the whole weight or of trellis codes.
         weight: `[out, in]`, before it was quantized.
         bias: `[out]` or None, before it was mended.
         stats: of its inputs.
         training: how many candidates, and their first ratios.
     """
-    spec, f = made.spec, FORMATS[made.spec.weight.format]
+    spec = made.spec
     t = transform.from_tensors(spec.rotation, spec.block, made.tensors)
-    scale = torch.where(made.tensors["scale"] > 0, made.tensors["scale"], 1.0)
     branch = _branch(made.tensors)
-    W = _beside_branch(t, weight, branch) / scale[:, None]
+    candidates = logits = None
+    if not FORMATS[spec.weight.format].window:
+        gram = transform.gram(t, stats.gram if bias is None else stats.centred_gram)
+        candidates, logits = _choices(made, _beside_branch(t, weight, branch), gram, training)
+    centre = None if bias is None else transform.apply(t, stats.mean)
+    output = None if bias is None else bias.detach().float() + weight.detach().float() @ stats.mean
+    if centre is not None and branch is not None:
+        output = output - branch[0] @ (branch[1] @ centre)
+    return SoftLinear(spec, made.tensors, centre, output, candidates, logits)
+
+
+def _choices(made: Quantized, W: Tensor, H: Tensor, training: Training) -> tuple[Tensor, Tensor]:
+    """Return candidates and logits, both `[n, out, in / d]`, for W in the transformed space.
+
+    Candidates are the code that a sub-vector has, and the codewords that would leave the least output error, all else held.
+    """
+    f = FORMATS[made.spec.weight.format]
+    scale = torch.where(made.tensors["scale"] > 0, made.tensors["scale"], 1.0)
     codebook = made.tensors["codebook"].float().reshape(-1, f.dim)
     codes = f.unpack(f, made.tensors["data"], W.shape[1] // f.dim).long()
-    gram = stats.gram if bias is None else stats.centred_gram
-    candidates, errors = best_codes(codes, W, transform.gram(t, gram), codebook, training.candidates, f.sign_split)
+    candidates, errors = best_codes(codes, W / scale[:, None], H, codebook, training.candidates, f.sign_split)
     if training.initial == "uniform":
         logits = torch.zeros(candidates.shape)
     else:
@@ -273,11 +310,7 @@ def soft_linear(made: Quantized, weight: Tensor, bias: Tensor | None, stats: Sta
         errors[0] = torch.minimum(errors[0], errors.amin(dim=0) / OWN)
         floor = 1e-3 * errors.mean().clamp_min(1e-30)
         logits = -(errors + floor).log()
-    centre = None if bias is None else transform.apply(t, stats.mean)
-    output = None if bias is None else bias.detach().float() + weight.detach().float() @ stats.mean
-    if centre is not None and branch is not None:
-        output = output - branch[0] @ (branch[1] @ centre)
-    return SoftLinear(spec, made.tensors, centre, output, candidates.to(f.code_dtype), logits.contiguous())
+    return candidates.to(f.code_dtype), logits.contiguous()
 
 
 def _branch(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
@@ -398,7 +431,8 @@ def train(
         seed: of the choice of samples.
         progress: told how many steps were made.
     """
-    soft = [layer.logits for layer in layers if len(layer.logits) > 1]
+    choosing = [layer for layer in layers if layer.is_open]
+    soft = [layer.logits for layer in choosing]
     tables = [p for layer in layers for p in (layer.codebook, layer.scale, layer.output) if p is not None]
     sizes = [float(p.detach().square().mean().sqrt().clamp_min(1e-3)) for p in tables]
     until = round(training.steps * ASSIGNMENT_PART) if soft else 0
@@ -419,13 +453,13 @@ def train(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            frozen = [layer.freeze() for layer in layers]
+            frozen = [layer.freeze() for layer in choosing]
             progress(1)
         report["frozen"] = round(sum(frozen) / len(frozen), 4) if until else 0.0
-        for layer in layers:
+        for layer in choosing:
             layer.freeze(0.0)
             layer.logits.requires_grad_(False)
-        report |= _keep_if_better(layers, run, examples)
+        report |= _keep_if_better(choosing, run, examples)
         error = report["held_out_found" if report["assignments_kept"] else "held_out_had"]
     else:
         error = held_out_error(run, examples)

@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     vectors.add_argument(
         "--weight-format",
         choices=("table", "vq", "ssvq", "trellis"),
-        help="with --bits: level tables, codebooks of vectors, these with signs split off, or trellis codes (w2: vq, w3: trellis,"
+        help="with --bits: level tables, codebooks of vectors, these with signs split off, or trellis codes (w2, w3: trellis,"
         " else table)",
     )
     vectors.add_argument(
@@ -318,7 +318,7 @@ def _training(args: argparse.Namespace, settings, plan):
     """Return how assignments are calibrated: as the user said, else as the preset does where there are samples; or None."""
     from dataclasses import replace
 
-    from quantdit.calibration.assignments import Training, preset, trains
+    from quantdit.calibration.assignments import Training, chooses, preset, trains
 
     training = preset(args.bits or "") if settings.samples and any(map(trains, plan.rules)) else None
     if args.calibration_steps is not None:
@@ -329,6 +329,11 @@ def _training(args: argparse.Namespace, settings, plan):
         raise ValueError(
             "--calibration-mode, --candidates and --initial-ratios go with --calibration-steps: without it no assignments are"
             " calibrated"
+        )
+    if (args.candidates or 1) > 1 and not any(map(chooses, plan.rules)):
+        raise ValueError(
+            f"--candidates {args.candidates}: no layer of {plan.name} has a codebook to choose from (trellis codes stay as they"
+            " are); take --weight-format vq or table, or leave it out"
         )
     return None if training is None else replace(training, **given)
 

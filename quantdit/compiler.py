@@ -416,8 +416,8 @@ def _check_training(
     if not any(map(trains, rules)):
         weights = ", ".join(sorted({rule.weight for rule in rules}))
         raise ValueError(
-            f"calibrating assignments trains codebooks and level tables of whole weights, and these layers have none ({weights});"
-            " take --weight-format table or vq, or leave out --calibration-steps"
+            "--calibration-steps trains codebooks, level tables of whole weights and the scales of trellis codes, and these"
+            f" layers have none ({weights}); take --weight-format table, vq or trellis, or leave it out"
         )
 
 

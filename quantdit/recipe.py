@@ -192,10 +192,10 @@ WEIGHT_FORMATS = {
     "trellis": {2: "trellis2_l12", 3: "trellis3_l12", 4: "trellis4_l12"},
 }
 
-# What presets take. At 2 bits four levels are too few: codebooks of vectors, calibrated further (calibration/assignments.py). At
-# 3 trellis codes, which leave three quarters of a table's error (reports/study); at 4 bits they do as well, but there kernels for
-# few tokens and the time that calibration takes speak for tables.
-PRESETS = WEIGHTS | {2: WEIGHT_FORMATS["vq"][2], 3: WEIGHT_FORMATS["trellis"][3]}
+# What presets take. At 2 and 3 bits trellis codes, which leave three quarters of a table's error (reports/study); those of 2 bits
+# are calibrated further (calibration/assignments.py). At 4 bits they do as well, but there kernels for few tokens and the time
+# that calibration takes speak for tables.
+PRESETS = WEIGHTS | {x: WEIGHT_FORMATS["trellis"][x] for x in (2, 3)}
 
 # What group_size = "auto" prefers. Narrow codes need small groups; a format not listed needs none.
 AUTO_GROUP = {"int2": 32, "int3": 64, "int4": 64}

@@ -34,7 +34,8 @@ RECIPES = {
     "w4a4": ("--bits", "w4a4"),
     "w3a8": ("--bits", "w3a8"),
     "w2a16": ("--bits", "w2a16"),
-    "w2a16, trellis": ("--bits", "w2a16", "--weight-format", "trellis"),
+    "w2a16, codebooks": ("--bits", "w2a16", "--weight-format", "vq"),
+    "w2a16, not trained": ("--bits", "w2a16", "--calibration-steps", "0"),
     "w2a16, level tables": ("--bits", "w2a16", "--weight-format", "table", "--calibration-steps", "0"),
 }
 SEEDS, STEPS, GUIDANCE, BATCH = (1, 2), 20, 3.0, 8

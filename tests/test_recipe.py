@@ -51,7 +51,7 @@ def refusal(act: Callable[[], object]) -> str:
 def test_grammar_offers_every_combination(x: int, y: int):
     plans = recipe.resolve(recipe.from_bits(f"w{x}a{y}"), LAYERS)
     block = plans["blocks.0.attn.to_q"].rule
-    weight = {2: "vq256x4", 3: "trellis3_l12", 8: "int8"}.get(x, f"table{x}")
+    weight = {2: "trellis2_l12", 3: "trellis3_l12", 8: "int8"}.get(x, f"table{x}")
     f = FORMATS[block.weight]
     assert (f.code_bits / f.dim, block.weight, block.activation_bits) == (x, weight, y)
     assert plans["blocks.0.ff.out"].rule == block
@@ -408,7 +408,7 @@ def test_channel_group_is_the_whole_width(toml):
 
 def test_layers_that_codewords_do_not_divide_take_what_the_rule_says_otherwise():
     layers = [Layer("even", "attention", 8, 32), Layer("odd", "attention", 8, 33)]
-    plans = recipe.resolve(recipe.from_bits("w2a16"), layers)
+    plans = recipe.resolve(recipe.with_weight_format(recipe.from_bits("w2a16"), "vq"), layers)
     assert [plans[name].rule.weight for name in ("even", "odd")] == ["vq256x4", "table2"]
     with pytest.raises(ValueError, match=r'layer odd has 33 inputs, which vq256x4 .* otherwise = "table2"'):
         recipe.resolve(recipe.Recipe("mine", (Rule("*", weight="vq256x4"),)), layers)
@@ -418,7 +418,8 @@ def test_layers_that_codewords_do_not_divide_take_what_the_rule_says_otherwise()
 
 def test_weight_formats_replace_each_other():
     vq, table = (recipe.with_weight_format(recipe.from_bits("w2a16"), kind) for kind in ("vq", "table"))
-    assert vq == recipe.from_bits("w2a16") and recipe.with_weight_format(table, "vq") == vq
+    assert recipe.with_weight_format(table, "vq") == vq and {rule.weight for rule in vq.rules} == {"vq256x4", "dense"}
+    assert recipe.with_weight_format(vq, "trellis") == recipe.from_bits("w2a16")
     assert {rule.weight for rule in table.rules} == {"table2", "dense"} and {rule.otherwise for rule in table.rules} == {""}
     assert {rule.weight for rule in recipe.with_weight_format(recipe.from_bits("w3a8"), "vq").rules} == {"vq64x2", "dense"}
     assert {rule.weight for rule in recipe.with_weight_format(vq, "ssvq").rules} == {"ssvq256x8", "dense"}

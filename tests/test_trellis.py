@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, pixel_dit: Path) -> Path:
 
 @pytest.mark.parametrize("bits", ["w2a16", pytest.param("w4a8", marks=pytest.mark.slow)])
 def test_what_is_loaded_is_what_was_chosen(bits: str, cli: Callable, pixel_dit: Path, tmp_path: Path):
-    """From the file alone, and by the layers that run; at 2 bits the preset trains codebooks, which a trellis has none of."""
+    """From the file alone, and by the layers that run; at 2 bits the preset trains scales and biases."""
     folder = calibrated(cli, pixel_dit, tmp_path / "out", "--bits", bits, *ONCE)
     layers = quant_layers(quantdit.load(str(folder)).transformer)
     assert {layer.spec.format for layer in layers.values()} == {f"trellis{bits[1]}_l12"}

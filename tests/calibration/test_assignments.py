@@ -30,7 +30,7 @@ from quantdit.calibration.stats import Stats
 from quantdit.compiler import REPORT, Settings, calibrate
 from quantdit.linear import QuantLinear
 from quantdit.pipeline import load_pipeline
-from quantdit.recipe import LayerPlan, Rule, from_bits
+from quantdit.recipe import LayerPlan, Rule, from_bits, with_weight_format
 
 WIDTH, OUT = 32, 24
 
@@ -86,6 +86,7 @@ RULES = (
     {"weight": "ssvq256x4"},
     {"weight": "ssvq256x8", "activation_bits": 8},
 )
+TRELLIS = ({"weight": "trellis2_l10"}, {"weight": "trellis3_l12", "activation_bits": 8, "smooth": "rms", "low_rank": 4})
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: "-".join(map(str, r.values())) or "plain")
@@ -105,6 +106,34 @@ def test_a_decided_layer_is_the_quantized_one(linear: nn.Linear, rule: dict, bia
     again = QuantLinear.from_tensors(decided.spec, decided.tensors, decided.bias)
     assert float((again(x) - has(x)).norm() / has(x).norm()) < 0.02  # the codebook is rounded once more
     assert torch.equal(decided.tensors["data"], made.tensors["data"])
+
+
+@pytest.mark.parametrize("rule", TRELLIS, ids=lambda r: r["weight"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_trellis_codes_stay_and_their_scales_and_biases_are_trained(rule: dict, bias: bool):
+    torch.manual_seed(0)
+    linear = nn.Linear(WIDTH, 2 * OUT, bias=bias).requires_grad_(False)
+    made, seen = made_of(linear, **rule)
+    assert is_trainable(made) and bytes_of(made, Training(candidates=2)) == bytes_of(made, Training(candidates=1))
+    x = inputs(40, seed=7)
+    soft = soft_linear(made, linear.weight, linear.bias, seen, Training(candidates=2))
+    with torch.no_grad():
+        torch.testing.assert_close(soft(x), QuantLinear.from_tensors(made.spec, made.tensors, made.bias)(x), rtol=1e-4, atol=1e-4)
+        soft.scale *= 1.25  # something to find
+    examples = examples_of(linear)
+
+    def run(call: Call) -> list[Tensor]:
+        return [torch.tanh(soft(call.args[0]))]
+
+    report = train([soft], run, examples, Training(steps=40, candidates=2, codebook_rate=1e-2), 0)
+    assert report["held_out"] < 0.9 * report["held_out_assigned"]
+    decided = soft.decided(made, linear.weight, linear.bias, seen)
+    assert torch.equal(decided.tensors["data"], made.tensors["data"])
+    assert not torch.equal(decided.tensors["scale"], made.tensors["scale"])
+    assert bias == (decided.bias is not None and not torch.equal(decided.bias, made.bias))
+    again = QuantLinear.from_tensors(decided.spec, decided.tensors, decided.bias)
+    with torch.no_grad():
+        assert float((again(x) - soft(x)).norm() / soft(x).norm()) < 2e-3  # scales are rounded to 16 bits
 
 
 def test_the_mean_output_is_kept_whatever_the_ratios(linear: nn.Linear):
@@ -268,14 +297,15 @@ def test_impossible_training_is_refused(given: dict):
 
 @pytest.mark.parametrize("mode", ["block", "end-to-end"])
 def test_calibrate_with_assignments(cli, pixel_dit: Path, tmp_path: Path, mode: str):
-    few = ("--samples", "16", "--steps", "3", "--bits", "w2a16")
+    few = ("--samples", "16", "--steps", "3", "--bits", "w2a16", "--weight-format", "vq")
     steps = ("--calibration-steps", "20", "--calibration-mode", mode, "--candidates", "2")
     for name, more in (("plain", ("--calibration-steps", "0")), ("first", steps)):
         ran = cli("calibrate", "--model", pixel_dit, "--output", tmp_path / name, *few, *more)
         assert ran.code == 0, ran.err
     pipeline, source = load_pipeline(str(pixel_dit))
     settings, training = Settings(samples=16, steps=3), Training(steps=20, mode=mode, candidates=2)
-    calibrate(pipeline, source, from_bits("w2a16"), tmp_path / "second", settings, training=training)
+    plan = with_weight_format(from_bits("w2a16"), "vq")
+    calibrate(pipeline, source, plan, tmp_path / "second", settings, training=training)
     digests = [files.digest(tmp_path / name / "transformer") for name in ("plain", "first", "second")]
     assert digests[1] == digests[2] != digests[0]
     plain, report = (files.read_json(tmp_path / name / REPORT) for name in ("plain", "first"))
@@ -301,8 +331,9 @@ def test_calibrate_with_assignments(cli, pixel_dit: Path, tmp_path: Path, mode: 
     [
         (("--bits", "w2a16", "--samples", "0", "--calibration-steps", "5"), ("--samples 0", "--calibration-steps")),
         (("--bits", "w8a8", "--weight-format", "vq"), ("w2 or w3 or w4",)),
-        (("--bits", "w2a16", "--calibration-steps", "5", "--candidates", "9"), ("9 candidates", "4")),
-        (("--bits", "w3a8", "--calibration-steps", "5"), ("codebooks", "trellis3_l12", "--weight-format table or vq")),
+        (("--bits", "w2a16", "--weight-format", "vq", "--calibration-steps", "5", "--candidates", "9"), ("9 candidates", "4")),
+        (("--bits", "w2a16", "--candidates", "2"), ("--candidates 2", "w2a16", "trellis", "--weight-format vq")),
+        (("--bits", "w8a8", "--calibration-steps", "5"), ("codebooks", "int8", "--weight-format table, vq or trellis")),
     ],
 )
 def test_what_cannot_be_is_one_line(cli, pixel_dit: Path, tmp_path: Path, given: tuple, words: tuple):
