@@ -4,7 +4,8 @@
 edges of static scales, and the sha256 of the weights. `transformer/diffusion_pytorch_model.safetensors`, or the shards of its
 index, hold `<layer>.<field>` for every tensor of its `LayerSpec`, and what stayed dense. The same tensors give the same bytes.
 Diffusers writes config.json before it knows the weights; what its `save_pretrained` writes has the sha256 of its tensors in their
-file's header instead.
+file's header instead. The header also has the sha256 of what the config says of the layers: formats of one size, trellis codes of
+another window, would otherwise be read for each other.
 """
 
 from __future__ import annotations
@@ -96,12 +97,13 @@ def write_transformer(
         value = state[name] if read is None or state[name].device.type != "meta" else read(name)
         return value if name in own and not is_scale(name) else narrowest(value)
 
-    header = {"spec": SPEC, "recipe": recipe, "provenance": provenance}
+    described = describe(model, recipe, provenance)
+    header = {"spec": SPEC, "recipe": recipe, "provenance": provenance, "layers_sha256": layers_digest(described)}
     write_tensors(folder, state, tensor, {METHOD: json.dumps(header, sort_keys=True)})
     found = digest(folder)
     config = {k: v for k, v in dict(model.config).items() if not k.startswith("_") and k != "quantization_config" and _is_json(v)}
     config = {"_class_name": type(model).__name__, "_diffusers_version": version("diffusers"), **config}
-    config["quantization_config"] = describe(model, recipe, provenance) | {"sha256": found}
+    config["quantization_config"] = described | {"sha256": found}
     write_json(folder / "config.json", config)
     return found
 
@@ -194,7 +196,7 @@ def prepare(model: nn.Module, quantization: dict, paths: list[Path], where: Path
     with ExitStack() as stack:
         opened = {path: stack.enter_context(open_weights(path)) for path in paths}
         _check_header({key: opened[path] for key, path in places.items()}, model, weights)
-        _check_digest(quantization, paths, list(opened.values()), weights)
+        _check_digest(quantization, paths, list(opened.values()), weights, where)
     return edges
 
 
@@ -243,10 +245,18 @@ def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return hashlib.sha256("".join(sorted(sums)).encode()).hexdigest()
 
 
-def _check_digest(quantization: Mapping, paths: list[Path], opened: list, weights: Path) -> None:
-    stated, source = quantization.get("sha256"), "config"
+def layers_digest(quantization: Mapping) -> str:
+    """Return the sha256 of what a quantization_config says that tensors are read by: its layers, its timestep edges."""
+    read_by = {key: quantization[key] for key in ("layers", "timestep_edges")}
+    return hashlib.sha256(json.dumps(read_by, sort_keys=True).encode()).hexdigest()
+
+
+def _check_digest(quantization: Mapping, paths: list[Path], opened: list, weights: Path, where: Path) -> None:
+    stated, source, header = quantization.get("sha256"), "config", _header(opened[0])
     if stated is None:
-        stated, source = _header_digest(opened[0]), "header"
+        stated, source = header.get("tensors_sha256"), "header"
+        if stated is None:
+            raise CheckpointError(f"{where}: quantization_config has no sha256 of {weights}; copy the folder again")
         got = tensors_digest((key, file.get_tensor(key)) for file in opened for key in file.keys())  # noqa: SIM118
     else:
         got = digest_of(paths)
@@ -255,14 +265,19 @@ def _check_digest(quantization: Mapping, paths: list[Path], opened: list, weight
             f"{weights}: sha256 is {got[:12]}..., the {source} says {str(stated)[:12]}...;"
             " the file was damaged or changed, copy it again"
         )
+    if header.get("layers_sha256") != layers_digest(quantization):
+        raise CheckpointError(
+            f"{where}: what it says of the layers is not what {weights} was written with; copy both again, or calibrate again"
+        )
 
 
-def _header_digest(file) -> str | None:
-    """Return the sha256 of its tensors that `save_pretrained` put into a file's header."""
+def _header(file) -> dict:
+    """Return what we put into a weight file's header, {} for none of ours."""
     try:
-        return json.loads((file.metadata() or {}).get(METHOD, "{}")).get("tensors_sha256")
-    except (ValueError, RecursionError, AttributeError):
-        return None
+        found = json.loads((file.metadata() or {}).get(METHOD, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _place(paths: list[Path]) -> Path:
@@ -358,9 +373,9 @@ def _check_header(opened: dict, model: nn.Module, weights: Path) -> None:
     own, expected = own_keys(model), model.state_dict()
     names = opened.keys()
     if missing := sorted(expected.keys() - names):
-        raise CheckpointError(f"{weights}: tensor {missing[0]} is missing (and {len(missing) - 1} more); copy it again")
+        raise CheckpointError(f"{weights}: tensor {_first(missing)} is missing; copy it again")
     if extra := sorted(names - expected.keys()):
-        raise CheckpointError(f"{weights}: unexpected tensor {extra[0]} (and {len(extra) - 1} more): file and config disagree")
+        raise CheckpointError(f"{weights}: unexpected tensor {_first(extra)}: file and config disagree")
     for key, tensor in expected.items():
         stored = opened[key].get_slice(key)
         shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
@@ -370,6 +385,10 @@ def _check_header(opened: dict, model: nn.Module, weights: Path) -> None:
                 f"{weights}: tensor {key} is {dtype} {shape}, expected {' or '.join(dtypes)} {tuple(tensor.shape)}:"
                 " file and config disagree"
             )
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
 
 
 def _is_json(value: object) -> bool:

@@ -246,6 +246,7 @@ class QuantDiTQuantizer(DiffusersQuantizer):
         state_dict = {k: files.narrowest(t) if k in stored and checkpoint.is_scale(k) else t for k, t in state_dict.items()}
         header = {key: state[key] for key in ("spec", "recipe", "provenance")}
         header["tensors_sha256"] = checkpoint.tensors_digest(state_dict.items())
+        header["layers_sha256"] = checkpoint.layers_digest(state)
         return state_dict, {METHOD: json.dumps(header, sort_keys=True)}
 
     def _layer_specs(self) -> dict[str, LayerSpec]:
