@@ -123,8 +123,20 @@ class Rule:
             return
         if self.weight == AUTO:
             for weight in WEIGHTS.values():
-                replace(self, weight=weight)
+                replace(self, weight=weight, table="lloyd-max", table_rows="layer")  # what some of them take
             return
+        formats = (self.weight, self.otherwise)
+        if isinstance(self.group_size, int) and not any(re.fullmatch(r"int[2346]", f) for f in formats):
+            raise ValueError(
+                f"rule {self.match!r}: group_size = {self.group_size} goes with int2 to int6, {self.weight} has one scale"
+                " for each output; leave it out"
+            )
+        if (self.table, self.table_rows) != ("lloyd-max", "layer") and not any(f.startswith("table") for f in formats):
+            key, value = ("table", self.table) if self.table != "lloyd-max" else ("table_rows", self.table_rows)
+            raise ValueError(
+                f"rule {self.match!r}: {key} = {value!r} goes with table2 to table6, {self.weight} has no such table;"
+                " leave it out"
+            )
         if self.activation_format == "fp8" and not decodes_to_fp8(self.weight):
             raise ValueError(
                 f"rule {self.match!r}: fp8 activations need a weight that decodes to e4m3 (fp8_e4m3, table4_e4m3, ...),"
@@ -248,6 +260,11 @@ def with_weight_format(recipe: Recipe, kind: str) -> Recipe:
     bits = {weight: x for of_kind in WEIGHT_FORMATS.values() for x, weight in of_kind.items()}
     offered, rules = WEIGHT_FORMATS[kind], []
     for rule in recipe.rules:
+        if rule.weight == AUTO:
+            raise ValueError(
+                f"weight format {kind} goes with fixed bits, such as w3a8; where layers' widths are chosen (auto bits,"
+                " --size-budget, --max-drift) weights are level tables"
+            )
         if rule.weight != DENSE:
             x = bits.get(rule.weight)
             if x not in offered:
@@ -266,17 +283,22 @@ def without_data(recipe: Recipe, remedy: str = "calibrate with --samples of at l
         remedy: what the error tells the user to do.
 
     Raises:
-        ValueError: a rule that makes no sense without: static activation scales, weights to be chosen.
+        ValueError: a rule that asks for what data alone can give: static activation scales, smoothing, a low-rank branch, a
+            rotation fitted to outliers, weights to be chosen.
     """
     rules = []
     for rule in recipe.rules:
-        if rule.weight == AUTO or (rule.weight != DENSE and rule.activation_scale == "static"):
-            what = 'weight = "auto"' if rule.weight == AUTO else 'activation_scale = "static"'
+        needs = {
+            f'weight = "{AUTO}"': rule.weight == AUTO,
+            'activation_scale = "static"': rule.activation_scale == "static",
+            f'smooth = "{rule.smooth}"': rule.smooth != "none",
+            f"low_rank = {rule.low_rank}": rule.low_rank > 0,
+            f'rotation = "{rule.rotation}"': rule.rotation in ("auto", "outlier"),
+        }
+        if rule.weight != DENSE and (what := next((key for key, is_needed in needs.items() if is_needed), None)):
             raise ValueError(f"rule {rule.match!r}: {what} needs calibration data; {remedy}")
-        rotation = rule.rotation if rule.rotation in ("none", "regular") else "hadamard"
         method = "hqq" if rule.method == "hqq" else "rtn"
-        plain = {"act_order": False, "descent": 0, "bias_correction": False, "smooth": "none", "low_rank": 0}
-        rules.append(replace(rule, rotation=rotation, method=method, **plain))
+        rules.append(replace(rule, method=method, act_order=False, descent=0, bias_correction=False))
     return replace(recipe, rules=tuple(rules))
 
 
@@ -422,7 +444,7 @@ def _unused(recipe: Recipe, number: int, layers: list[Layer]) -> str:
 def _known_keys(table: Mapping, known: tuple[str, ...] | list[str], where: str) -> None:
     for key in table:
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}{_near(key, known)}; known: {', '.join(known)}")
+            raise ValueError(f"{where}: unknown key {key!r}{_near(key, known, 0)}; known: {', '.join(known)}")
 
 
 def _near(value: object, known: tuple | list, fallback: int = 12) -> str:

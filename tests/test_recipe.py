@@ -430,6 +430,27 @@ def test_weight_formats_replace_each_other():
         recipe.with_weight_format(recipe.from_bits("w4a8"), "ssvq")
 
 
+@pytest.mark.parametrize("of", ["auto", "autoa16"])
+def test_weight_formats_go_with_fixed_bits(of: str):
+    with pytest.raises(ValueError, match=r"weight format trellis goes with fixed bits.*level tables"):
+        recipe.with_weight_format(recipe.from_bits(of), "trellis")
+
+
+@pytest.mark.parametrize(
+    ("weight", "keys", "words"),
+    [
+        ("trellis3_l12", {"group_size": 64}, "group_size = 64 goes with int2 to int6"),
+        ("table4", {"group_size": 128}, "group_size = 128 goes with int2 to int6"),
+        ("trellis3_l12", {"table": "twin-log"}, "table = 'twin-log' goes with table2 to table6"),
+        ("int4", {"table_rows": "channel"}, "table_rows = 'channel' goes with table2 to table6"),
+    ],
+)
+def test_a_key_that_would_mean_nothing_is_refused(weight: str, keys: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        Rule("*", weight=weight, **keys)
+    Rule("*", weight=weight, otherwise={"group_size": "int2"}.get(next(iter(keys)), "table2"), **keys)
+
+
 @pytest.mark.parametrize("bits", ["w4a8", "w2a16", "w8a4"])
 def test_dictionary_form_round_trips_through_json(bits: str):
     preset = recipe.from_bits(bits)
