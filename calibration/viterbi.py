@@ -16,6 +16,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from quantdit.files import Advice
 from quantdit.formats import Format
 from quantdit.formats.trellis import states, table
 
@@ -70,7 +71,11 @@ def solve(x: Tensor, entries: Tensor, bits: int, first: Tensor | None, last: Ten
             from quantdit.calibration.viterbi_numba import solve as fast
 
             return fast(x, entries, bits, first, last)
-        warnings.warn("trellis codes take ten to twenty times as long without numba: pip install 'quantdit[fast]'", stacklevel=2)
+        advice = (
+            "trellis codes take ten to twenty times as long without numba: pip install 'quantdit[fast]', or take"
+            " --weight-format table or vq"
+        )
+        warnings.warn(advice, Advice, stacklevel=2)
     # The costs of every state and their differences, in float32, and the way back of every past.
     each = 12 * len(entries) + x.shape[1] * (len(entries) >> bits)
     many = max(1, memory // each)

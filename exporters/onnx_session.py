@@ -243,7 +243,7 @@ def use_graph(pipeline: object, source: Source, path: Path) -> OnnxForward:
     if not isinstance(quantization, dict) or quantization.get("sha256") != content.get("sha256"):
         raise ValueError(
             f"{path} was exported from another checkpoint than {source.label}; give the folder it was exported from, or export"
-            f" this one: quantdit export {source.label} --to onnx"
+            f" this one: quantdit export {source.folder} --to onnx --output FILE.onnx"
         )
     transformer = getattr(pipeline, part)
     transformer.forward = OnnxForward(transformer, path, opened)

@@ -8,6 +8,9 @@ import re
 import shutil
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 EXAMPLES = """examples:
@@ -24,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
-        return args.run(args)
+        with _advice_as_lines():
+            return args.run(args)
     except KeyboardInterrupt:
         further = "; the same command with --resume goes on" if args.run is _calibrate else ""
         print(f"\nquantdit: interrupted{further}", file=sys.stderr)
@@ -36,6 +40,28 @@ def main(argv: list[str] | None = None) -> int:
         text = f"cannot open {error.filename2 or error.filename}: {error.strerror}; check the path" if named else error
         print(f"quantdit: error: {text}", file=sys.stderr)
         return 1
+
+
+@contextmanager
+def _advice_as_lines() -> Iterator[None]:
+    """Print each advice once, as a line of ours that leaves progress bars whole."""
+    given: set[str] = set()
+    show = warnings.showwarning
+
+    def print_once(message: Warning | str, category: type[Warning], *where: object) -> None:
+        from tqdm import tqdm
+
+        from quantdit.files import Advice
+
+        if not issubclass(category, Advice):
+            show(message, category, *where)
+        elif str(message) not in given:
+            given.add(str(message))
+            tqdm.write(f"quantdit: note: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = print_once
+        yield
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,6 +19,10 @@ INDEX = f"{WEIGHTS}.index.json"
 SHARD_BYTES = 2**30
 
 
+class Advice(UserWarning):
+    """A warning of ours, one line that says what to do; the command line prints it as such."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, with the file, the tensor, what was expected and what to do."""
 
