@@ -1,4 +1,4 @@
-"""Make `study.md` and its plots from the rows in `reports/study/*.jsonl`: `python reports/study/render.py`."""
+"""Make `study.md` and its plot from the rows of FILES in `reports/study`: `python reports/study/render.py`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
+FILES = ("floor.jsonl", "peers.jsonl", "quantdit.jsonl")
 # Facts of the model rather than methods; they stand above the tables.
 BASELINES = ("full precision", "noise floor")
 OURS = "quantdit"
@@ -39,8 +40,9 @@ STYLES = (
 
 
 def read_rows(folder: Path) -> list[dict]:
-    """Return the rows of every `.jsonl` of the folder."""
-    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines() if line]
+    """Return the rows of those of FILES that the folder has."""
+    found = [folder / name for name in FILES if (folder / name).exists()]
+    return [json.loads(line) for path in found for line in path.read_text().splitlines() if line]
 
 
 def widths(bits: str) -> tuple[int, int]:
@@ -173,9 +175,9 @@ def _label(axis, rows: list[dict], styles: dict[str, tuple[str, str]]) -> None:
     frame = axis.get_window_extent(renderer)
     taken = [axis.get_legend().get_window_extent(renderer)]
     marks = [axis.transData.transform((row["bits_per_weight"], row["psnr"]["mean"])) for row in rows]
-    shifts = [0] + [sign * step for step in range(7, 140, 7) for sign in (1, -1)]
+    shifts = [0] + [sign * step for step in range(7, 280, 7) for sign in (1, -1)]
     places = [(side, shift) for shift in shifts for side in ("right", "left")]
-    for row in sorted(rows, key=lambda row: -row["psnr"]["mean"]):
+    for row in sorted(rows, key=lambda row: (row["package"] != OURS, -row["psnr"]["mean"])):
         colour, _ = styles[row["package"]]
         weight = "bold" if row["package"] == OURS else "normal"
         for side, shift in places:
