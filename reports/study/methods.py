@@ -34,10 +34,11 @@ NEAREST = {"method": "rtn", "bias_correction": False}
 FIXED = NEAREST | {"table": "gaussian"}
 PLAIN = {"act_order": False, "descent": 0, "bias_correction": False}
 FP8 = {"activation_format": "fp8"}
-# How assignments are calibrated (calibration/assignments.py); other keys change rules. w2's preset does, with one candidate.
+# How assignments are calibrated (calibration/assignments.py); other keys change rules. w2's preset does, trellis codes' scales.
 STEPS, MODE, CANDIDATES = (f"training.{field}" for field in ("steps", "mode", "candidates"))
 UNTRAINED = {STEPS: 0}
 TABLE2, TABLE3 = {"weight": "table2"} | UNTRAINED, {"weight": "table3"}
+VECTORS = {"weight": "vq256x4"}
 # Widths chosen layer by layer, in as many bytes as the preset takes; w2 has nothing narrower to choose.
 MIXED = {"weight": recipe.AUTO, "otherwise": ""}
 
@@ -67,25 +68,26 @@ METHODS: tuple[tuple[str, str, dict], ...] = (
     ("w2a16", "table, error feedback", TABLE2),
     ("w2a16", "int2 per channel, round to nearest", {"weight": "int2", "group_size": "channel"} | NEAREST),
     ("w2a16", "int2 per channel", {"weight": "int2", "group_size": "channel"}),
-    ("w2a16", "k-means", NEAREST | UNTRAINED),
-    ("w2a16", "k-means + GPTVQ", UNTRAINED),
-    ("w2a16", "block, n = 2", {CANDIDATES: 2}),
-    ("w2a16", "end to end, n = 1", {MODE: "end-to-end"}),
-    ("w2a16", "end to end, n = 2", {MODE: "end-to-end", CANDIDATES: 2}),
-    ("w2a16", "from k-means, end to end, n = 1", NEAREST | {MODE: "end-to-end"}),
-    ("w2a16", "from k-means, end to end, n = 2", NEAREST | {MODE: "end-to-end", CANDIDATES: 2}),
-    ("w2a16", "signs split off", {"weight": "ssvq256x8"}),
-    ("w2a16", "block, n = 3", {CANDIDATES: 3}),
-    ("w2a16", "end to end, n = 3", {MODE: "end-to-end", CANDIDATES: 3}),
+    ("w2a16", "k-means", VECTORS | NEAREST | UNTRAINED),
+    ("w2a16", "k-means + GPTVQ", VECTORS | UNTRAINED),
+    ("w2a16", "VQ4DiT, block, n = 1", VECTORS),
+    ("w2a16", "VQ4DiT, block, n = 2", VECTORS | {CANDIDATES: 2}),
+    ("w2a16", "VQ4DiT, end to end, n = 1", VECTORS | {MODE: "end-to-end"}),
+    ("w2a16", "VQ4DiT, end to end, n = 2", VECTORS | {MODE: "end-to-end", CANDIDATES: 2}),
+    ("w2a16", "VQ4DiT from k-means, end to end, n = 1", VECTORS | NEAREST | {MODE: "end-to-end"}),
+    ("w2a16", "VQ4DiT from k-means, end to end, n = 2", VECTORS | NEAREST | {MODE: "end-to-end", CANDIDATES: 2}),
+    ("w2a16", "VQ4DiT, signs split off", {"weight": "ssvq256x8"}),
+    ("w2a16", "VQ4DiT, block, n = 3", VECTORS | {CANDIDATES: 3}),
+    ("w2a16", "VQ4DiT, end to end, n = 3", VECTORS | {MODE: "end-to-end", CANDIDATES: 3}),
     ("w4a8", "trellis, round to nearest", NEAREST | {"weight": "trellis4_l12"}),
     ("w4a8", "trellis", {"weight": "trellis4_l12"}),
     ("w4a8", "trellis, rank 32", {"weight": "trellis4_l12", "low_rank": 32}),
     ("w3a8", "trellis, round to nearest", NEAREST | {"weight": "trellis3_l12"}),
     ("w3a8", "trellis, L = 16", {"weight": "trellis3_l16"}),
     ("w3a8", "trellis, rank 32", {"weight": "trellis3_l12", "low_rank": 32}),
-    ("w2a16", "trellis, round to nearest", UNTRAINED | NEAREST | {"weight": "trellis2_l12"}),
-    ("w2a16", "trellis", UNTRAINED | {"weight": "trellis2_l12"}),
-    ("w2a16", "trellis, rank 16", UNTRAINED | {"weight": "trellis2_l12", "low_rank": 16}),
+    ("w2a16", "trellis, round to nearest", UNTRAINED | NEAREST),
+    ("w2a16", "trellis, not trained", UNTRAINED),
+    ("w2a16", "trellis, not trained, rank 16", UNTRAINED | {"low_rank": 16}),
     ("w3a8", "table, error feedback", TABLE3),
     ("w3a8", "round to nearest", TABLE3 | NEAREST),
     ("w3a8", "fixed Gaussian table, no data", TABLE3 | FIXED),
