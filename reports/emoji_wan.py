@@ -1,21 +1,24 @@
 """The embedded video model, full precision against quantized: the same prompts, the same seeds.
 
-    python reports/emoji_wan.py
+    python reports/emoji_wan.py [--work DIR] [--only "w4a8" "w2a16, codebooks"]
 
 Calibrates emoji-wan to each of RECIPES as `quantdit calibrate --model emoji-wan` does, samples every prompt that it has
 the embeddings of with SEEDS, and writes `emoji-wan.json` and `emoji-wan.md`, a sheet of frames and the same clips moving. Beside
 the paired error there is what the model is for: the share of clips whose thing moves the way its prompt says
-(quantdit/models/train/emoji_quality.py).
+(quantdit/models/train/emoji_quality.py). With --work an interrupted run goes on where it was; --only makes the clips of some
+recipes there, and leaves the report to a run that has all.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file, save_file
 
 from quantdit import files
 from quantdit.cli import main as quantdit
@@ -114,28 +117,51 @@ def table(report: dict) -> str:
     return "\n".join([*lines, "", pictures, "", "![The same clips moving](pictures/emoji-wan.webp)", ""])
 
 
+def clips_of(recipe: str, prompts: list[str], work: Path) -> tuple[torch.Tensor, dict]:
+    """Calibrate by a recipe and sample; returns the clips and the calibration's report, which `work` keeps."""
+    output = work / recipe.replace(", ", "-").replace(" ", "-")
+    kept = output.with_suffix(".safetensors")
+    if not kept.exists():
+        arguments = ["calibrate", "--model", MODEL, *RECIPES[recipe], "--output", str(output), "--resume"]
+        if quantdit(arguments):
+            raise SystemExit(f"{recipe}: calibration failed")
+        save_file({"clips": sampled(str(output), prompts)}, kept)
+    return load_file(kept)["clips"], files.read_json(output / REPORT)
+
+
 def main() -> None:
     """Make all of it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, help="keep calibrated folders and clips here, and take what is here already")
+    parser.add_argument("--only", nargs="+", choices=RECIPES, metavar="RECIPE", help="with --work: make these, no report")
+    args = parser.parse_args()
+    if args.only and not args.work:
+        parser.error("--only needs --work, where what it makes is kept")
     torch.manual_seed(0)
-    pipeline, source = load_pipeline(MODEL)
-    prompts = list(pipeline.prompts)
+    with tempfile.TemporaryDirectory() as scratch:
+        work = args.work or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        pipeline, source = load_pipeline(MODEL)
+        prompts = list(pipeline.prompts)
+        made = {recipe: clips_of(recipe, prompts, work) for recipe in args.only or RECIPES}
+    if not args.only:
+        stored = sum(path.stat().st_size for path in source.part("transformer").glob("*.safetensors"))
+        write(prompts, stored, made)
+
+
+def write(prompts: list[str], stored: int, made: dict[str, tuple[torch.Tensor, dict]]) -> None:
+    """Write the report and the pictures; `stored`: bytes of the transformer in full precision."""
     reference = sampled(MODEL, prompts)
-    stored = sum(path.stat().st_size for path in source.part("transformer").glob("*.safetensors"))
     models = {"full precision": {"file_bytes": stored, **row_of(reference, reference, prompts)}}
     clips = {"full precision": reference}
-    with tempfile.TemporaryDirectory() as work:
-        for number, (bits, arguments) in enumerate(RECIPES.items()):
-            output = Path(work) / str(number)
-            if quantdit(["calibrate", "--model", MODEL, *arguments, "--output", str(output)]):
-                raise SystemExit(f"{bits}: calibration failed")
-            made = files.read_json(output / REPORT)
-            clips[bits] = sampled(str(output), prompts)
-            models[bits] = {
-                "bits_per_weight": made["size"]["bits_per_weight"],
-                "file_bytes": made["size"]["file_bytes"],
-                "seconds": sum(made["seconds"].values()),
-                **row_of(clips[bits], reference, prompts),
-            }
+    for recipe, (sample, calibration) in made.items():
+        clips[recipe] = sample
+        models[recipe] = {
+            "bits_per_weight": calibration["size"]["bits_per_weight"],
+            "file_bytes": calibration["size"]["file_bytes"],
+            "seconds": sum(calibration["seconds"].values()),
+            **row_of(sample, reference, prompts),
+        }
     report = {"prompts": prompts, "seeds": SEEDS, "steps": STEPS, "guidance": GUIDANCE, "models": models}
     (HERE / "emoji-wan.json").write_text(json.dumps(report, indent=2) + "\n")
     (HERE / "emoji-wan.md").write_text(table(report))
