@@ -15,7 +15,7 @@ Trellis codes stay as they are, since none can change alone, and their table is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -258,6 +258,21 @@ def chooses(rule: Rule) -> bool:
     f = FORMATS[rule.weight]
     codebook = f.fields(f, QSpec(f.name, 64, 64, 64)).get("codebook")
     return codebook is not None and codebook.dtype == torch.int8 and (f.dim > 1 or rule.table_rows == "layer")
+
+
+def check_trains(rules: Iterable[Rule]) -> None:
+    """Refuse training where there is nothing to train.
+
+    Raises:
+        ValueError: no layer of these rules is such as `trains` says.
+    """
+    rules = list(rules)
+    if not any(map(trains, rules)):
+        weights = ", ".join(sorted({rule.weight for rule in rules}))
+        raise ValueError(
+            "calibration steps train codebooks, level tables of whole weights and the scales of trellis codes, and these layers"
+            f" have none ({weights}); take weight format table, vq or trellis, or no calibration steps"
+        )
 
 
 def is_trainable(made: Quantized) -> bool:

@@ -22,7 +22,7 @@ from quantdit.block_by_block import Job, Made
 from quantdit.calibration import allocate, capture, sensitivity
 from quantdit.calibration import calls as call_files
 from quantdit.calibration.allocate import Option
-from quantdit.calibration.assignments import Training, trains
+from quantdit.calibration.assignments import Training, check_trains
 from quantdit.calibration.calls import StoredCalls
 from quantdit.calibration.salience import salient_calls
 from quantdit.formats import QSpec
@@ -412,13 +412,7 @@ def _check_training(
             "calibrating assignments end-to-end needs the transformer in memory as a whole: give a larger --memory-budget, or"
             " --calibration-mode block"
         )
-    rules = [plan.rule for layers in options.values() for of_layer in layers.values() for plan in of_layer.values()]
-    if not any(map(trains, rules)):
-        weights = ", ".join(sorted({rule.weight for rule in rules}))
-        raise ValueError(
-            "--calibration-steps trains codebooks, level tables of whole weights and the scales of trellis codes, and these"
-            f" layers have none ({weights}); take --weight-format table, vq or trellis, or leave it out"
-        )
+    check_trains(plan.rule for layers in options.values() for of_layer in layers.values() for plan in of_layer.values())
 
 
 def _check_budget(budget: int, least: int, whole: int, target: Target) -> None:

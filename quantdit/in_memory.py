@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ import quantdit
 from quantdit import block_by_block, checkpoint, files
 from quantdit import recipe as recipes
 from quantdit.block_by_block import Job
-from quantdit.calibration import capture
+from quantdit.calibration import assignments, capture
+from quantdit.calibration.assignments import Training
 from quantdit.calibration.calls import StoredCalls
 from quantdit.diffusers_quantizer import attach
 from quantdit.models import adapter as adapters
@@ -57,6 +59,7 @@ def quantize(
     inputs: Iterable[Mapping[str, object]] | Callable[[], object] | None = None,
     seed: int = 0,
     tokens: int = 0,
+    calibration_steps: int | None = None,
 ) -> nn.Module:
     """Quantize a diffusers transformer in place, as `quantdit calibrate` does, and return it.
 
@@ -71,11 +74,14 @@ def quantize(
             transformer is used with, in any number (a generator does). None: no data, round to nearest.
         seed: of random signs, k-means and the choice of rows.
         tokens: rows of each call that statistics are made of, evenly spread; 0 for all.
+        calibration_steps: of the optimizer that trains scales, biases and codebooks on each block's outputs; None: as many as
+            the preset of these bits takes (w2 with inputs: 300, others none).
 
     Raises:
-        ValueError: a recipe that does not fit or leaves widths open (`auto`), inputs that the transformer cannot be called with
-            or that never call it, weights that are NaN, infinite, not in memory or quantized already. Its weights are then as
-            they were. If activations turn out NaN or infinite, the blocks before are quantized: load it again.
+        ValueError: a recipe that does not fit or leaves widths open (`auto`), steps without inputs or with nothing to train,
+            inputs that the transformer cannot be called with or that never call it, weights that are NaN, infinite, not in
+            memory or quantized already. Its weights are then as they were. If activations turn out NaN or infinite, the blocks
+            before are quantized: load it again.
     """
     if not isinstance(transformer, nn.Module):
         raise ValueError(f"quantize takes a transformer, got a {type(transformer).__name__}; give pipeline.transformer")
@@ -92,6 +98,16 @@ def quantize(
     plans = recipes.resolve(plan, adapters.layers(transformer, adapter))
     if not plans:
         raise ValueError(f"recipe {plan.name} leaves every layer dense, so there is nothing to quantize")
+    training = None
+    if inputs is not None and calibration_steps is None and isinstance(recipe, str) and not recipe.endswith(".toml"):
+        training = assignments.preset(recipe)
+    elif calibration_steps:
+        if inputs is None:
+            raise ValueError(
+                f"calibration_steps = {calibration_steps} needs inputs to train on; give quantdit.quantize some inputs="
+            )
+        assignments.check_trains(layer.rule for layer in plans.values())
+        training = Training(steps=calibration_steps, candidates=1)
     for name, tensor in transformer.state_dict().items():
         if tensor.device.type == "meta":
             raise ValueError(f"{name} is not in memory; remove what offloads the transformer, or use quantdit calibrate")
@@ -100,10 +116,12 @@ def quantize(
     with tempfile.TemporaryDirectory(prefix="quantdit-") as folder:
         calls = StoredCalls(()) if inputs is None else _record(transformer, inputs, Path(folder) / "calls")
         blocks = block_by_block.blocks_of(transformer, adapter)
-        job = Job(transformer, blocks, calls, BUCKETS, seed, Path(folder), tokens=tokens)
+        job = Job(transformer, blocks, calls, BUCKETS, seed, Path(folder), tokens=tokens, training=training)
         with torch.no_grad():
             block_by_block.quantize(job, plans, Path(folder) / "blocks")
     provenance = {"quantdit": quantdit.__version__, "calibration": {"calls": len(calls), "seed": seed, "tokens": tokens}}
+    if training is not None:
+        provenance["training"] = asdict(training)
     return attach(transformer, checkpoint.describe(transformer, plan.to_dict(), provenance))
 
 

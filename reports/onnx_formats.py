@@ -1,8 +1,8 @@
 """Export models of five classes in seven recipes and write how far each graph is from PyTorch: `make onnx-formats`.
 
 The embedded models also sample from their graphs: paired PSNR against the pictures and clips that PyTorch makes of the same
-checkpoint. Weights are quantized without data, or with very little where a recipe needs some, which makes no difference to what is
-compared here.
+checkpoint. Weights are quantized without data, or with very little where a recipe needs some, which makes no difference to what
+is compared here.
 """
 
 from __future__ import annotations

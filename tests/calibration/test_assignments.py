@@ -333,7 +333,7 @@ def test_calibrate_with_assignments(cli, pixel_dit: Path, tmp_path: Path, mode: 
         (("--bits", "w8a8", "--weight-format", "vq"), ("w2 or w3 or w4",)),
         (("--bits", "w2a16", "--weight-format", "vq", "--calibration-steps", "5", "--candidates", "9"), ("9 candidates", "4")),
         (("--bits", "w2a16", "--candidates", "2"), ("--candidates 2", "w2a16", "trellis", "--weight-format vq")),
-        (("--bits", "w8a8", "--calibration-steps", "5"), ("codebooks", "int8", "--weight-format table, vq or trellis")),
+        (("--bits", "w8a8", "--calibration-steps", "5"), ("codebooks", "int8", "weight format table, vq or trellis")),
     ],
 )
 def test_what_cannot_be_is_one_line(cli, pixel_dit: Path, tmp_path: Path, given: tuple, words: tuple):

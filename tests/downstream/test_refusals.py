@@ -203,6 +203,13 @@ def test_what_needs_inputs_says_so_in_terms_of_python(dit):
     assert "inputs=" in message and "--samples" not in message
 
 
+def test_steps_with_nothing_to_train_on_are_refused(dit):
+    model, calls = dit
+    assert "inputs=" in refusal(lambda: quantdit.quantize(model, "w2a16", calibration_steps=5))
+    assert "int8" in refusal(lambda: quantdit.quantize(model, "w8a8", calls, calibration_steps=5))
+    assert "-1 steps" in refusal(lambda: quantdit.quantize(model, "w2a16", calls, calibration_steps=-1))
+
+
 @pytest.mark.parametrize("recipe", [None, 4, "w5a8", {"rule": []}], ids=str)
 def test_what_is_no_recipe_is_refused(dit, recipe: object):
     refusal(lambda: quantdit.quantize(dit[0], recipe))
