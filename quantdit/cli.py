@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         help="choose each layer's weight bits for the smallest size whose model_rel_rmse is at most this (0.05: 5 %%)",
     )
     sub.add_argument("--output", type=Path, help="folder to write (MODEL-BITS, here)")
-    vectors = sub.add_argument_group("assignments of codebooks and tables, calibrated on the outputs of blocks (VQ4DiT)")
+    vectors = sub.add_argument_group("weights and how they are calibrated on the outputs of blocks (VQ4DiT)")
     vectors.add_argument(
         "--weight-format",
         choices=("table", "vq", "ssvq", "trellis"),

@@ -100,3 +100,9 @@ def test_grouped_weights_of_the_benchmark_keep_four_bits_in_matmulnbits() -> Non
     *_, last = bench_onnx.plan(bench_onnx.OURS["ours w4a8 (int4 g128), target cpu-nbits"]).rules
     assert (last.weight, last.activation_bits) == ("int4", 8)
     assert block_of(QSpec(last.weight, 8, 1536, last.group_size), "cpu-nbits") == 128
+
+
+def test_untimed_calls_come_right_before_each_timed_one():
+    calls: list[str] = []
+    measured = bench.measure({name: lambda name=name: calls.append(name) for name in "ab"}, 2, untimed=1)
+    assert "".join(calls) == "ab" + "aabb" * 2 and list(measured) == ["a", "b"]
