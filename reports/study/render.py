@@ -150,7 +150,7 @@ def plot(rows: list[dict], path: Path) -> None:
         axis.set_xscale("log", base=2)
         ticks = [2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9, 12]
         values = [row["bits_per_weight"] for row in chosen]
-        low, high = min(values) * 0.94, max(*values, 1.1 * min(values)) * 1.12
+        low, high = min(values) * 0.77, max(*values, 1.1 * min(values)) * 1.12
         axis.set_xlim(low, high)
         axis.set_xticks([t for t in ticks if low <= t <= high])
         axis.margins(y=0.12)
@@ -177,7 +177,7 @@ def _label(axis, rows: list[dict], styles: dict[str, tuple[str, str]]) -> None:
     marks = [axis.transData.transform((row["bits_per_weight"], row["psnr"]["mean"])) for row in rows]
     shifts = [0] + [sign * step for step in range(7, 280, 7) for sign in (1, -1)]
     places = [(side, shift) for shift in shifts for side in ("right", "left")]
-    for row in sorted(rows, key=lambda row: (row["package"] != OURS, -row["psnr"]["mean"])):
+    for row in sorted(rows, key=lambda r: (r["method"] != "preset", r["package"] != OURS, -r["psnr"]["mean"])):
         colour, _ = styles[row["package"]]
         weight = "bold" if row["package"] == OURS else "normal"
         for side, shift in places:
