@@ -72,7 +72,7 @@ def solve(x: Tensor, entries: Tensor, bits: int, first: Tensor | None, last: Ten
 
             return fast(x, entries, bits, first, last)
         advice = (
-            "trellis codes take ten to twenty times as long without numba: pip install 'quantdit[fast]', or take"
+            "trellis codes take ten to thirty times as long without numba: pip install 'quantdit[fast]', or take"
             " --weight-format table or vq"
         )
         warnings.warn(advice, Advice, stacklevel=2)

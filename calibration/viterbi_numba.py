@@ -1,4 +1,4 @@
-"""viterbi.py's `solve` compiled by numba: the same codes, ten to twenty times as fast on a CPU.
+"""viterbi.py's `solve` compiled by numba: the same codes, ten to thirty times as fast on a CPU.
 
 With C pasts c = h K + a, K = 2^bits, the best way to past c comes from one of the K states c K + a, whose past is
 (c mod C / K) K + a. So costs lie as `cost[a][c mod C / K]` and the table as `entries[a][c]`: for each a one run over c, which
