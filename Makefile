@@ -75,7 +75,7 @@ bench-kernels: $(VENV)/test.done
 bench-static: $(VENV)/test.done
 	$(BIN)/python reports/bench/static.py
 
-# The embedded video model quantized: figures, a sheet of frames, the clips moving. About half an hour.
+# The embedded video model quantized: figures, a sheet of frames, the clips moving. About an hour.
 emoji-wan: $(VENV)/eval.done
 	$(BIN)/python reports/emoji_wan.py
 
