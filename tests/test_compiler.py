@@ -169,7 +169,7 @@ def test_more_bits_are_never_worse(pixel_dit: Path, tmp_path: Path):
     mean = []
     for bits in (2, 3, 4, 6, 8):
         pipeline, source = load_pipeline(str(pixel_dit))
-        rules = (Rule("*.ff.*", f"int{bits}", group_size=64), Rule("*", "dense"))
+        rules = (Rule("*.ff.*", f"int{bits}", group_size=64 if bits < 8 else "auto"), Rule("*", "dense"))
         report = calibrate(pipeline, source, Recipe("r", rules), tmp_path / str(bits), Settings(samples=2, steps=2))
         mean.append(sum(layer["rel_rmse"] for layer in report["layers"].values()))
         assert report["size"]["bits_per_weight"] > bits

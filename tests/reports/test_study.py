@@ -134,7 +134,7 @@ def test_rows_keep_their_order_and_failed_ones_say_why() -> None:
 def test_report_lists_good_rows_by_psnr_and_failed_ones_with_their_reason(tmp_path: Path) -> None:
     rows = [a_row("worse", psnr=20), a_row("better", psnr=40, package="quantdit"), a_row("full precision", "w32a32", 100, 32.0)]
     rows.append(measure.row("peer", "1.0", "int1", "w1a1", error="needs a | GPU"))
-    measure.write_rows(rows, tmp_path / "rows.jsonl")
+    measure.write_rows(rows, tmp_path / "peers.jsonl")
     text = render.markdown(render.read_rows(tmp_path), ["psnr.png"])
     assert text.index("better") < text.index("worse") < text.index("What could not run")
     assert "| peer 1.0, int1 | w1a1 | needs a / GPU |" in text
