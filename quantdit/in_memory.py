@@ -99,7 +99,7 @@ def quantize(
     if not plans:
         raise ValueError(f"recipe {plan.name} leaves every layer dense, so there is nothing to quantize")
     training = None
-    if inputs is not None and calibration_steps is None and isinstance(recipe, str) and not recipe.endswith(".toml"):
+    if inputs is not None and calibration_steps is None and recipes.is_bits(recipe):
         training = assignments.preset(recipe)
     elif calibration_steps:
         if inputs is None:

@@ -293,7 +293,7 @@ def without_data(recipe: Recipe, remedy: str = "calibrate with --samples of at l
             'activation_scale = "static"': rule.activation_scale == "static",
             f'smooth = "{rule.smooth}"': rule.smooth != "none",
             f"low_rank = {rule.low_rank}": rule.low_rank > 0,
-            f'rotation = "{rule.rotation}"': rule.rotation in ("auto", "outlier"),
+            f'rotation = "{rule.rotation}"': rule.rotation not in ("none", "hadamard", "regular"),
         }
         if rule.weight != DENSE and (what := next((key for key, is_needed in needs.items() if is_needed), None)):
             raise ValueError(f"rule {rule.match!r}: {what} needs calibration data; {remedy}")
@@ -316,7 +316,12 @@ def from_any(given: Recipe | Mapping | str | Path) -> Recipe:
     if not isinstance(given, str | Path):
         kind = type(given).__name__
         raise ValueError(f"a recipe is bits such as 'w4a8', the path of a TOML file, a dictionary or a Recipe, got a {kind}")
-    return from_toml(Path(given)) if isinstance(given, Path) or given.endswith(".toml") else from_bits(given)
+    return from_bits(given) if is_bits(given) else from_toml(Path(given))
+
+
+def is_bits(given: object) -> bool:
+    """Return whether `from_any` takes it for bits such as `w4a8`: a text that is no TOML file's name."""
+    return isinstance(given, str) and not given.endswith(".toml")
 
 
 def from_toml(path: Path) -> Recipe:

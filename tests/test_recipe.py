@@ -451,6 +451,17 @@ def test_a_key_that_would_mean_nothing_is_refused(weight: str, keys: dict, words
     Rule("*", weight=weight, otherwise={"group_size": "int2"}.get(next(iter(keys)), "table2"), **keys)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [{"rotation": "ars"}, {"rotation": "outlier"}, {"rotation": "auto"}, {"smooth": "rms"}, {"low_rank": 4}],
+    ids=lambda keys: "-".join(map(str, *keys.items())),
+)
+def test_what_only_data_can_give_is_refused_without(keys: dict):
+    (key, value), *_ = keys.items()
+    with pytest.raises(ValueError, match=rf"{key} = \W?{value}\W? needs calibration data"):
+        recipe.without_data(recipe.Recipe("mine", (Rule("*", **keys),)))
+
+
 @pytest.mark.parametrize("bits", ["w4a8", "w2a16", "w8a4"])
 def test_dictionary_form_round_trips_through_json(bits: str):
     preset = recipe.from_bits(bits)

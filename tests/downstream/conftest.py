@@ -33,7 +33,7 @@ PLAN = Recipe(
         Rule("*to_q", "int4", activation_bits=8, group_size=32, descent=0),
         Rule("*to_k", "table3", activation_bits=8, low_rank=4, rotation="hadamard", method="rtn"),
         Rule("*to_v", "vq256x4", activation_bits=16, method="rtn"),
-        Rule("*blocks.1.*to_out.0", "trellis3_l10", activation_bits=8, method="rtn", otherwise="table3", optional=True),
+        Rule("*blocks.0.*to_out.0", "trellis3_l10", activation_bits=8, method="rtn"),
         Rule("*net.0.proj", "fp8_e4m3", activation_bits=8, activation_format="fp8", method="rtn"),
         Rule("*net.2", "int8", activation_bits=8, activation_scale="static", rotation="outlier", smooth="absmax", method="rtn"),
         Rule("*", "table4", activation_bits=4, activation_format="affine", activation_group_size=32, method="rtn"),

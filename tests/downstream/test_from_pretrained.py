@@ -34,8 +34,8 @@ def same_tensors(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 def test_the_fixture_holds_every_family_of_formats(made):
     specs = [layer.layer_spec for layer in quant_layers(made.model).values()]
-    assert {spec.weight.format for spec in specs} >= {"int4", "table3", "vq256x4", "fp8_e4m3", "int8", "table4"}
-    assert "trellis3_l10" in {spec.weight.format for spec in specs} or made.name == "FluxTransformer2DModel"
+    families = {"int4", "table3", "vq256x4", "trellis3_l10", "fp8_e4m3", "int8", "table4"}
+    assert {spec.weight.format for spec in specs} == families
     assert {spec.rotation for spec in specs} >= {"hadamard", "outlier"}
     assert max(spec.rank for spec in specs) > 0 and max(spec.activation.buckets for spec in specs) == 10
     assert len(list((made.folder / "many").glob("*.safetensors"))) > 2
