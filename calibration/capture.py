@@ -14,7 +14,8 @@ from quantdit.calibration import stats as statistics
 from quantdit.calibration.calls import Call, StoredCalls
 from quantdit.calibration.chain import run_call
 from quantdit.calibration.stats import Stats
-from quantdit.timesteps import timestep_of
+from quantdit.models.call_view import times_rise, view
+from quantdit.timesteps import rising
 
 
 def transformer_calls(
@@ -23,7 +24,7 @@ def transformer_calls(
     """Record the transformers' calls while `run()` samples from their pipeline; what `folder` holds already is not run again.
 
     The calls of one sampling step (one or two, as the pipeline does its guidance) share a timestep; `steps` sampling steps are
-    cut into `buckets` of equal length, the noisiest first.
+    cut into `buckets` of equal length, the noisiest first. Calls without a time count as one step.
 
     Args:
         run: samples from the pipeline.
@@ -40,7 +41,7 @@ def transformer_calls(
     found = {name: call_files.recorded(place) for name, place in places.items()}
     if all(calls is not None for calls in found.values()):
         return found
-    seen: dict[str, list[object]] = {name: [] for name in transformers}
+    seen: dict[str, list[float | None]] = {name: [] for name in transformers}
     handles = []
     for name, transformer in transformers.items():
         places[name].mkdir(parents=True, exist_ok=True)
@@ -54,24 +55,31 @@ def transformer_calls(
     for name, timesteps in seen.items():
         if not timesteps:
             raise ValueError(f"the pipeline never called its {name} while sampling, so there is nothing to calibrate on")
-        order = {t: i for i, t in enumerate(dict.fromkeys(timesteps))}
-        bucket = {t: min(i * buckets // max(steps, len(order)), buckets - 1) for t, i in order.items()}
+        order = {time: i for i, time in enumerate(_from_noise(transformers[name], timesteps))}
+        bucket = {time: min(i * buckets // max(steps, len(order)), buckets - 1) for time, i in order.items()}
         kept = set(_spread(list(order), keep))
-        for number, t in enumerate(timesteps):
-            if t not in kept:
+        for number, time in enumerate(timesteps):
+            if time not in kept:
                 call_files.forget_recorded(places[name], number)
-        numbers = {number: bucket[t] for number, t in enumerate(timesteps) if t in kept}
+        numbers = {number: bucket[time] for number, time in enumerate(timesteps) if time in kept}
         found[name] = call_files.finish_recorded(places[name], numbers)
     return found
 
 
-def _recording(transformer: nn.Module, folder: Path, timesteps: list[object]) -> list:
+def _from_noise(transformer: nn.Module, timesteps: list[float | None]) -> list[float | None]:
+    """Return the different timesteps of some calls, the noisiest first; None, of calls without a time, counts as the last."""
+    times = [time for time in timesteps if time is not None]
+    rise = times_rise(transformer)
+    ordered = sorted(set(times), reverse=not (rising(times) if rise is None else rise))
+    return [*ordered, None] if None in timesteps else ordered
+
+
+def _recording(transformer: nn.Module, folder: Path, timesteps: list[float | None]) -> list:
     """Write each call of the transformer into the folder, and its timestep into the list; returns the hooks' handles."""
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        timestep = timestep_of(args, kwargs)
         call_files.save_recorded(folder, len(timesteps), args, kwargs)
-        timesteps.append(("call", len(timesteps)) if timestep is None else timestep)
+        timesteps.append(view(module, args, kwargs).time)
 
     def after(module: nn.Module, args: tuple, output: object) -> None:
         if (tensor := first_tensor(output)) is not None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from quantdit.calibration.calls import Call, StoredCalls
 from quantdit.calibration.chain import first_call, run_call
-from quantdit.timesteps import timestep_of
+from quantdit.models.call_view import CallView, times_rise, view
+from quantdit.timesteps import rising
 
 LEVELS = 7  # of symmetric int4, to each side
 
@@ -31,15 +32,14 @@ def salient_calls(transformer: nn.Module, first_block: str, calls: StoredCalls, 
     """
     moved, harmed = defaultdict(list), defaultdict(list)
     deltas = _rounding_errors(transformer.get_submodule(first_block))
-    times = []
+    times = [_viewed(transformer, call).time for call in calls]
+    rise = times_rise(transformer)
+    sign = -1 if (rising(times) if rise is None else rise) else 1
     latest: tuple[float, Tensor] | None = None
-    for call in calls:
-        time, sample = timestep_of(call.args, call.kwargs), _sample(call)
-        times.append(time)
-        if time is None or sample is None:
-            raise ValueError("the transformer's calls have no timestep or no sample to choose by; use --timestep-choice even")
-        # The calls of one step share the sample; a time that rises begins another trajectory.
-        if latest is not None and time < latest[0] and sample.shape == latest[1].shape:
+    for time, call in zip(times, calls, strict=True):
+        sample = _viewed(transformer, call).latent.float()
+        # The calls of one step share the sample; a time back towards noise begins another trajectory.
+        if latest is not None and sign * time < sign * latest[0] and sample.shape == latest[1].shape:
             moved[latest[0]].append(float((sample - latest[1]).square().mean()))
         latest = time, sample
         harmed[time].append(_harm(transformer, first_block, call, deltas))
@@ -50,9 +50,11 @@ def salient_calls(transformer: nn.Module, first_block: str, calls: StoredCalls, 
     return StoredCalls(tuple(entry for entry, time in zip(calls.entries, times, strict=True) if time in chosen))
 
 
-def _sample(call: Call) -> Tensor | None:
-    lead = call.args[0] if call.args else call.kwargs.get("hidden_states")
-    return lead.float() if isinstance(lead, Tensor) else None
+def _viewed(transformer: nn.Module, call: Call) -> CallView:
+    found = view(transformer, call.args, call.kwargs)
+    if found.time is None or found.latent is None:
+        raise ValueError("the transformer's calls have no timestep or no sample to choose by; use --timestep-choice even")
+    return found
 
 
 def _rounding_errors(block: nn.Module) -> dict[nn.Linear, Tensor]:

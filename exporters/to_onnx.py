@@ -26,6 +26,7 @@ from quantdit.exporters.onnx_session import METADATA, NO_VNNI, VNNI, leaves, sat
 from quantdit.exporters.onnx_verify import Cut, keep_decoded, recorded_calls, verified
 from quantdit.linear import QuantLinear
 from quantdit.models.adapter import Adapter, adapter_for
+from quantdit.models.call_view import time_argument, times_rise
 from quantdit.pipeline import load_pipeline
 
 OPSET = 23
@@ -378,14 +379,17 @@ def _bucket(graph, transformer: nn.Module, layers: Mapping[str, QuantLinear]):
     shared: dict = {}
     nodes = Nodes("timestep_bucket", shared)
     edges = np.array(transformer.timestep_edges, np.float64)
-    timestep = next((value for value in graph.inputs if value.name == "timestep"), None)
-    if timestep is None:
+    name = time_argument(transformer)
+    time = next((value for value in graph.inputs if value.name == name), None)
+    if time is None:
         bucket = nodes.constant("bucket", np.array(len(edges) - 1, np.int64))
     else:
-        largest = nodes.op("ReduceMax", [nodes.op("Cast", [timestep], to=ir.DataType.DOUBLE)], keepdims=0)
-        # Edges fall: the bucket is the number of edges above the timestep, and what is below all belongs to the last one.
-        above = nodes.op("Cast", [nodes.op("Less", [largest, nodes.constant("edges", edges[:-1])])], to=ir.DataType.INT64)
-        bucket = nodes.op("ReduceSum", [above], keepdims=0)
+        wide = nodes.op("Cast", [time], to=ir.DataType.DOUBLE)
+        noisiest = nodes.op("ReduceMin" if times_rise(transformer) else "ReduceMax", [wide], keepdims=0)
+        # The bucket is the number of edges that the time does not reach; what reaches none belongs to the last one.
+        short = "Greater" if edges[-1] > edges[0] else "Less"
+        missed = nodes.op(short, [noisiest, nodes.constant("edges", edges[:-1])])
+        bucket = nodes.op("ReduceSum", [nodes.op("Cast", [missed], to=ir.DataType.INT64)], keepdims=0)
     if nodes.made:
         graph.insert_before(next(iter(graph)), nodes.made)
     for value in shared.values():

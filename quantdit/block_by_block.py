@@ -36,9 +36,10 @@ from quantdit.calibration.stats import Stats
 from quantdit.layer_spec import LayerSpec
 from quantdit.linear import QuantLinear, follow_timesteps, weight_bits
 from quantdit.models import adapter as adapters
+from quantdit.models.call_view import view
 from quantdit.recipe import LayerPlan
 from quantdit.streaming import Stream
-from quantdit.timesteps import edges_of, timestep_of
+from quantdit.timesteps import edges_of
 
 MEASURED_CALLS = 8
 OUTSIDE = "outside"
@@ -139,7 +140,7 @@ def quantize(job: Job, plans: Mapping[str, LayerPlan], folder: Path) -> Made:
             _calibrate_end_to_end(job, linears, reports)
     layers = checkpoint.quant_layers(job.transformer)
     if any(m.layer_spec.activation.buckets for m in layers.values()):
-        follow_timesteps(job.transformer, _timestep_edges(job.calls, job.buckets))
+        follow_timesteps(job.transformer, _timestep_edges(job))
     with job.timed("measure"):
         drift = _drift(job, plans, folder)
     return Made({name: reports[name] for name in plans}, drift)
@@ -491,9 +492,9 @@ def _replace(transformer: nn.Module, name: str, spec: LayerSpec, tensors: dict[s
     return layer
 
 
-def _timestep_edges(calls: StoredCalls, buckets: int) -> tuple[float, ...]:
-    timesteps = [(timestep_of(call.args, call.kwargs), call.bucket) for call in calls]
-    return edges_of([(t, bucket) for t, bucket in timesteps if t is not None], buckets)
+def _timestep_edges(job: Job) -> tuple[float, ...]:
+    times = [(view(job.transformer, call.args, call.kwargs).time, call.bucket) for call in job.calls]
+    return edges_of([(time, bucket) for time, bucket in times if time is not None], job.buckets)
 
 
 def _number(number: int) -> str:

@@ -353,8 +353,8 @@ def _layer(name: str, entry: object, linear: nn.Linear, where: Path) -> QuantLin
 def _timestep_edges(quantization: dict, layers: dict[str, QuantLinear], where: Path) -> tuple[float, ...]:
     edges = quantization.get("timestep_edges")
     numbers = isinstance(edges, list) and all(type(e) in (int, float) and abs(e) < MAX_TIMESTEP for e in edges)
-    if not numbers or edges != sorted(edges, reverse=True):
-        raise CheckpointError(f"{where}: timestep_edges must be a falling list of numbers, got {edges!r:.80}")
+    if not numbers or edges not in (sorted(edges), sorted(edges, reverse=True)):
+        raise CheckpointError(f"{where}: timestep_edges must be a list of numbers that all fall or all rise, got {edges!r:.80}")
     for name, layer in layers.items():
         buckets = layer.layer_spec.activation.buckets
         if buckets not in (0, len(edges)):

@@ -13,8 +13,9 @@ from quantdit import files, transform
 from quantdit.kernels.cpu import version_of
 from quantdit.kernels.triton_ops import dispatch
 from quantdit.layer_spec import LayerSpec, layer_fields
+from quantdit.models.call_view import view
 from quantdit.qtensor import FIELDS, QTensor
-from quantdit.timesteps import bucket_of, timestep_of
+from quantdit.timesteps import PerThread, bucket_of
 from quantdit.transform import Transform
 
 
@@ -34,7 +35,7 @@ class QuantLinear(nn.Linear):
         self.layer_spec = layer_spec
         self.spec = layer_spec.weight
         self.in_features, self.out_features = self.spec.in_features, self.spec.out_features
-        self.bucket = 0  # of static_scale; follow_timesteps keeps it up to date
+        self._bucket, self._buckets = 0, PerThread()
         self.cache_decoded = True
         self._decoded: tuple[tuple, Tensor] | None = None  # what was decoded, and I
         for name, field in layer_fields(layer_spec).items():
@@ -60,6 +61,20 @@ class QuantLinear(nn.Linear):
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return layer
+
+    @property
+    def bucket(self) -> int:
+        """Return which of `static_scale` the next call takes; `follow_timesteps` keeps it up to date.
+
+        Each thread that calls the model has its own. A thread that has not, such as one that runs a checkpointed block again for
+        its gradient, has that of the latest call.
+        """
+        mine = self._buckets.bucket
+        return self._bucket if mine is None else mine
+
+    @bucket.setter
+    def bucket(self, number: int) -> None:
+        self._bucket = self._buckets.bucket = number
 
     @property
     def qtensor(self) -> QTensor:
@@ -235,8 +250,7 @@ def dense_linear(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
 def follow_timesteps(transformer: nn.Module, edges: tuple[float, ...]) -> None:
     """Let every call of the transformer tell its layers with static scales the bucket of its timestep.
 
-    Bucket b holds timesteps of at least `edges[b]`; edges fall, and what is below the last belongs to the last bucket. A call
-    without a timestep uses the last one.
+    Bucket b holds the times that reach `edges[b]` (`timesteps.bucket_of`); a call without a time uses the last one.
     """
     transformer.timestep_edges = tuple(edges)
     if any(isinstance(m, QuantLinear) and m.layer_spec.activation.buckets for m in transformer.modules()):
@@ -245,7 +259,7 @@ def follow_timesteps(transformer: nn.Module, edges: tuple[float, ...]) -> None:
 
 def _tell_timestep(transformer: nn.Module, args: tuple, kwargs: dict) -> None:
     """Set the bucket of the layers that the transformer has by now: copies, pickles and adapters around them included."""
-    bucket = bucket_of(timestep_of(args, kwargs), transformer.timestep_edges)
+    bucket = bucket_of(view(transformer, args, kwargs).time, transformer.timestep_edges)
     for module in transformer.modules():
         if isinstance(module, QuantLinear) and module.layer_spec.activation.buckets:
             module.bucket = bucket

@@ -1,30 +1,64 @@
-"""Timestep buckets: which part of the sampling trajectory a transformer call belongs to, for scales that are fixed per part."""
+"""Timestep buckets: which part of the sampling trajectory a transformer call belongs to, for scales that are fixed per part.
+
+Bucket 0 is the noisiest. Times fall along a trajectory in most classes and rise in some; edges are stored in noise order, so
+whether they fall or rise says which.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+import itertools
+import threading
+from collections.abc import Sequence
 
 
-def timestep_of(args: tuple, kwargs: dict) -> float | None:
-    """Return the timestep of a transformer call, the largest if it has one per sample; None if it has none."""
-    t = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-    if isinstance(t, Tensor) and t.numel():
-        return float(t.max())
-    return float(t) if isinstance(t, int | float) else None
+class PerThread(threading.local):
+    """The bucket of the call that a thread is in, None where it has made none; a copy or a pickle of it begins anew."""
+
+    bucket: int | None = None
+
+    def __reduce__(self) -> tuple:
+        return PerThread, ()
+
+    def __deepcopy__(self, memo: dict) -> PerThread:
+        return PerThread()
 
 
-def bucket_of(timestep: float | None, edges: tuple[float, ...]) -> int:
-    """Return the first bucket whose edge the timestep reaches, else the last."""
-    if timestep is None:
-        return len(edges) - 1
-    return next((b for b, edge in enumerate(edges) if timestep >= edge), len(edges) - 1)
+def rising(times: Sequence[float]) -> bool:
+    """Return whether times, in the order of the calls, rise along a trajectory: most of their changes are upwards.
+
+    Several trajectories may follow one another; the jump between two is one change.
+    """
+    changes = [b - a for a, b in itertools.pairwise(times) if a != b]
+    return sum(change > 0 for change in changes) > len(changes) / 2
 
 
-def edges_of(timesteps: list[tuple[float, int]], buckets: int) -> tuple[float, ...]:
-    """Return the smallest timestep of each bucket, from pairs of timestep and bucket; an empty bucket takes the one before's."""
-    edges = [float("inf")] * buckets
-    for timestep, bucket in timesteps:
-        edges[bucket] = min(edges[bucket], timestep)
-    for b in range(1, buckets):
-        edges[b] = min(edges[b], edges[b - 1])
-    return tuple(edges)
+def bucket_of(time: float | None, edges: Sequence[float]) -> int:
+    """Return the first bucket whose edge the time reaches, else the last; the last of a call without a time.
+
+    Falling edges are reached from above (`time >= edge`), rising ones from below.
+    """
+    last = len(edges) - 1
+    if time is None:
+        return last
+    if edges[last] > edges[0]:
+        return next((b for b, edge in enumerate(edges) if time <= edge), last)
+    return next((b for b, edge in enumerate(edges) if time >= edge), last)
+
+
+def edges_of(times: Sequence[tuple[float, int]], buckets: int) -> tuple[float, ...]:
+    """Return the edge of each bucket: its time of least noise. Finite for finite times.
+
+    Args:
+        times: a time and its bucket for each call; bucket 0 is the noisiest. Without any, all edges are 0.
+        buckets: how many. An empty one takes the edge of the one before it; before the first, that of the first.
+    """
+    if not times:
+        return (0.0,) * buckets
+    first, last = min(b for _, b in times), max(b for _, b in times)
+    means = [sum(found) / len(found) for found in ([t for t, b in times if b == of] for of in (first, last))]
+    sign = -1.0 if means[1] > means[0] else 1.0  # of rising times the negative falls
+    edges: list[float] = []
+    for bucket in range(buckets):
+        found = [sign * time for time, of in times if of == max(bucket, first)]
+        edges.append(min([*edges[-1:], *found]))
+    return tuple(sign * edge + 0.0 for edge in edges)  # no -0.0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantdit.calibration.capture import first_tensor
-from quantdit.timesteps import timestep_of
+from quantdit.models.call_view import view
 
 STEPS = 4  # of a trajectory that are looked at, evenly spread
 
@@ -42,7 +42,7 @@ class _Sums:
     batch: int
     output: dict[float, Tensor] = field(default_factory=dict)
     layers: dict[str, Tensor] = field(default_factory=dict)
-    looking: bool = False
+    looking: float | None = None  # the timestep that is looked at
     seen: dict[float, None] = field(default_factory=dict)
     asking: bool = False  # the candidate runs, which may be the reference itself
 
@@ -117,18 +117,18 @@ def _watched(reference: Mapping[str, nn.Module], candidate: Mapping[str, nn.Modu
         def before(module, args, kwargs, other=other, answers=answers):
             if sums.asking:
                 return
-            timestep = timestep_of(args, kwargs)
+            time = view(module, args, kwargs).time
+            timestep = float(len(sums.seen)) if time is None else time
             sums.seen.setdefault(timestep)
-            sums.looking = list(sums.seen).index(timestep) in chosen
-            if sums.looking:  # first the candidate: its layers with static scales then know the timestep
+            sums.looking = timestep if list(sums.seen).index(timestep) in chosen else None
+            if sums.looking is not None:  # first the candidate: its layers with static scales then know the timestep
                 answers.append(first_tensor(sums.ask(other, *args, **kwargs)))
 
         def after(module, args, kwargs, output, answers=answers):
-            if sums.looking and not sums.asking:
-                timestep = timestep_of(args, kwargs)
+            if sums.looking is not None and not sums.asking:
                 pair = sums.pair(first_tensor(output), answers.pop())
-                sums.output[timestep] = sums.output.get(timestep, 0) + pair
-                sums.looking = False
+                sums.output[sums.looking] = sums.output.get(sums.looking, 0) + pair
+                sums.looking = None
 
         handles.append(transformer.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(transformer.register_forward_hook(after, with_kwargs=True))
@@ -138,7 +138,7 @@ def _watched(reference: Mapping[str, nn.Module], candidate: Mapping[str, nn.Modu
             if isinstance(layer, nn.Linear) and name in theirs:
 
                 def compare(module, args, output, theirs=theirs[name], name=prefix + name):
-                    if sums.looking and not sums.asking:
+                    if sums.looking is not None and not sums.asking:
                         pair = sums.pair(output, sums.ask(theirs, args[0]), module.bias)
                         sums.layers[name] = sums.layers.get(name, 0) + pair
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 import quantdit
 from quantdit import files
+from quantdit.models.call_view import view
 from quantdit.pipeline import Source, guided, makes_clips, sample_seed, samples_of, sampling_arguments, seeded_batches
-from quantdit.timesteps import timestep_of
 
 PACKAGES = ("quantdit", "torch", "diffusers", "numpy")
 BATCH = 32
@@ -149,14 +149,14 @@ def _latents(pipeline, count: int):
     steps: dict[float, Tensor] = {}
 
     def before(module, args: tuple, kwargs: dict) -> None:
-        timestep = timestep_of(args, kwargs)
-        timestep = float(len(steps)) if timestep is None else timestep
-        if timestep in steps:
+        called = view(module, args, kwargs)
+        timestep = float(len(steps)) if called.time is None else called.time
+        if timestep in steps or called.latent is None:
             return  # the second call of a step, for guidance, has the same latents
-        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        x, axis = called.latent[:count], 1 if called.channels is None else called.channels
         # Channels beyond those that the model returns are conditions (positions, a first frame): the same for every model.
-        width = getattr(module.config, "out_channels", None) or x.shape[1]
-        x = x[:count, :width] if x.ndim > 3 else x[:count]
+        width = getattr(module.config, "out_channels", None) or x.shape[axis]
+        x = x.narrow(axis, 0, min(width, x.shape[axis])) if x.ndim > 3 else x
         steps[timestep] = x.detach().to("cpu", torch.float16)
 
     parts = [getattr(pipeline, name, None) for name in ("transformer", "transformer_2")]

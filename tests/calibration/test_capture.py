@@ -112,14 +112,22 @@ def test_buckets_are_of_equal_length(record, count: int, steps: int, number: int
     assert buckets(record(run, transformer, steps, number)) == expected
 
 
-def test_without_a_timestep_the_position_of_the_call_counts(record):
+def test_calls_without_a_time_share_a_bucket(record):
+    """Nothing will tell them apart when the model is used."""
     transformer = Transformer()
 
     def run() -> None:
         for i in range(4):
             transformer(integers(2, 3, WIDTH, seed=i))
 
-    assert buckets(record(run, transformer, steps=4, buckets=2)) == [0, 0, 1, 1]
+    assert buckets(record(run, transformer, steps=4, buckets=2)) == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_times_of_a_class_that_nobody_described_may_rise(record, batches: int):
+    transformer = Transformer()
+    calls = record(sample(transformer, [0.0, 0.3, 0.6, 0.9], guidance=False, batches=batches), transformer, 4, 4)
+    assert buckets(calls) == [0, 1, 2, 3] * batches
 
 
 def test_recorded_arguments_are_copies_at_the_time_of_the_call(record):
