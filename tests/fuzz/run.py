@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -176,6 +177,7 @@ def child(pipe: int, name: str, numbers: Sequence[int], seed: int, root: Path, e
     code = 1
     try:
         logging.disable(logging.CRITICAL)
+        faulthandler.disable()
         soft = _memory("VmSize") + ADDRESSES
         resource.setrlimit(resource.RLIMIT_AS, (soft, soft))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
