@@ -158,11 +158,11 @@ BY_SUFFIX: dict[str, Callable[[bytes, random.Random], tuple[bytes, str]]] = {
 }
 
 
-def mutate(folder: Path, name: str, rng: random.Random) -> str:
-    """Damage one file of a folder; returns what was done."""
+def mutate(folder: Path, name: str, rng: random.Random, names: bool = True) -> str:
+    """Damage one file of a folder, or with `names` what lies at its name; returns what was done."""
     path = folder / name
     draw = rng.random()
-    if draw < 0.05:
+    if draw < 0.05 and names:
         return f"{name}: {of_name(path, rng)}"
     data = path.read_bytes()
     structured = BY_SUFFIX.get(path.suffix, of_bytes)

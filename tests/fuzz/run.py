@@ -31,7 +31,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,12 +77,20 @@ class Outcome:
     seconds: float = 0.0
 
 
-def prepare(root: Path, names: Sequence[str]) -> dict[str, str]:
-    """Make the undamaged folders that the targets need; returns what each target gives when it is opened."""
+def prepare(root: Path, names: Sequence[str], made: Mapping[str, Path] | None = None) -> dict[str, str]:
+    """Make the undamaged folders that the targets need; returns what each target gives when it is opened.
+
+    Args:
+        root: where they go.
+        names: of the targets.
+        made: those of the folders that are there already.
+    """
     needed = {TARGETS[name].folder for name in names} | {"source", "quantized", "saved"}
     with quiet():
         for name, make in MAKERS.items():
-            if name in needed:
+            if name in (made or {}):
+                shutil.copytree(made[name], root / name)
+            elif name in needed:
                 torch.manual_seed(0)
                 make(root / name, root)
         expected = {}
@@ -123,10 +131,9 @@ def quiet() -> Iterator[None]:
 def attempt(name: str, number: int, seed: int, root: Path, expected: str, replay: bool = False) -> Outcome:
     """Make one mutation, open what came of it, and judge."""
     target = TARGETS[name]
-    rng = random.Random(f"{seed} {name} {number}")
     began, before = time.process_time(), _memory("VmRSS")
     with copied(target, root) as folder:
-        what = mutate(folder, rng.choice(target.files(folder)), rng)
+        what = damaged(target, number, seed, folder)
         try:
             got = target.open(folder)
             verdict, error = (SAME, None) if got == expected else (FAULT if target.strict else OTHER, None)
@@ -224,7 +231,9 @@ def batch(name: str, numbers: Sequence[int], seed: int, root: Path, expected: st
             number = left.pop(0) if begun is None else left.pop(left.index(begun))
             ended = signal.Signals(status & 127).name if status & 127 else f"exit code {status >> 8}"
             error = "hang" if stuck or ended == "SIGPROF" else f"crash: {ended}"
-            yield Outcome(name, number, FAULT, error, mutation=_mutation(name, number, seed, root))
+            with copied(TARGETS[name], root) as folder:
+                what = damaged(TARGETS[name], number, seed, folder)
+            yield Outcome(name, number, FAULT, error, mutation=what)
 
 
 def lines_of(reader: int, process: int) -> Iterator[str | None]:
@@ -254,11 +263,10 @@ def _state(process: int) -> tuple[str, int]:
     return fields[0], int(fields[11]) + int(fields[12])
 
 
-def _mutation(name: str, number: int, seed: int, root: Path) -> str:
-    """Return what a mutation does, without opening the result."""
-    rng = random.Random(f"{seed} {name} {number}")
-    with copied(TARGETS[name], root) as folder:
-        return mutate(folder, rng.choice(TARGETS[name].files(folder)), rng)
+def damaged(target: Target, number: int, seed: int, folder: Path) -> str:
+    """Make the mutation of this number; returns what was done."""
+    rng = random.Random(f"{seed} {target.name} {number}")
+    return mutate(folder, rng.choice(target.files(folder)), rng, not target.given)
 
 
 def shares(names: Sequence[str], count: int) -> dict[str, int]:
@@ -267,7 +275,9 @@ def shares(names: Sequence[str], count: int) -> dict[str, int]:
     return {name: max(1, round(count * TARGETS[name].share / total)) for name in names}
 
 
-def fuzz(root: Path, count: int, seed: int = 0, names: Sequence[str] = tuple(TARGETS)) -> Iterator[Outcome]:
+def fuzz(
+    root: Path, count: int, seed: int = 0, names: Sequence[str] = tuple(TARGETS), made: Mapping[str, Path] | None = None
+) -> Iterator[Outcome]:
     """Yield the outcome of every mutation.
 
     Args:
@@ -275,9 +285,10 @@ def fuzz(root: Path, count: int, seed: int = 0, names: Sequence[str] = tuple(TAR
         count: of mutations, over all targets.
         seed: of all that is random.
         names: of the targets.
+        made: as `prepare`.
     """
     torch.set_num_threads(1)
-    expected = prepare(root, names)
+    expected = prepare(root, names, made)
     for name, number in shares(names, count).items():
         for first in range(0, number, BATCH):
             yield from batch(name, range(first, min(first + BATCH, number)), seed, root, expected[name])
@@ -331,7 +342,8 @@ def main() -> int:
     print(f"{len(outcomes)} mutations, {len(faults)} faults")
     if args.output:
         counts = {n: Counter(o.verdict for o in outcomes if o.target == n) for n in args.targets}
-        rows = [{"target": name, "seed": args.seed, **count} for name, count in counts.items()]
+        spent = {n: round(sum(o.seconds for o in outcomes if o.target == n), 1) for n in args.targets}
+        rows = [{"target": name, "seed": args.seed, "seconds": spent[name], **count} for name, count in counts.items()]
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *(asdict(o) for o in faults)]))
     return int(bool(faults))

@@ -42,6 +42,7 @@ class Target:
         strict: it must be refused or the same.
         foreign: another library reads it first; only errors that pass through quantdit are ours.
         share: of the mutations, relative to the others: less for slow ones.
+        given: a user names the file, so that it may as well be a pipe or a device.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Target:
     strict: bool = True
     foreign: bool = False
     share: float = 1.0
+    given: bool = False
 
     def files(self, folder: Path) -> list[str]:
         """Return the names of the files that are damaged."""
@@ -201,13 +203,13 @@ def digest(*tensors: Tensor) -> str:
     return total.hexdigest()
 
 
-def of_model(model: nn.Module) -> str:
-    """Return what stands for a transformer: its tensors and its outputs, which two calls must agree on."""
+def of_model(model: nn.Module, finite: bool = True) -> str:
+    """Return what stands for a transformer: its tensors, `finite` if need be, and its outputs, which two calls must agree on."""
     tensors = [*model.parameters(), *model.buffers()]
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise Wrong(f"{name} is on the meta device")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        if finite and tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise Wrong(f"{name} is not finite")
     with torch.no_grad():
         try:
@@ -241,7 +243,7 @@ def in_full_precision(folder: Path) -> str:
     import quantdit
 
     found = quantdit.load(folder)
-    return of_model(getattr(found, "transformer", found))
+    return of_model(getattr(found, "transformer", found), finite=False)
 
 
 def by_diffusers(folder: Path) -> str:
@@ -267,7 +269,7 @@ def inspected(folder: Path) -> str:
     from quantdit import inspection
 
     found = inspection.read(folder)
-    return inspection.describe(found, every=True) + json.dumps(inspection.as_json(found), allow_nan=False)
+    return inspection.describe(found, every=True) + json.dumps(inspection.as_json(found) | {"folder": ""}, allow_nan=False)
 
 
 def made_dense(folder: Path) -> str:
@@ -397,9 +399,9 @@ TARGETS = {
         Target("inspected", "quantized", ("calibration_report.json",), inspected, strict=False),
         Target("inspected-saved", "saved", MODEL, inspected, share=0.3),
         Target("made-dense", "quantized", ("*", "*/*"), made_dense, share=0.5),
-        Target("recipe", "recipe", ("recipe.toml",), parsed, strict=False, share=2),
-        Target("prompts", "recipe", ("prompts.txt",), prompted, strict=False, share=0.5),
-        Target("gate", "gate", ("*.json",), gated, strict=False, share=3),
+        Target("recipe", "recipe", ("recipe.toml",), parsed, strict=False, share=2, given=True),
+        Target("prompts", "recipe", ("prompts.txt",), prompted, strict=False, share=0.5, given=True),
+        Target("gate", "gate", ("*.json",), gated, strict=False, share=3, given=True),
         Target("samples", "samples", ("*.safetensors",), sampled),
         Target("onnx", "onnx", ("*",), graphed, share=0.5),
         Target("resumed", "partial", ("*/*", "*/*/*", "*/*/*/*", "*/*/*/*/*"), resumed, share=0.15),
