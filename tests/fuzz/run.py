@@ -44,9 +44,10 @@ from targets import MAKERS, TARGETS, Target, Wrong
 
 BATCH = 25  # mutations of one process
 CPU_SECONDS = 20
-STILL_SECONDS = 15  # asleep for so long: it waits for what does not come
+STILL_SECONDS = 10  # asleep for so long: it waits for what does not come
 MEMORY = 2**29
 ADDRESSES = 2**30
+FILE_BYTES = 2**28  # of a file that is written
 REFUSED, SAME, OTHER, THEIRS, FAULT = "refused", "same", "other", "theirs", "FAULT"
 NOT_REFUSALS = (UnicodeError, json.JSONDecodeError)  # a ValueError that nobody wrote for a user
 HOME = Path(__file__).parents[2]
@@ -188,6 +189,8 @@ def child(pipe: int, name: str, numbers: Sequence[int], seed: int, root: Path, e
         soft = _memory("VmSize") + ADDRESSES
         resource.setrlimit(resource.RLIMIT_AS, (soft, soft))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         signal.signal(signal.SIGPROF, signal.SIG_DFL)  # kills, wherever the time is spent
         nothing = os.open(os.devnull, os.O_RDWR)
         for number in (0, 1, 2):
