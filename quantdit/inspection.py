@@ -209,7 +209,8 @@ def _layer_table(rows: Sequence[Row], width: int) -> list[str]:
     """Return one line per layer, and what its columns mean."""
     titles = ("layer", "shape", "format", "bits/w", _error_title(rows), "J", "act", "transform")
     columns = [Column(title, title in ("shape", "bits/w", _error_title(rows), "J")) for title in titles]
-    mixed = len({row.has_data for row in rows if row.error is not None}) > 1
+    kinds = {row.has_data for row in rows if row.error is not None}
+    mixed = len(kinds) > 1
     cells = [
         (
             row.name,
@@ -224,7 +225,6 @@ def _layer_table(rows: Sequence[Row], width: int) -> list[str]:
         for row in rows
     ]
     lines = [*_table(columns, cells, width), ""]
-    kinds = {row.has_data for row in rows if row.error is not None}
     lines += [EXPLAINED[WITH_DATA]] if True in kinds else []
     lines += [EXPLAINED[WITHOUT_DATA].format(WEIGHT_ALONE if mixed else _error_title(rows))] if False in kinds else []
     lines += [EXPLAINED["J"]] if any(row.rms is not None for row in rows) else []
@@ -468,7 +468,7 @@ def _stated_errors(folder: Path, names: Collection[str]) -> dict[str, dict]:
     """
     provenance = files.read_json(folder / "config.json")["quantization_config"].get("provenance")
     stated = provenance.get("layers", {}) if isinstance(provenance, dict) else {}
-    whole = isinstance(stated, dict) and stated.keys() <= set(names) and all(map(_is_measured, stated.values()))
+    whole = isinstance(stated, dict) and stated.keys() in (set(), set(names)) and all(map(_is_measured, stated.values()))
     if not whole:
         raise files.CheckpointError(
             f"{folder / 'config.json'}: quantization_config.provenance.layers does not fit the checkpoint; copy it again"

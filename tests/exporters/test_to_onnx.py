@@ -13,7 +13,7 @@ from quantdit import exporters, recipe
 from quantdit.compiler import Settings, calibrate
 from quantdit.exporters import onnx_digest, onnx_session, onnx_weights, to_onnx
 from quantdit.exporters.onnx_session import use_graph
-from quantdit.files import CheckpointError, read_json
+from quantdit.files import CheckpointError, read_json, write_json
 from quantdit.pipeline import generate, load_pipeline
 
 onnx = pytest.importorskip("onnx")
@@ -222,6 +222,11 @@ def test_what_save_pretrained_wrote_goes_through_every_command(saved: Path, ever
         ran = cli("inspect", saved / name)
         # Every layer has its error, whoever wrote the folder.
         assert ran.code == 0 and "mean rel_rmse" in ran.out and " - " not in ran.out
+    shutil.copytree(saved / "alone", tmp_path / "damaged")
+    config = read_json(tmp_path / "damaged" / "config.json")
+    config["quantization_config"]["provenance"]["layers"].popitem()
+    write_json(tmp_path / "damaged" / "config.json", config)
+    assert "provenance.layers does not fit" in cli("inspect", tmp_path / "damaged").error
     quick = ("--steps", "1", "--count", "1", "--output", tmp_path / "x.png")
     assert cli("generate", saved / "pipeline", "--onnx", tmp_path / "pipeline.onnx", *quick).code == 0
     # The same weights: only who wrote them differs.

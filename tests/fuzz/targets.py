@@ -400,7 +400,7 @@ TARGETS = {
         Target("source", "source", ("*", "*/*"), in_full_precision, strict=False, share=2),
         Target("source-quantized-while-loading", "source", MODEL, quantized_while_loading, strict=False, foreign=True),
         Target("inspected", "quantized", ("calibration_report.json",), inspected, strict=False),
-        Target("inspected-saved", "saved", MODEL, inspected, share=0.3),
+        Target("inspected-saved", "saved", MODEL, inspected, strict=False, share=0.3),
         Target("made-dense", "quantized", ("*", "*/*"), made_dense, share=0.5),
         Target("recipe", "recipe", ("recipe.toml",), parsed, strict=False, share=2, given=True),
         Target("prompts", "recipe", ("prompts.txt",), prompted, strict=False, share=0.5, given=True),
