@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # A folder `kernels/` in the current directory must not shadow the package of that name (diffusers imports it).
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test test-slow lint gate baselines detection emoji-wan study study-layer study-peers clean
+.PHONY: demo test test-slow fuzz lint gate baselines detection emoji-wan study study-layer study-peers clean
 .PHONY: bench bench-kernels bench-static bench-scaling bench-onnx onnx-formats
 
 demo: $(VENV)/eval.done
@@ -22,6 +22,10 @@ test: $(VENV)/test.done
 # What is left out of it for its time.
 test-slow: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal -m slow
+
+# Every file that we read, damaged in 20,000 ways: about twenty minutes. `make test` makes a few hundred of them.
+fuzz: $(VENV)/test.done
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --output reports/fuzz.jsonl
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .

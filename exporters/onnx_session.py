@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -14,13 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from quantdit.files import CheckpointError, read_json
+from quantdit import checkpoint
+from quantdit.exporters import onnx_digest
+from quantdit.files import CheckpointError
 from quantdit.pipeline import Source
 
 if TYPE_CHECKING:
     import onnxruntime
 
-METADATA = "quantdit"
 CPU = "CPUExecutionProvider"
 VNNI = "cpu-vnni"  # a target of to_onnx.py
 NO_VNNI = "and this CPU adds up uint8 x int8 products in 16 bits, where they saturate"
@@ -31,7 +31,7 @@ PACKED_BYTES = "1000000"  # constants larger than this are decoded at every call
 def session(
     path: str | Path, providers: Sequence[str] = (CPU,), save_memory: bool = False, threads: int | None = None
 ) -> onnxruntime.InferenceSession:
-    """Open an ONNX graph with the settings that keep its arithmetic what the export verified.
+    """Open an ONNX graph with the settings that keep its arithmetic what the export verified; one of ours only if it is whole.
 
     * `uint8 x int8` products do not saturate (session.x64quantprecision);
     * a weight-only product stays one: ONNX Runtime does not quantize its activations (session.qdq_matmulnbits_accuracy_level).
@@ -47,8 +47,15 @@ def session(
         ImportError: onnxruntime is not installed.
         ValueError: a provider that is not to be had (ONNX Runtime would run on the CPU without a word), or a graph for CPUs with
             VNNI on one without.
-        CheckpointError: no ONNX graph, or a damaged one.
+        CheckpointError: no ONNX graph; one of ours that is not, or whose weights are not, what the export wrote.
     """
+    return open_graph(path, providers, save_memory, threads)[0]
+
+
+def open_graph(
+    path: str | Path, providers: Sequence[str] = (CPU,), save_memory: bool = False, threads: int | None = None
+) -> tuple[onnxruntime.InferenceSession, dict]:
+    """Return what `session` does, and the metadata of a graph of ours, {} of any other."""
     path = Path(path)
     ort = _onnxruntime()
     missing = [p for p in providers if p not in ort.get_available_providers()]
@@ -59,6 +66,9 @@ def session(
         )
     if not path.is_file():
         raise CheckpointError(f"{path} is no file; give the .onnx file that quantdit export --to onnx wrote")
+    content = onnx_digest.check(path)
+    if content.get("target") == VNNI and saturates():
+        raise ValueError(f"{path} was exported with --target {VNNI}, {NO_VNNI}; export it with --target cpu")
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
     options.log_severity_level = 3
@@ -78,9 +88,7 @@ def session(
             f"{refused[0]} was asked for, but ONNX Runtime opened {path} on {', '.join(opened.get_providers())};"
             " its CUDA and cuDNN libraries are probably missing: pip install 'onnxruntime-gpu[cuda,cudnn]'"
         )
-    if f'"target": "{VNNI}"' in opened.get_modelmeta().custom_metadata_map.get(METADATA, "") and saturates():
-        raise ValueError(f"{path} was exported with --target {VNNI}, {NO_VNNI}; export it with --target cpu")
-    return opened
+    return opened, content
 
 
 @lru_cache(maxsize=1)
@@ -130,21 +138,6 @@ def _installed(wheel: str) -> bool:
     return True
 
 
-def metadata(opened: onnxruntime.InferenceSession, path: str | Path) -> dict:
-    """Return what the export wrote into the graph.
-
-    Raises:
-        CheckpointError: quantdit did not export it.
-    """
-    try:
-        content = json.loads(opened.get_modelmeta().custom_metadata_map[METADATA])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} has no metadata of quantdit; give a file that quantdit export --to onnx wrote") from error
-    if not isinstance(content, dict) or not isinstance(content.get("constants"), dict):
-        raise CheckpointError(f"{path}: its metadata is damaged; export it again")
-    return content
-
-
 def leaves(arguments: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     """Yield name and value of every tensor, number and text in nested arguments: `a`, `a.b` of a dictionary, `a.0` of a list."""
     for name, value in arguments.items():
@@ -165,19 +158,34 @@ def arguments_of(forward: inspect.Signature, args: tuple, kwargs: dict) -> dict[
 
 
 class OnnxForward:
-    """Stands in for a transformer's `forward`: same arguments, but ONNX Runtime computes."""
+    """Stands in for a transformer's `forward`: same arguments, but ONNX Runtime computes.
 
-    def __init__(self, transformer: nn.Module, path: Path, opened: onnxruntime.InferenceSession) -> None:
+    Args:
+        transformer: that the graph was exported from.
+        path: of the graph.
+        opened: the graph, as `open_graph` returns it.
+        content: its metadata.
+
+    Raises:
+        CheckpointError: quantdit did not export it.
+    """
+
+    def __init__(self, transformer: nn.Module, path: Path, opened: onnxruntime.InferenceSession, content: dict) -> None:
         self._signature = inspect.signature(type(transformer).forward)
         self._transformer, self._session, self._path = transformer, opened, path
         self._inputs = {i.name: i for i in opened.get_inputs()}
-        self.metadata = metadata(opened, path)
+        if not content:
+            raise CheckpointError(f"{path} has no metadata of quantdit; give a file that quantdit export --to onnx wrote")
+        constants, unused = content.get("constants"), content.get("unused")
+        if not isinstance(constants, dict) or not isinstance(unused, list) or not all(isinstance(n, str) for n in unused):
+            raise CheckpointError(f"{path}: its metadata lacks what a call needs; export it again")
+        self.metadata = content
 
     def run(self, arguments: Mapping[str, object]) -> Tensor:
         """Return the first output for arguments by name.
 
         Raises:
-            ValueError: other arguments than were exported, or sizes the graph is not for.
+            ValueError: other arguments than were exported, sizes the graph is not for, or what ONNX Runtime cannot compute.
         """
         feeds, numbers = {}, {}
         for name, value in leaves(arguments):
@@ -185,7 +193,7 @@ class OnnxForward:
                 feeds[name] = value.detach().cpu()
             else:
                 numbers[name] = value
-        unused = set(self.metadata.get("unused", ()))
+        unused = set(self.metadata["unused"])
         for name in feeds:
             if name not in self._inputs and name not in unused:
                 raise ValueError(f"{self._path} has no input {name}: the call it was exported from had none; export it again")
@@ -199,7 +207,11 @@ class OnnxForward:
                 f"{self._path} was exported with {name} = {fixed.get(name)!r} and is fixed to that, got {numbers.get(name)!r}"
             )
         named = {name: as_numpy(feeds[name], known.type) for name, known in self._inputs.items()}
-        return torch.from_numpy(self._session.run(None, named)[0])
+        try:
+            return torch.from_numpy(self._session.run(None, named)[0])
+        except Exception as error:  # ONNX Runtime's errors have no common class of their own
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"{self._path}: ONNX Runtime cannot compute this call ({first}); export it again") from error
 
     def _check_shape(self, name: str, known, value: Tensor) -> None:
         wanted, got = known.shape, tuple(value.shape)
@@ -233,20 +245,18 @@ def use_graph(pipeline: object, source: Source, path: Path) -> OnnxForward:
 
     Raises:
         ValueError: the graph comes from another checkpoint.
-        ImportError, CheckpointError: as `session`.
+        ImportError, CheckpointError: as `session`, or quantdit did not export it.
     """
-    opened = session(path)
-    content = metadata(opened, path)
+    opened, content = open_graph(path)
     part = content.get("part")
-    config = read_json(source.part(part) / "config.json") if part in source.parts else {}
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("sha256") != content.get("sha256"):
+    quantized = part in source.parts and checkpoint.is_quantized(source.part(part))
+    if content and not (quantized and checkpoint.identity(source.part(part)) == content.get("sha256")):
         raise ValueError(
             f"{path} was exported from another checkpoint than {source.label}; give the folder it was exported from, or export"
             f" this one: quantdit export {source.folder} --to onnx --output FILE.onnx"
         )
-    transformer = getattr(pipeline, part)
-    transformer.forward = OnnxForward(transformer, path, opened)
+    transformer = getattr(pipeline, part or source.parts[0])
+    transformer.forward = OnnxForward(transformer, path, opened, content)
     return transformer.forward
 
 
@@ -261,5 +271,11 @@ _TYPES = {
 
 
 def as_numpy(value: Tensor, kind: str):
-    """Return a tensor as the array that an input of this ONNX type takes."""
+    """Return a tensor as the array that an input of this ONNX type takes.
+
+    Raises:
+        ValueError: a type that no graph of ours has.
+    """
+    if kind not in _TYPES:
+        raise ValueError(f"an input of type {kind} is none that quantdit exports; export the graph again")
     return value.to(_TYPES[kind]).contiguous().numpy()

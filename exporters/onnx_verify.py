@@ -124,7 +124,7 @@ def verified(
     transformer.to("meta")
     gc.collect()  # what was traced hangs together in cycles, and on the weights
     memory.give_back()
-    forward = OnnxForward(transformer, path, onnx_session.session(path, save_memory=save_memory))
+    forward = OnnxForward(transformer, path, *onnx_session.open_graph(path, save_memory=save_memory))
     outputs, seconds = [], 0.0
     for call in calls:
         begun = time.perf_counter()
@@ -248,5 +248,6 @@ def _cut_graph(path: Path, cut: Path, cuts: Mapping[str, Cut]) -> list[str]:
             fed.append(name)
         if all(value is not output for output in graph.outputs):
             graph.outputs.append(value)
+    model.metadata_props.clear()  # with the digest of the whole graph
     ir.save(model, cut)
     return fed

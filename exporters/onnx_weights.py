@@ -9,7 +9,6 @@ Gather from a table of 256 rows unpacks a byte. ONNX Runtime folds all of it whe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -187,10 +186,3 @@ def as_array(tensor: Tensor) -> np.ndarray:
         bits, dtype = named[tensor.dtype]
         return tensor.view(bits).numpy().view(dtype)
     return tensor.numpy()
-
-
-def weight_bytes(spec: QSpec, storage: str) -> int:
-    """Return the bytes of codes that a weight takes in the file."""
-    f = FORMATS[spec.format]
-    count = math.prod((spec.out_features, spec.in_features))
-    return count * f.code_bits // (8 * f.dim) if is_packed(spec, storage) else count

@@ -20,6 +20,7 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -89,10 +90,15 @@ def to_comfyui(folder: Path, output: Path) -> dict[str, int]:
             tensors[original[key]] = files.narrowest(tensor)
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(f".{output.name}.part")
-    save_file(tensors, part, {"format": "pt"})
-    part.chmod(0o644)
-    files.fsync(part)
-    os.replace(part, output)
+    try:
+        save_file(tensors, part, {"format": "pt"})
+        part.chmod(0o644)
+        files.fsync(part)
+        os.replace(part, output)
+    except SafetensorError as error:  # which is no OSError, whatever the system said
+        raise OSError(f"cannot write {output}: {error}; free some space or choose another output") from error
+    finally:
+        part.unlink(missing_ok=True)
     return counts
 
 
@@ -171,6 +177,7 @@ def _names(model: nn.Module) -> dict[str, str]:
             if count:
                 found[key] = renamed
                 break
-    if missing := [key for key in model.state_dict() if key not in found and key not in checkpoint.own_keys(model)]:
+    dense = [key for key in model.state_dict() if key not in checkpoint.own_keys(model)]
+    if missing := [key for key in (*dense, *weights) if key not in found]:
         raise ValueError(f"tensor {missing[0]} has no name in ComfyUI that quantdit knows; --to dense writes every model")
     return found

@@ -8,7 +8,6 @@ repacked one at a time while the file is written. Nodes are named by module path
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 import tempfile
@@ -22,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from quantdit import checkpoint, files
-from quantdit.exporters.onnx_session import METADATA, NO_VNNI, VNNI, leaves, saturates
+from quantdit.exporters import onnx_digest
+from quantdit.exporters.onnx_session import NO_VNNI, VNNI, leaves, saturates
 from quantdit.exporters.onnx_verify import Cut, keep_decoded, recorded_calls, verified
 from quantdit.linear import QuantLinear
 from quantdit.models.adapter import Adapter, adapter_for
@@ -84,18 +84,17 @@ def to_onnx(
     if part is not None and part not in names:
         raise ValueError(f"{folder} has no {part}; it has {', '.join(names)}")
     part = part or names[0]
-    if not checkpoint.is_quantized(source.part(part)):
-        raise files.CheckpointError(f"{source.part(part)} is not quantized; run quantdit calibrate first")
+    sha256 = checkpoint.identity(source.part(part))
     transformer = getattr(pipeline, part)
     keep_decoded(transformer)
     calls = recorded_calls(pipeline, part)
-    config = files.read_json(source.part(part) / "config.json")
+    recipe = files.read_json(source.part(part) / "config.json")["quantization_config"].get("recipe")
     del pipeline
     model, content, cuts = graph_of(transformer, calls[0].arguments, storage, target)
     content |= {
         "part": part,
-        "sha256": config["quantization_config"]["sha256"],
-        "recipe": config["quantization_config"]["recipe"]["name"],
+        "sha256": sha256,
+        "recipe": recipe.get("name") if isinstance(recipe, dict) else None,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
@@ -105,7 +104,7 @@ def to_onnx(
         del model  # and the weights in it
         if verify:
             content["verified"] = verified(transformer, path, calls, cuts, content["lossy"], size > SAVE_MEMORY_BYTES)
-            _describe(path, content)
+            onnx_digest.describe(path, content)
         # The weights first: a graph under its final name is whole.
         for made in sorted(scratch.iterdir(), key=lambda p: p == path):
             files.fsync(made)
@@ -405,14 +404,5 @@ def save(model, path: Path, content: dict) -> int:
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     external = {"external_data": _data_of(path).name} if size > SINGLE_FILE_BYTES else {}
     ir.save(model, path, **external)
-    _describe(path, content)
+    onnx_digest.describe(path, content)
     return size
-
-
-def _describe(path: Path, content: dict) -> None:
-    """Write the metadata into a saved graph, whose weights stay as they are."""
-    import onnx
-
-    stored = onnx.load(path, load_external_data=False)
-    onnx.helper.set_model_props(stored, {METADATA: json.dumps(content, sort_keys=True)})
-    onnx.save(stored, path)

@@ -127,6 +127,25 @@ def is_quantized(folder: Path) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
 
 
+def identity(folder: Path) -> str:
+    """Return the sha256 that tells a quantized transformer's weights from any other's, whoever wrote the folder.
+
+    Of the files, as calibration states it in config.json; of the tensors, as save_pretrained does in their file's header.
+
+    Raises:
+        CheckpointError: the folder is no quantdit checkpoint, or states neither.
+    """
+    if not is_quantized(folder):
+        raise CheckpointError(f"{folder} is not quantized by quantdit; run quantdit calibrate first")
+    stated = read_json(folder / "config.json")["quantization_config"].get("sha256")
+    if stated is None:
+        with open_weights(weight_files(folder)[0]) as file:
+            stated = _header(file).get("tensors_sha256")
+    if not isinstance(stated, str):
+        raise CheckpointError(f"{folder} has no sha256 of its weights; copy the folder again")
+    return stated
+
+
 def read_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Read a quantized transformer; dense floats become `dtype`, scales stay float32.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import shutil
@@ -173,7 +174,11 @@ def _parser() -> argparse.ArgumentParser:
         "inspect", _inspect, "Show what is inside a quantized folder.", "quantdit inspect out/fashion-dit-w4a8 --plot layers.png"
     )
     sub.add_argument("folder", type=Path, metavar="DIR")
-    sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw weights and levels, errors, activations per timestep")
+    sub.add_argument("--all", action="store_true", help="list every layer in its order, not the worst ten alone")
+    sub.add_argument("--by", choices=("role", "block"), default="role", help="what layers are grouped by (%(default)s)")
+    shown = sub.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="print all of it as JSON")
+    shown.add_argument("--plot", type=Path, metavar="FILE.png", help="draw weights and levels, errors, activations per timestep")
 
     sub = command(
         "evaluate",
@@ -456,9 +461,15 @@ def _check_suffix(output: Path, clips: bool) -> None:
 def _inspect(args: argparse.Namespace) -> int:
     from quantdit import inspection
 
-    print(inspection.describe(args.folder))
+    found = inspection.read(args.folder)
+    if args.json:
+        print(json.dumps(inspection.as_json(found), indent=2))
+        return 0
     if args.plot:
-        inspection.plot(args.folder, args.plot)
+        inspection.check_plot(found)
+    print(inspection.describe(found, shutil.get_terminal_size().columns, args.all, args.by))
+    if args.plot:
+        inspection.plot(found, args.plot)
         print(args.plot)
     return 0
 

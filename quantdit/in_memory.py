@@ -25,6 +25,7 @@ from quantdit.recipe import Recipe
 from quantdit.sampling import Settings
 
 BUCKETS = Settings().buckets
+ERRORS = ("rel_rmse", "weight_only_rel_rmse", "rms", "weight_rel_rmse")  # of a layer's report, those that a folder keeps
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a model raises that is called with what it does not take.
 MISFITS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
@@ -118,8 +119,10 @@ def quantize(
         blocks = block_by_block.blocks_of(transformer, adapter)
         job = Job(transformer, blocks, calls, BUCKETS, seed, Path(folder), tokens=tokens, training=training)
         with torch.no_grad():
-            block_by_block.quantize(job, plans, Path(folder) / "blocks")
+            made = block_by_block.quantize(job, plans, Path(folder) / "blocks")
     provenance = {"quantdit": quantdit.__version__, "calibration": {"calls": len(calls), "seed": seed, "tokens": tokens}}
+    # What `inspect` shows of a folder that has no calibration report.
+    provenance["layers"] = {name: {k: v for k, v in found.items() if k in ERRORS} for name, found in made.reports.items()}
     if training is not None:
         provenance["training"] = asdict(training)
     return attach(transformer, checkpoint.describe(transformer, plan.to_dict(), provenance))

@@ -1,50 +1,165 @@
-"""What is inside a quantized folder, as a table and as pictures."""
+"""What is inside a quantized folder, as tables, as JSON and as pictures."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
 
 from quantdit import checkpoint, files
 from quantdit.compiler import REPORT, added, size_of
 from quantdit.formats import FORMATS
 from quantdit.linear import QuantLinear, weight_bits
+from quantdit.models import adapter as adapters
 from quantdit.pipeline import PARTS
 
-# What the report says of a layer.
-WITH_DATA = {"rel_rmse", "weight_only_rel_rmse", "rms", "activation_absmax", "weight_histogram", "spec"}
-WITHOUT_DATA = {"weight_rel_rmse", "weight_histogram", "spec"}
+# The error of a layer that saw calibration data, and of one that did not, by its name in the report.
+WITH_DATA = "rel_rmse"
+WITHOUT_DATA = "weight_rel_rmse"
+WEIGHT_ALONE = "w"  # marks the latter among the former
+OUTSIDE = "outside"
+LEAST = 16  # characters of a last column that may be cut
+WORST = 10
+LARGEST = 1e30
+GROUPS = ("role", "block")
+EXPLAINED = {
+    WITH_DATA: "rel_rmse: error of the layer's output on calibration data, relative to what its full-precision weight adds",
+    WITHOUT_DATA: "{}: error of the weight itself, relative to it: the layer saw no calibration data",
+    "J": 'J: root mean square of the layer\'s inputs (LRQ-DiT, section 4.2); rotation = "ars" chooses by it',
+}
 
 
-def describe(folder: Path) -> str:
-    """Return a table with one line per layer: shape, format, bits per weight, transform, activations, output error, J.
+@dataclass(frozen=True)
+class Row:
+    """One quantized layer: what it is made of, and what calibration found.
 
-    Where the calibration compared rotations or strengths of smoothing, a second table has the error of every candidate; where it
-    chose the weight formats, a last one has the error of each and what came of the choice.
+    Attributes:
+        name: its path in the transformer, after the name of the transformer if that is not the first.
+        role: as rules of a recipe name it.
+        block: the transformer block it lies in, "outside" for none.
+        shape: outputs, inputs.
+        format: of the weight, with its group size.
+        bits: stored for each weight.
+        transform: of the inputs.
+        activations: their format.
+        error: `rel_rmse` of the output, or of the weight where there was no calibration data; None if nothing is known.
+        has_data: which of the two.
+        rms: J; None without calibration data.
+    """
+
+    name: str
+    role: str
+    block: str
+    shape: tuple[int, int]
+    format: str
+    bits: float
+    transform: str
+    activations: str
+    error: float | None
+    has_data: bool
+    rms: float | None
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A quantized folder that was read and checked.
+
+    Attributes:
+        folder: that was read.
+        layers: its quantized layers, of all its transformers.
+        rows: the same, described.
+        report: what calibration_report.json says of each; empty without that file.
+        allocation: how weight formats were chosen, None if they were not.
+        size: as compiler.size_of.
+    """
+
+    folder: Path
+    layers: dict[str, QuantLinear]
+    rows: tuple[Row, ...]
+    report: dict[str, dict]
+    allocation: dict | None
+    size: dict
+
+
+class Column(NamedTuple):
+    """A column of a table: its title, and whether its cells are numbers, which end below each other."""
+
+    title: str
+    is_number: bool = True
+
+
+def read(folder: Path) -> Inspected:
+    """Read and check a quantized pipeline's folder, or that of a transformer alone.
 
     Raises:
-        files.CheckpointError: the folder is no quantdit checkpoint or is damaged.
+        files.CheckpointError: no quantdit checkpoint, a damaged one, or one that its report does not fit.
     """
-    layers, report, size = _read(folder)
-    width = max((len(name) for name in layers), default=5)
-    row = "{:<{width}}  {:>13}  {:<14}{:>7}  {:<22}  {:<14}{:>9}  {:>8}"
-    # Without calibration data only the error of the weights themselves is known.
-    error = "of weight" if report and not _has_data(report) else "rel_rmse"
-    lines = [row.format("layer", "shape", "format", "bits/w", "transform", "act", error, "J (rms)", width=width)]
-    for name, layer in layers.items():
-        entry, s = report.get(name, {}), layer.spec
-        form = s.format if s.group_size == s.in_features else f"{s.format} g{s.group_size}"
-        cells = (name, f"{s.out_features}x{s.in_features}", form, f"{weight_bits(layer):.3f}", _transform(layer))
-        measured = (_number(_error(entry) if entry else None, ".5f"), _number(entry.get("rms"), ".3f"))
-        lines.append(row.format(*cells, str(layer.layer_spec.activation), *measured, width=width))
-    lines.append(
-        f"{len(layers)} layers, {size['quantized_weights']:,} weights at {size['bits_per_weight']:.3f} bits with scales,"
+    bare = (folder / "config.json").exists()
+    if not bare and not (folder / PARTS[0]).is_dir():
+        raise files.CheckpointError(
+            f"{folder} has no transformer folder; give the folder that quantdit calibrate or save_pretrained wrote"
+        )
+    places = {"": folder} if bare else {part: folder / part for part in PARTS if (folder / part).is_dir()}
+    quantized = {part: place for part, place in places.items() if checkpoint.is_quantized(place)} or places
+    layers: dict[str, QuantLinear] = {}
+    roles: dict[str, tuple[str, str]] = {}
+    found: dict[str, dict] = {}
+    sizes = []
+    for part, place in quantized.items():
+        transformer = checkpoint.read_transformer(place)
+        sizes.append(size_of(transformer, place))
+        prefix = "" if part in ("", PARTS[0]) else f"{part}."
+        own = checkpoint.quant_layers(transformer)
+        layers |= {f"{prefix}{name}": layer for name, layer in own.items()}
+        roles |= {f"{prefix}{name}": where for name, where in _roles(transformer).items()}
+        found |= {f"{prefix}{name}": entry for name, entry in _stated_errors(place, own).items()}
+    content = files.read_json(folder / REPORT) if (folder / REPORT).exists() else {}
+    report = _report(content, layers, folder / REPORT) if content or (folder / REPORT).exists() else {}
+    rows = tuple(_row(name, layer, *roles[name], (report or found).get(name, {})) for name, layer in layers.items())
+    return Inspected(folder, layers, rows, report, _allocation(content, layers.keys(), folder / REPORT), added(sizes))
+
+
+def describe(found: Inspected, width: int = 80, every: bool = False, by: str = GROUPS[0]) -> str:
+    """Return tables no wider than `width`: groups of layers with their means, then the worst layers, or every one.
+
+    Where the calibration compared rotations or strengths of smoothing, a table has the error of every candidate; where it chose
+    the weight formats, a last one has the error of each and what came of the choice.
+
+    Args:
+        found: the folder.
+        width: of the terminal, in characters.
+        every: list all layers in their order, instead of the worst alone.
+        by: what to group by, one of GROUPS.
+    """
+    rows, size = found.rows, found.size
+    known = [row for row in rows if row.error is not None]
+    worst = sorted(known, key=lambda row: row.error, reverse=True)[:WORST]
+    shown = rows if every or not worst else worst
+    total = (
+        f"{len(rows)} layers, {size['quantized_weights']:,} weights at {size['bits_per_weight']:.3f} bits with scales,"
         f" {size['dense_values']:,} dense values, file {size['file_bytes'] / 1e6:.2f} MB"
     )
-    allocation = _allocation(folder, layers.keys())
-    return "\n".join([*lines, *_candidates(report, width), *(_widths(allocation, width) if allocation else ())])
+    lines = [*_wrapped([total], width), "", *_grouped(rows, by, width)]
+    if shown is worst and len(worst) < len(rows):
+        lines += ["", f"the {len(worst)} worst of {len(rows)} layers; --all lists every one"]
+    lines += ["", *_layer_table(shown, width)]
+    names = [row.name for row in shown]
+    lines += _candidates({name: found.report[name] for name in names if name in found.report}, width)
+    if found.allocation:
+        lines += _widths(found.allocation, names, width)
+    return "\n".join(lines)
+
+
+def as_json(found: Inspected) -> dict:
+    """Return what `describe` prints, of every layer, as JSON: `layers`, `size`, `allocation`, and `report` of each layer."""
+    layers = {row.name: asdict(row) | {"report": found.report.get(row.name)} for row in found.rows}
+    return {"folder": str(found.folder), "size": found.size, "layers": layers, "allocation": found.allocation}
 
 
 def allocation_summary(allocation: dict) -> str:
@@ -67,75 +182,160 @@ def allocation_summary(allocation: dict) -> str:
     )
 
 
-def _widths(allocation: dict, width: int) -> list[str]:
-    """Return the table of layers and weight formats: the error of the model's output that each layer alone would cause."""
-    names = _formats(allocation)
-    lines = ["", "error of the model's output from each layer alone, per weight format; * chosen, ~ interpolated"]
-    lines.append(f"{'layer':<{width}}" + "".join(f"{name:>12}" for name in names))
-    for layer, entry in allocation["layers"].items():
-        cells = []
-        for name in names:
-            known = entry["weights"].get(name)
-            guess, star = ("~" if known and not known["measured"] else ""), ("*" if name == entry["chosen"] else " ")
-            cells.append(f"{guess}{known['error']:.5f}{star}" if known else "")
-        lines.append(f"{layer:<{width}}" + "".join(f"{cell:>12}" for cell in cells))
-    return [*lines, allocation_summary(allocation)]
-
-
 def _formats(allocation: dict) -> list[str]:
     """Return the weight formats any layer had to choose from, by bits."""
     names = {w for layer in allocation["layers"].values() for w in layer["weights"]}
     return sorted(names, key=lambda w: (_bits(w), w))
 
 
+def _grouped(rows: Sequence[Row], by: str, width: int) -> list[str]:
+    """Return the table of groups of layers: how many, their formats, bits, mean and largest error."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(getattr(row, by), []).append(row)
+    columns = [Column(by, False), Column("layers"), Column("bits/w"), Column("mean " + _error_title(rows)), Column("largest")]
+    cells = []
+    for name, members in groups.items():
+        weights = [math.prod(row.shape) for row in members]
+        bits = sum(row.bits * count for row, count in zip(members, weights, strict=True)) / max(1, sum(weights))
+        errors = [row.error for row in members if row.error is not None]
+        mean = sum(errors) / len(errors) if errors else None
+        formats = ", ".join(f"{format} x {count}" for format, count in Counter(row.format for row in members).most_common())
+        cells.append((name, str(len(members)), f"{bits:.3f}", _number(mean), _number(max(errors, default=None)), formats))
+    return _table([*columns, Column("formats", False)], cells, width)
+
+
+def _layer_table(rows: Sequence[Row], width: int) -> list[str]:
+    """Return one line per layer, and what its columns mean."""
+    titles = ("layer", "shape", "format", "bits/w", _error_title(rows), "J", "act", "transform")
+    columns = [Column(title, title in ("shape", "bits/w", _error_title(rows), "J")) for title in titles]
+    kinds = {row.has_data for row in rows if row.error is not None}
+    mixed = len(kinds) > 1
+    cells = [
+        (
+            row.name,
+            "x".join(map(str, row.shape)),
+            row.format,
+            f"{row.bits:.3f}",
+            _number(row.error) + (WEIGHT_ALONE if mixed and not row.has_data else ""),
+            _number(row.rms, ".3f"),
+            row.activations,
+            row.transform,
+        )
+        for row in rows
+    ]
+    lines = [*_table(columns, cells, width), ""]
+    lines += [EXPLAINED[WITH_DATA]] if True in kinds else []
+    lines += [EXPLAINED[WITHOUT_DATA].format(WEIGHT_ALONE if mixed else _error_title(rows))] if False in kinds else []
+    lines += [EXPLAINED["J"]] if any(row.rms is not None for row in rows) else []
+    return _wrapped(lines, width)
+
+
+def _error_title(rows: Iterable[Row]) -> str:
+    known = {row.has_data for row in rows if row.error is not None}
+    return "of weight" if known == {False} else WITH_DATA
+
+
+def _table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Return aligned lines; where they would be too wide, the first cell of each has a line of its own, and the last is cut."""
+    widths = [max(len(column.title), *(len(row[i]) for row in rows), 0) for i, column in enumerate(columns)]
+
+    def aligned(cells: Sequence[str], first: int) -> str:
+        pairs = zip(cells[first:], widths[first:], columns[first:], strict=True)
+        return "  ".join(c.rjust(w) if column.is_number else c.ljust(w) for c, w, column in pairs).rstrip()
+
+    titles = [column.title for column in columns]
+    if sum(widths[:-1]) + 2 * (len(widths) - 1) + min(widths[-1], LEAST) <= width:
+        return [_cut(aligned(cells, 0), width) for cells in (titles, *rows)]
+    return [line for cells in (titles, *rows) for line in (cells[0], _cut("    " + aligned(cells, 1), width))]
+
+
+def _wrapped(lines: Iterable[str], width: int) -> list[str]:
+    return [part for line in lines for part in (textwrap.wrap(line, width, subsequent_indent="  ") or [""])]
+
+
+def _cut(line: str, width: int) -> str:
+    return line if len(line) <= width else f"{line[: width - 1]}…"
+
+
+def _widths(allocation: dict, shown: Collection[str], width: int) -> list[str]:
+    """Return the table of layers and weight formats: the error of the model's output that each layer alone would cause."""
+    names = _formats(allocation)
+    rows = []
+    for layer in shown:
+        entry, cells = allocation["layers"][layer], []
+        for name in names:
+            known = entry["weights"].get(name)
+            guess, star = ("~" if known and not known["measured"] else ""), ("*" if name == entry["chosen"] else " ")
+            cells.append(f"{guess}{known['error']:.5f}{star}" if known else "")
+        rows.append((layer, *cells))
+    title = "error of the model's output from each layer alone, per weight format; * chosen, ~ interpolated"
+    lines = ["", *_wrapped([title], width)]
+    lines += _table([Column("layer", False), *map(Column, names)], rows, width)
+    return [*lines, *_wrapped(allocation_summary(allocation).splitlines(), width)]
+
+
 def _candidates(report: dict, width: int) -> list[str]:
     """Return the output errors of all candidates that were compared, the chosen one starred; nothing if none were."""
     lines = []
     for key, title in (("rotation", "rotation"), ("smoothing", "alpha of smoothing")):
-        compared = {name: entry[key] for name, entry in report.items() if entry.get(key, {}).get("errors")}
+        compared = {name: entry[key] for name, entry in report.items() if (entry.get(key) or {}).get("errors")}
         if not compared:
             continue
         names = list(dict.fromkeys(kind for choice in compared.values() for kind in choice["errors"]))
-        lines += ["", f"output error per {title}, * chosen"]
-        lines.append(f"{'layer':<{width}}" + "".join(f"{name:>12}" for name in names))
+        rows = []
         for layer, choice in compared.items():
             chosen = str(choice.get("chosen", choice.get("alpha")))
-            cells = [f"{choice['errors'][n]:.5f}{'*' if n == chosen else ' '}" if n in choice["errors"] else "" for n in names]
-            lines.append(f"{layer:<{width}}" + "".join(f"{cell:>12}" for cell in cells))
+            marks = {name: "*" if name == chosen else " " for name in names}
+            rows.append((layer, *(f"{choice['errors'][n]:.5f}{marks[n]}" if n in choice["errors"] else "" for n in names)))
+        lines += ["", f"output error per {title}, * chosen", *_table([Column("layer", False), *map(Column, names)], rows, width)]
     return lines
 
 
-def plot(folder: Path, path: Path) -> None:
+def check_plot(found: Inspected) -> None:
+    """Refuse what `plot` could not draw, before anything else is done.
+
+    Raises:
+        files.CheckpointError: the folder has no calibration report.
+        ValueError: matplotlib is not installed.
+    """
+    if not found.report:
+        raise files.CheckpointError(
+            f"{found.folder / REPORT} is missing, so there is nothing to draw; quantdit calibrate writes one"
+        )
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ValueError("--plot needs matplotlib: pip install 'quantdit[plot]'") from error
+
+
+def plot(found: Inspected, path: Path) -> None:
     """Draw weight histograms with the levels given, the output error of each layer, and activation absmax per timestep.
 
     Raises:
-        files.CheckpointError: as `describe`, or the folder has no calibration report to draw.
-        ValueError: matplotlib is not installed.
+        ValueError: as `check_plot`.
     """
-    layers, report, _ = _read(folder)
-    if not report:
-        raise files.CheckpointError(f"{folder / REPORT} is missing, so there is nothing to draw; calibrate again to get one")
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("--plot needs matplotlib: pip install 'quantdit[plot]'") from error
+    check_plot(found)
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    layers, report, allocation = found.layers, found.report, found.allocation
     by_error = sorted(layers, key=lambda name: _error(report[name]))
     shown = [by_error[0], by_error[len(by_error) // 2], by_error[-1]]
-    allocation = _allocation(folder, layers.keys())
-    heights = (1, 1.2, *((1.1,) if _has_data(report) else ()), *((1.2,) if allocation else ()))
+    seen = {name: entry for name, entry in report.items() if WITH_DATA in entry}
+    heights = (1, 1.2, *((1.1,) if seen else ()), *((1.2,) if allocation else ()))
     figure = plt.figure(figsize=(15, 4 * len(heights)), layout="constrained")
     grid = figure.add_gridspec(len(heights), 3, height_ratios=heights)
     for column, (name, title) in enumerate(zip(shown, ("smallest", "median", "largest"), strict=True)):
         _plot_weights(figure.add_subplot(grid[0, column]), layers[name], report[name], f"{title} error: {_short(name)}")
     _plot_errors(figure.add_subplot(grid[1, :]), report)
-    if _has_data(report):
-        _plot_activations(figure.add_subplot(grid[2, :]), report)
+    if seen:
+        _plot_activations(figure.add_subplot(grid[2, :]), seen)
     if allocation:
         _plot_allocation(figure.add_subplot(grid[len(heights) - 1, :]), allocation)
-    figure.suptitle(f"{folder.name}: what each layer was given and what it cost")
+    figure.suptitle(f"{found.folder.name}: what each layer was given and what it cost")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part.png")
     figure.savefig(part, dpi=110)
@@ -163,16 +363,16 @@ def _plot_weights(axis, layer: QuantLinear, entry: dict, title: str) -> None:
 
 def _plot_errors(axis, report: dict) -> None:
     names = list(report)
-    places = range(len(names))
-    has_data = _has_data(report)
-    label = "with quantized activations" if has_data else "of the weights themselves: there was no calibration data"
-    axis.bar(places, [_error(report[n]) for n in names], color="#4c78a8", label=label)
-    if has_data:
-        axis.plot(places, [report[n]["weight_only_rel_rmse"] for n in names], ".", color="#e45756", label="weights alone")
-    axis.set(
-        ylabel="rel_rmse of the layer's output" if has_data else "rel_rmse of the layer's weight", xlim=(-0.7, len(names) - 0.3)
-    )
-    axis.set_xticks(places, [_short(n) for n in names], rotation=90, fontsize=6)
+    seen = [i for i, name in enumerate(names) if WITH_DATA in report[name]]
+    unseen = [i for i, name in enumerate(names) if WITH_DATA not in report[name]]
+    labels = ("of the output, with quantized activations", "of the weight itself: the layer saw no calibration data")
+    for places, color, label in ((seen, "#4c78a8", labels[0]), (unseen, "#9d9da1", labels[1])):
+        if places:
+            axis.bar(places, [_error(report[names[i]]) for i in places], color=color, label=label)
+    if seen:
+        axis.plot(seen, [report[names[i]]["weight_only_rel_rmse"] for i in seen], ".", color="#e45756", label="weights alone")
+    axis.set(ylabel="rel_rmse of each layer", xlim=(-0.7, len(names) - 0.3))
+    axis.set_xticks(range(len(names)), [_short(n) for n in names], rotation=90, fontsize=6)
     axis.legend(fontsize=8)
     axis.grid(axis="y", alpha=0.3)
 
@@ -223,62 +423,174 @@ def _plot_allocation(axis, allocation: dict) -> None:
     )
 
 
-def _short(name: str) -> str:
-    return name.replace("transformer_blocks.", "").replace("timestep_embedder.", "t_")
+def _roles(transformer: nn.Module) -> dict[str, tuple[str, str]]:
+    """Return role and block of each quantized layer."""
+    adapter = adapters.adapter_for(transformer)
+    roles = {layer.name: layer.role for layer in adapters.layers(transformer, adapter)}
+    blocks = [path for path, _ in adapters.blocks(transformer, adapter)]
+
+    def block(name: str) -> str:
+        return next((path for path in blocks if name.startswith(f"{path}.")), OUTSIDE)
+
+    return {name: (roles.get(name, OUTSIDE), block(name)) for name in checkpoint.quant_layers(transformer)}
 
 
-def _read(folder: Path) -> tuple[dict[str, QuantLinear], dict[str, dict], dict]:
-    """Return the quantized layers of all transformers, their reports (none without a report), and the size of it all."""
-    if not (folder / "transformer").is_dir():
-        raise files.CheckpointError(f"{folder} has no transformer folder; give the folder that quantdit calibrate wrote")
-    layers: dict[str, QuantLinear] = {}
-    sizes = []
-    for part in PARTS:
-        if (folder / part).is_dir():
-            transformer = checkpoint.read_transformer(folder / part)
-            sizes.append(size_of(transformer, folder / part))
-            prefix = "" if part == PARTS[0] else f"{part}."
-            layers |= {f"{prefix}{name}": layer for name, layer in checkpoint.quant_layers(transformer).items()}
-    report = files.read_json(folder / REPORT).get("layers") if (folder / REPORT).exists() else {}
-    whole = isinstance(report, dict) and all(
-        isinstance(entry, dict) and any(entry.keys() >= known for known in (WITH_DATA, WITHOUT_DATA)) for entry in report.values()
+def _row(name: str, layer: QuantLinear, role: str, block: str, entry: dict) -> Row:
+    s = layer.spec
+    form = s.format if s.group_size == s.in_features else f"{s.format} g{s.group_size}"
+    return Row(
+        name,
+        role,
+        block,
+        (s.out_features, s.in_features),
+        form,
+        weight_bits(layer),
+        _transform(layer),
+        str(layer.layer_spec.activation),
+        _error(entry) if entry else None,
+        WITH_DATA in entry,
+        entry.get("rms"),
     )
-    if not whole or (report and report.keys() != layers.keys()):
-        raise files.CheckpointError(
-            f"{folder / REPORT} does not fit the checkpoint; remove it (inspect works without) or calibrate again"
-        )
-    return layers, report, added(sizes)
-
-
-def _has_data(report: dict[str, dict]) -> bool:
-    return all(entry.keys() >= WITH_DATA for entry in report.values())
 
 
 def _error(entry: dict) -> float:
-    return entry.get("rel_rmse", entry.get("weight_rel_rmse"))
+    return entry[WITH_DATA] if WITH_DATA in entry else entry[WITHOUT_DATA]
 
 
-def _allocation(folder: Path, names: Collection[str]) -> dict | None:
+# ---- what was read, checked: a report is a file like any other
+
+
+def _stated_errors(folder: Path, names: Collection[str]) -> dict[str, dict]:
+    """Return the errors that quantdit.quantize left in a transformer's config.json; {} if none are there.
+
+    Raises:
+        files.CheckpointError: something else is there.
+    """
+    provenance = files.read_json(folder / "config.json")["quantization_config"].get("provenance")
+    stated = provenance.get("layers", {}) if isinstance(provenance, dict) else {}
+    whole = isinstance(stated, dict) and stated.keys() in (set(), set(names)) and all(map(_is_measured, stated.values()))
+    if not whole:
+        raise files.CheckpointError(
+            f"{folder / 'config.json'}: quantization_config.provenance.layers does not fit the checkpoint; copy it again"
+        )
+    return stated
+
+
+def _report(content: dict, layers: Collection[str], path: Path) -> dict[str, dict]:
+    """Return what a calibration report says of each layer.
+
+    Raises:
+        files.CheckpointError: it does not fit.
+    """
+    report = content.get("layers")
+    if not isinstance(report, dict) or report.keys() != set(layers) or not all(map(_is_entry, report.values())):
+        raise files.CheckpointError(f"{path} does not fit the checkpoint; remove it (inspect works without) or calibrate again")
+    if len({len(entry["activation_absmax"]) for entry in report.values() if WITH_DATA in entry}) > 1:
+        raise files.CheckpointError(f"{path}: its layers differ in activation_absmax; remove it or calibrate again")
+    return report
+
+
+def _allocation(content: dict, names: Collection[str], path: Path) -> dict | None:
     """Return the report's allocation, None if the weights were not chosen by one.
 
     Raises:
         files.CheckpointError: it is damaged.
     """
-    content = files.read_json(folder / REPORT).get("allocation") if (folder / REPORT).exists() else None
-    if content is None:
+    allocation = content.get("allocation")
+    if allocation is None:
         return None
-    known = {"size_budget", "max_drift", "bytes", "bytes_in_16_bits", "predicted_model_rel_rmse", "model_rel_rmse", "attempts"}
-    whole = isinstance(content, dict) and content.keys() >= known and isinstance(content.get("layers"), dict)
-    whole = whole and content["layers"].keys() == set(names)
-    if not whole or not all(
-        isinstance(e, dict) and isinstance(e.get("weights"), dict) and e.get("chosen") in e["weights"]
-        for e in content["layers"].values()
-    ):
+    whole = (
+        _has(allocation, ALLOCATION)
+        and allocation["layers"].keys() == set(names)
+        and all(_has(e, CHOICE) and e["chosen"] in e["weights"] for e in allocation["layers"].values())
+        and all(_has(w, WEIGHT) for e in allocation["layers"].values() for w in e["weights"].values())
+        and all(_has(a, ATTEMPT) for a in allocation["attempts"])
+        and (allocation["size_budget"] is None) != (allocation["max_drift"] is None)
+    )
+    if not whole:
         raise files.CheckpointError(
-            f"{folder / REPORT}: its allocation does not fit the checkpoint; remove the file (inspect works without) or calibrate"
-            " again"
+            f"{path}: its allocation does not fit the checkpoint; remove the file (inspect works without) or calibrate again"
         )
-    return content
+    return allocation
+
+
+def _is_entry(entry: object) -> bool:
+    """Return whether a report's entry of a layer has all that is shown of it."""
+    return (
+        _is_measured(entry)
+        and (WITH_DATA not in entry or _has(entry, {"rms": _is_number, "activation_absmax": _are_numbers}))
+        and _has(entry.get("weight_histogram"), {"counts": _are_numbers, "reach": _is_number})
+        and sum(entry["weight_histogram"]["counts"]) > 0
+        and all(_is_choice(entry.get(key)) for key in ("rotation", "smoothing"))
+    )
+
+
+def _is_measured(entry: object) -> bool:
+    """Return whether an entry has the errors of a layer that saw calibration data, or of one that did not."""
+    with_data = {WITH_DATA: _is_number, "weight_only_rel_rmse": _is_number, "rms": _is_number}
+    return _has(entry, with_data if isinstance(entry, dict) and WITH_DATA in entry else {WITHOUT_DATA: _is_number})
+
+
+def _is_choice(choice: object) -> bool:
+    """Return whether this is how a rotation or smoothing was chosen, or None: there was nothing to choose."""
+    errors = choice.get("errors") if isinstance(choice, dict) else None
+    return choice is None or (isinstance(choice, dict) and (not errors or _is_table(errors)))
+
+
+def _has(content: object, kinds: Mapping[str, Callable[[object], bool]]) -> bool:
+    return isinstance(content, dict) and all(key in content and is_one(content[key]) for key, is_one in kinds.items())
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a value is a number that no error exceeds: neither NaN nor infinite."""
+    return type(value) in (int, float) and 0 <= value < LARGEST
+
+
+def _are_numbers(values: object) -> bool:
+    return isinstance(values, list) and len(values) > 0 and all(map(_is_number, values))
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_dict(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list)
+
+
+def _is_number_or_none(value: object) -> bool:
+    return value is None or _is_number(value)
+
+
+ALLOCATION = {
+    "size_budget": _is_number_or_none,
+    "max_drift": _is_number_or_none,
+    "bytes": _is_number,
+    "bytes_in_16_bits": lambda value: _is_number(value) and value > 0,
+    "predicted_model_rel_rmse": _is_number,
+    "model_rel_rmse": _is_number,
+    "attempts": _is_list,
+    "layers": _is_dict,
+}
+CHOICE = {"chosen": _is_text, "weights": _is_dict}
+WEIGHT = {"error": _is_number, "measured": _is_flag}
+ATTEMPT = {"bytes": _is_number, "predicted": _is_number, "measured": _is_number}
+
+
+def _short(name: str) -> str:
+    return name.replace("transformer_blocks.", "").replace("timestep_embedder.", "t_")
 
 
 def _transform(layer: QuantLinear) -> str:
@@ -287,5 +599,5 @@ def _transform(layer: QuantLinear) -> str:
     return " ".join(w for w in words if w) or "none"
 
 
-def _number(value: float | None, form: str) -> str:
+def _number(value: float | None, form: str = ".5f") -> str:
     return "-" if value is None else format(value, form)

@@ -457,26 +457,78 @@ def assert_candidates(text: str, report: dict) -> None:
     assert compared == 4  # one rotation, three smoothings
 
 
-def test_inspect_prints_each_layer(cli, everything):
-    ran = cli("inspect", everything.folder)
+def test_inspect_prints_each_layer(cli, everything, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    ran = cli("inspect", everything.folder, "--all")
     assert ran.code == 0
-    first, *more = ran.out.split("\n\n")
+    first = ran.out.partition("\nlayer ")[2].partition("\n\n")[0]
     lines = {line.split()[0]: line for line in first.splitlines()}
-    assert_candidates("\n".join(more), everything.report["layers"])
+    assert_candidates(ran.out, everything.report["layers"])
     layers = quant_layers(everything.transformer)
     for name, layer in layers.items():
         line, entry = lines[name], everything.report["layers"][name]
         assert re.search(rf"\b{layer.out_features}x{layer.in_features}\b", line)
         spec = layer.layer_spec
         assert layer.spec.format in line and f" {spec.activation} " in line
-        assert (f" {spec.rotation}-{spec.block} " if spec.block > 1 else " smooth " if spec.smoothed else " none ") in line
-        assert (" smooth " in line, f" rank {spec.rank} " in line) == (spec.smoothed, spec.rank > 0)
+        assert line.split()[-1] != "none" or (spec.block == 1 and not spec.smoothed and not spec.rank)
+        assert (f" {spec.rotation}-{spec.block}" in line) == (spec.block > 1)
+        assert (" smooth" in line, f" rank {spec.rank}" in line) == (spec.smoothed, spec.rank > 0)
         assert abs(entry["bits_per_weight"] - float(re.search(r" (\d+\.\d{3}) ", line)[1])) < 6e-4
-        assert f"{entry['rel_rmse']:.5f}" in line and line.endswith(f"{entry['rms']:.3f}")
+        assert f" {entry['rel_rmse']:.5f}  {entry['rms']:.3f}  " in line
         if layer.spec.group_size < layer.in_features:
             assert f" g{layer.spec.group_size} " in line
-    last = next(line for line in ran.out.splitlines() if re.match(r"\d+ layers, ", line))
-    assert f"{len(layers)} layers" in last and f"{everything.report['size']['quantized_weights']:,}" in last
+    head = ran.out.splitlines()[0]
+    assert f"{len(layers)} layers" in head and f"{everything.report['size']['quantized_weights']:,}" in head
+
+
+def test_inspect_fits_the_terminal_and_begins_with_the_worst(cli, everything, monkeypatch):
+    """Lines were 154 characters long, and a model of 252 layers had as many of them."""
+    report = everything.report["layers"]
+    worst = sorted(report, key=lambda name: report[name]["rel_rmse"], reverse=True)[:10]
+    for columns in (60, 80, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        ran = cli("inspect", everything.folder)
+        assert ran.code == 0 and max(map(len, ran.out.splitlines())) <= columns
+        table = ran.out.partition("--all lists every one")[2].partition("rel_rmse: error of")[0]
+        assert [line.split()[0] for line in table.splitlines() if line and line.split()[0] in report] == worst
+        assert all(f"{report[name]['rel_rmse']:.5f}" in table for name in worst)
+        assert all(f"\n{term}: " in ran.out for term in ("rel_rmse", "J"))
+    roles = ran.out.partition("\nrole ")[2].partition("\n\n")[0]
+    members = [entry["rel_rmse"] for name, entry in report.items() if ".attn1." in name]
+    (line,) = [line for line in roles.splitlines() if line.startswith("attention ")]
+    assert line.split()[1] == str(len(members)) and f" {sum(members) / len(members):.5f}  {max(members):.5f} " in line
+    blocks = cli("inspect", everything.folder, "--by", "block").out.partition("\nblock ")[2].partition("\n\n")[0]
+    names = [line.split()[0] for line in blocks.splitlines()[1:]]
+    assert names == ["transformer_blocks.0", "transformer_blocks.1", "outside"]
+
+
+def test_inspect_as_json(cli, everything):
+    ran = cli("inspect", everything.folder, "--json")
+    found = json.loads(ran.out)
+    assert found["size"] == everything.report["size"] and found["allocation"] is None
+    assert found["layers"].keys() == everything.report["layers"].keys()
+    for name, layer in found["layers"].items():
+        entry = everything.report["layers"][name]
+        assert (layer["error"], layer["rms"], layer["has_data"]) == (entry["rel_rmse"], entry["rms"], True)
+    assert cli("inspect", everything.folder, "--json", "--plot", "x.png").code == 2
+
+
+def test_inspect_of_layers_with_and_without_data(cli, copied: Path, monkeypatch, tmp_path: Path):
+    """As a mixture of experts has them, some of which saw no token."""
+    monkeypatch.setenv("COLUMNS", "200")
+    report = json.loads((copied / REPORT).read_text())
+    name = "transformer_blocks.0.attn1.to_q"
+    entry = report["layers"][name]
+    for key in ("rel_rmse", "weight_only_rel_rmse", "rms", "activation_absmax"):
+        del entry[key]
+    entry["weight_rel_rmse"] = 0.12345
+    (copied / REPORT).write_text(json.dumps(report))
+    ran = cli("inspect", copied, "--all")
+    assert ran.code == 0, ran.err
+    (line,) = [line for line in ran.out.splitlines() if line.startswith(f"{name} ")]
+    assert " 0.12345w " in line and ran.out.count("\nw: error of the weight itself") == 1
+    pytest.importorskip("matplotlib")
+    assert cli("inspect", copied, "--plot", tmp_path / "x.png").code == 0
 
 
 def test_inspect_without_a_report_still_counts_bits(cli, copied: Path):
@@ -484,7 +536,7 @@ def test_inspect_without_a_report_still_counts_bits(cli, copied: Path):
     ran = cli("inspect", copied)
     assert ran.code == 0 and "transformer_blocks.0.attn1.to_q" in ran.out
     ran = cli("inspect", copied, "--plot", copied / "x.png")
-    assert ran.code == 1 and REPORT in ran.error
+    assert ran.code == 1 and REPORT in ran.error and not ran.out, "nothing is printed before what can be refused"
 
 
 @pytest.mark.parametrize(
@@ -495,6 +547,19 @@ def test_inspect_with_a_damaged_report_is_one_line(cli, copied: Path, report: st
     ran = cli("inspect", copied, "--plot", copied / "x.png")
     assert ran.code == 1 and REPORT in ran.error
     assert not (copied / "x.png").exists()
+
+
+@pytest.mark.parametrize("key", ["rel_rmse", "rms", "activation_absmax", "weight_histogram", "rotation"])
+def test_inspect_of_a_report_with_odd_values_is_one_line(cli, copied: Path, key: str):
+    whole = json.loads((copied / REPORT).read_text())
+    name = "transformer_blocks.1.attn1.to_q"
+    for odd in (True, "x", [], {"errors": {"none": "x"}}, float("nan"), float("inf"), {"counts": [0], "reach": 1}):
+        layers = whole["layers"] | {name: whole["layers"][name] | {key: odd}}
+        if key == "rotation" and odd == {"counts": [0], "reach": 1}:
+            continue  # no errors in it: nothing was compared
+        (copied / REPORT).write_text(json.dumps(whole | {"layers": layers}))
+        ran = cli("inspect", copied)
+        assert ran.code == 1 and REPORT in ran.error, (odd, ran.out)
 
 
 def test_inspect_of_other_things_is_one_line(cli, pixel_dit: Path, tmp_path: Path):
@@ -516,4 +581,4 @@ def test_inspect_draws_a_picture(cli, everything, tmp_path: Path):
 def test_inspect_plot_without_matplotlib_says_what_to_install(cli, everything, tmp_path: Path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     ran = cli("inspect", everything.folder, "--plot", tmp_path / "x.png")
-    assert ran.code == 1 and "pip install" in ran.error and "plot" in ran.error
+    assert ran.code == 1 and "pip install" in ran.error and "plot" in ran.error and not ran.out

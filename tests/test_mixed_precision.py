@@ -269,8 +269,9 @@ def test_resumed_run_gives_the_bytes_of_an_uninterrupted_one(
 # ---- inspect
 
 
-def test_inspect_shows_what_was_chosen(cli, mixed: Mixed, tmp_path: Path):
-    ran = cli("inspect", mixed.folder)
+def test_inspect_shows_what_was_chosen(cli, mixed: Mixed, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    ran = cli("inspect", mixed.folder, "--all")
     assert ran.code == 0
     table = ran.out.partition("* chosen, ~ interpolated")[2]
     for name, entry in mixed.report["allocation"]["layers"].items():
@@ -294,7 +295,9 @@ def test_inspect_draws_a_panel_for_it(cli, mixed: Mixed, everything, tmp_path: P
     assert heights[0] > heights[1]
 
 
-@pytest.mark.parametrize("damage", [{"layers": {}}, {"layers": None}, {"bytes": None}, None])
+@pytest.mark.parametrize(
+    "damage", [{"layers": {}}, {"layers": None}, {"bytes": None}, {"bytes_in_16_bits": 0}, {"attempts": [1]}, None]
+)
 def test_damaged_allocation_is_one_line(cli, mixed: Mixed, tmp_path: Path, damage: dict | None):
     import shutil
 

@@ -114,9 +114,10 @@ def test_whole_pipeline(calibrate, cli, tiny_wan: Path, tmp_path: Path):
     assert found["prompts"] == ["a bat moving left", " a red bat "] and (found["height"], found["frames"]) == (32, 5)
     assert found["conditions"] == {"prompt": found["prompts"][: found["samples"]]}
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in tiny_wan.iterdir()} | {REPORT}
-    ran = cli("inspect", tmp_path / "out")
+    ran = cli("inspect", tmp_path / "out", "--json")
     assert ran.code == 0, ran.err
-    assert sum("int4" in line for line in ran.out.splitlines()) == 4 and "transformer_2.blocks.1.attn1.to_q" in ran.out
+    formats = {name: layer["format"].split()[0] for name, layer in json.loads(ran.out)["layers"].items()}
+    assert list(formats.values()) == ["int4"] * 4 and "transformer_2.blocks.1.attn1.to_q" in formats
     loaded, _ = load_pipeline(str(tmp_path / "out"))
     arguments = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "output_type": "np"}
     frames = [

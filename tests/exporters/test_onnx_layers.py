@@ -9,7 +9,7 @@ import torch
 
 from quantdit import hadamard, transform
 from quantdit.calibration.quantize import quantize_weight
-from quantdit.exporters import onnx_session, to_onnx
+from quantdit.exporters import onnx_digest, onnx_session
 from quantdit.exporters.onnx_layers import Translation, emit_layer
 from quantdit.exporters.onnx_nodes import Nodes
 from quantdit.exporters.onnx_weights import emit_integers
@@ -220,7 +220,7 @@ def test_a_graph_for_vnni_is_refused_without(tmp_path: Path, monkeypatch) -> Non
     layer = made_layer("int8", bias=False)
     layer.data.fill_(64)  # exact here too
     path = exported(tmp_path, {"layer": layer}, target=onnx_session.VNNI)
-    to_onnx._describe(path, {"target": onnx_session.VNNI})
+    onnx_digest.describe(path, {"target": onnx_session.VNNI})
     monkeypatch.setattr(onnx_session, "saturates", lambda: True)
     with pytest.raises(ValueError, match=r"exported with --target cpu-vnni.*export it with --target cpu"):
         onnx_session.session(path)

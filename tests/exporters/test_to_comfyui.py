@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 import quantdit
 from quantdit import checkpoint, hadamard
+from quantdit.exporters import to_comfyui as exporter
 from quantdit.exporters.to_comfyui import express, to_comfyui
 from quantdit.files import CheckpointError
 from quantdit.recipe import Recipe, Rule
@@ -208,3 +210,18 @@ def test_by_the_command_line(wan: Path, pixel_dit: Path, everything, tmp_path: P
     assert not (tmp_path / "y.safetensors").exists()
     with pytest.raises(CheckpointError):
         to_comfyui(tmp_path, tmp_path / "z.safetensors")
+
+
+def test_a_full_disk_and_a_layer_without_a_name_are_one_line(wan: Path, tmp_path: Path, cli, monkeypatch):
+    def full(tensors: dict, path: Path, metadata: dict) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    arguments = ("export", wan, "--to", "comfyui", "--output", tmp_path / "x.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(exporter, "save_file", full)
+        assert "No space left on device" in cli(*arguments).error
+    rules = tuple(rule for rule in exporter.NAMES["WanTransformer3DModel"] if "ffn" not in rule[0])
+    monkeypatch.setitem(exporter.NAMES, "WanTransformer3DModel", rules)
+    assert "has no name in ComfyUI that quantdit knows" in cli(*arguments).error
+    assert not list(tmp_path.iterdir())

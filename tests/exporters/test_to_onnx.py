@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+import quantdit
 from quantdit import exporters, recipe
 from quantdit.compiler import Settings, calibrate
-from quantdit.exporters import onnx_session, onnx_weights, to_onnx
+from quantdit.exporters import onnx_digest, onnx_session, onnx_weights, to_onnx
 from quantdit.exporters.onnx_session import use_graph
-from quantdit.files import CheckpointError, read_json
+from quantdit.files import CheckpointError, read_json, write_json
 from quantdit.pipeline import generate, load_pipeline
 
 onnx = pytest.importorskip("onnx")
@@ -52,7 +54,7 @@ def test_every_part_agrees_with_pytorch(graph, everything) -> None:
     config = read_json(everything.folder / "transformer" / "config.json")
     assert graph[1]["sha256"] == config["quantization_config"]["sha256"]
     assert len(graph[1]["layers"]) == len(config["quantization_config"]["layers"])
-    assert onnx_session.metadata(exporters.session(graph[0]), graph[0]) == graph[1]
+    assert onnx_session.open_graph(graph[0])[1] == graph[1]
 
 
 def test_the_sampler_makes_the_same_pictures(graph, everything) -> None:
@@ -143,17 +145,94 @@ def test_a_graph_for_vnni_cannot_be_verified_without(everything, tmp_path: Path,
     assert not list(tmp_path.iterdir())
 
 
-def test_files_that_are_no_graphs_of_ours(tmp_path: Path, graph) -> None:
+def test_files_that_are_no_graphs_of_ours(tmp_path: Path, graph, everything) -> None:
     with pytest.raises(CheckpointError, match="is no file"):
         exporters.session(tmp_path / "missing.onnx")
     (tmp_path / "noise.onnx").write_bytes(b"\x08\x0a noise")
-    with pytest.raises(CheckpointError, match="cannot open it"):
+    with pytest.raises(CheckpointError, match="is no ONNX graph"):
         exporters.session(tmp_path / "noise.onnx")
     foreign = onnx.load(graph[0])
     foreign.metadata_props.clear()
     onnx.save(foreign, tmp_path / "foreign.onnx")
+    assert exporters.session(tmp_path / "foreign.onnx").get_outputs()[0].name == "sample"
     with pytest.raises(CheckpointError, match="no metadata of quantdit"):
-        onnx_session.metadata(exporters.session(tmp_path / "foreign.onnx"), tmp_path / "foreign.onnx")
+        use_graph(*load_pipeline(str(everything.folder)), tmp_path / "foreign.onnx")
+    onnx.helper.set_model_props(foreign, {"quantdit": '{"constants": {}, "unused": []}'})
+    onnx.save(foreign, tmp_path / "early.onnx")
+    with pytest.raises(CheckpointError, match=r"has no digest.*export it again"):
+        exporters.session(tmp_path / "early.onnx")
+
+
+def test_every_flipped_bit_is_noticed(graph, wan, tmp_path: Path) -> None:
+    """25 of 60 such graphs drew another picture before they had a digest."""
+    chosen = torch.Generator().manual_seed(0)
+    for path in (graph[0], wan[1], wan[1].with_name("wan.onnx.data")):
+        whole, opened = path.read_bytes(), path.with_name(path.name.removesuffix(".data"))
+        shutil.copy(opened, tmp_path)
+        shutil.copy(wan[1].with_name("wan.onnx.data"), tmp_path)
+        # Where its own description lies, too.
+        places = torch.randint(8 * len(whole), (40,), generator=chosen).tolist()
+        described = whole.find(b'"digest": "')
+        places += [8 * i for i in range(described, described + 80, 9)] if described >= 0 else []
+        for place in places:
+            flipped = bytearray(whole)
+            flipped[place // 8] ^= 1 << place % 8
+            (tmp_path / path.name).write_bytes(flipped)
+            with pytest.raises(CheckpointError):
+                onnx_digest.check(tmp_path / opened.name)
+        (tmp_path / path.name).write_bytes(whole[:-1])
+        with pytest.raises(CheckpointError):
+            exporters.session(tmp_path / opened.name)
+
+
+def test_weights_lie_beside_the_graph(wan, tmp_path: Path) -> None:
+    stored = onnx.load(wan[1], load_external_data=False)
+    shutil.copy(wan[1], tmp_path)
+    with pytest.raises(CheckpointError, match=r"wan.onnx.data is missing"):
+        exporters.session(tmp_path / "wan.onnx")
+    for outside in ("../wan.onnx.data", "/etc/hostname", ""):
+        for tensor in stored.graph.initializer:
+            for entry in tensor.external_data:
+                entry.value = outside if entry.key == "location" else entry.value
+        onnx.save(stored, tmp_path / "outside.onnx")
+        with pytest.raises(CheckpointError, match="outside of its folder"):
+            exporters.session(tmp_path / "outside.onnx")
+
+
+@pytest.fixture(scope="module")
+def saved(pixel_dit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What save_pretrained wrote of a model quantized in a script: a pipeline, and in `alone` its transformer."""
+    folder = tmp_path_factory.mktemp("saved")
+    pipeline = quantdit.load(pixel_dit)
+    calls = [
+        {"hidden_states": torch.randn(2, 1, 8, 8), "timestep": torch.full((2,), t), "class_labels": torch.tensor([0, 1])}
+        for t in (900.0, 300.0)
+    ]
+    quantdit.quantize(pipeline.transformer, "w8a8", inputs=calls)
+    pipeline.save_pretrained(folder / "pipeline")
+    pipeline.transformer.save_pretrained(folder / "alone")
+    return folder
+
+
+def test_what_save_pretrained_wrote_goes_through_every_command(saved: Path, everything, tmp_path: Path, cli) -> None:
+    for name, how in (("pipeline", ()), ("alone", ("--no-verify",))):
+        ran = cli("export", saved / name, "--to", "onnx", "--output", tmp_path / f"{name}.onnx", *how)
+        assert ran.code == 0, ran.err
+        assert cli("export", saved / name, "--to", "dense", "--output", tmp_path / name).code == 0
+        ran = cli("inspect", saved / name)
+        # Every layer has its error, whoever wrote the folder.
+        assert ran.code == 0 and "mean rel_rmse" in ran.out and " - " not in ran.out
+    shutil.copytree(saved / "alone", tmp_path / "damaged")
+    config = read_json(tmp_path / "damaged" / "config.json")
+    config["quantization_config"]["provenance"]["layers"].popitem()
+    write_json(tmp_path / "damaged" / "config.json", config)
+    assert "provenance.layers does not fit" in cli("inspect", tmp_path / "damaged").error
+    quick = ("--steps", "1", "--count", "1", "--output", tmp_path / "x.png")
+    assert cli("generate", saved / "pipeline", "--onnx", tmp_path / "pipeline.onnx", *quick).code == 0
+    # The same weights: only who wrote them differs.
+    assert cli("generate", saved / "pipeline", "--onnx", tmp_path / "alone.onnx", *quick).code == 0
+    other = cli("generate", everything.folder, "--onnx", tmp_path / "pipeline.onnx", *quick)
+    assert other.code == 1 and "exported from another checkpoint" in other.error
 
 
 def test_providers_are_checked(graph, monkeypatch) -> None:
