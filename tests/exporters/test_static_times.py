@@ -12,7 +12,7 @@ import torch
 import quantdit
 from quantdit import Recipe, Rule
 from quantdit.calibration.capture import first_tensor
-from quantdit.exporters.onnx_session import OnnxForward, session
+from quantdit.exporters.onnx_session import OnnxForward, open_graph
 from quantdit.exporters.to_onnx import graph_of, save
 from quantdit.models.adapter import adapter_for
 from quantdit.models.synthetic import latent_of, moved_inputs, synthetic_inputs
@@ -45,7 +45,7 @@ def test_the_graph_takes_the_bucket_that_pytorch_takes(name: str, rises: bool, t
     assert (model.timestep_edges[0] < model.timestep_edges[-1]) == rises
     graph, content, _ = graph_of(model, calls[0])
     save(graph, tmp_path / "model.onnx", content)
-    forward = OnnxForward(model, tmp_path / "model.onnx", session(tmp_path / "model.onnx"))
+    forward = OnnxForward(model, tmp_path / "model.onnx", *open_graph(tmp_path / "model.onnx"))
     for call in calls:
         with torch.no_grad():
             wanted = first_tensor(model(**call))
