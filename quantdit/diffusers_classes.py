@@ -1,8 +1,8 @@
-"""What diffusers' own classes learn of quantdit: its pipelines by name, and to refuse a save before anything is written.
+"""What diffusers' own classes learn of quantdit: its pipelines by name, and to refuse before anything is written or fused.
 
 `DiffusionPipeline.from_pretrained` looks for the class that model_index.json names in the module `diffusers`. `save_pretrained`
 of a model writes config.json, and that of a pipeline whole components, before the quantizer is asked; a refusal would leave
-behind a folder that is no longer what it was.
+behind a folder that is no longer what it was. `fuse_lora` goes from layer to layer, where the last may refuse.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ def register(module: ModuleType) -> None:
     """Bring in quantdit's pipelines once there are diffusers', and have `save_pretrained` refuse first.
 
     Args:
-        module: `diffusers.models.modeling_utils` or `diffusers.pipelines.pipeline_utils`.
+        module: `diffusers.models.modeling_utils`, `diffusers.pipelines.pipeline_utils` or `diffusers.loaders.peft`.
     """
-    if hasattr(module, "DiffusionPipeline"):
+    if hasattr(module, "PeftAdapterMixin"):
+        _check_before_fusing(module.PeftAdapterMixin)
+    elif hasattr(module, "DiffusionPipeline"):
         for name in PIPELINES:
             importlib.import_module(name)
         _check_before_saving(module.DiffusionPipeline)
@@ -52,6 +54,23 @@ def _check_before_saving(cls: type) -> None:
 
     checked.quantdit = True
     cls.save_pretrained = checked
+
+
+def _check_before_fusing(cls: type) -> None:
+    fuse = cls.fuse_lora
+    if hasattr(fuse, "quantdit"):
+        return
+
+    @functools.wraps(fuse)
+    def checked(self: nn.Module, *args: object, **kwargs: object) -> object:
+        if hasattr(self, "peft_config"):
+            from quantdit.lora import check_fusing  # PEFT, which is there by now, is not needed by whoever loads no adapter
+
+            check_fusing(self, inspect.signature(fuse).bind(self, *args, **kwargs).arguments.get("adapter_names"))
+        return fuse(self, *args, **kwargs)
+
+    checked.quantdit = True
+    cls.fuse_lora = checked
 
 
 watch()
