@@ -1,4 +1,4 @@
-"""What diffusers' own classes learn of quantdit: its pipelines by name, and to refuse before anything is written or fused.
+"""What diffusers' own classes learn of quantdit: its pipelines by name, to count quantized weights, and to refuse in time.
 
 `DiffusionPipeline.from_pretrained` looks for the class that model_index.json names in the module `diffusers`. `save_pretrained`
 of a model writes config.json, and that of a pipeline whole components, before the quantizer is asked; a refusal would leave
@@ -16,6 +16,7 @@ from torch import nn
 
 from quantdit.after_import import watch
 from quantdit.diffusers_quantizer import QuantDiTQuantizer
+from quantdit.linear import QuantLinear
 
 # Each enters its class into the module `diffusers`.
 PIPELINES = ("quantdit.models.pixel_dit", "quantdit.models.pixel_wan")
@@ -35,6 +36,7 @@ def register(module: ModuleType) -> None:
         _check_before_saving(module.DiffusionPipeline)
     else:
         _check_before_saving(module.ModelMixin)
+        _count_quantized(module.ModelMixin)
 
 
 def _check_before_saving(cls: type) -> None:
@@ -54,6 +56,21 @@ def _check_before_saving(cls: type) -> None:
 
     checked.quantdit = True
     cls.save_pretrained = checked
+
+
+def _count_quantized(cls: type) -> None:
+    count = cls.num_parameters
+    if hasattr(count, "quantdit"):
+        return
+
+    @functools.wraps(count)
+    def counted(self: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        # Quantized weights are no parameters to torch; they are frozen, and none is an embedding's.
+        layers = () if only_trainable else (m for m in self.modules() if isinstance(m, QuantLinear))
+        return count(self, only_trainable, exclude_embeddings) + sum(m.out_features * m.in_features for m in layers)
+
+    counted.quantdit = True
+    cls.num_parameters = counted
 
 
 def _check_before_fusing(cls: type) -> None:
