@@ -222,8 +222,8 @@ class QuantDiTQuantizer(DiffusersQuantizer):
             use_flashpack: as `save_pretrained` takes it.
 
         Raises:
-            ValueError: adapters are loaded or fused, or other tensors are not those that the class builds from its config, so that
-                the folder would not load again; weights that are not in memory; another format than safetensors.
+            ValueError: adapters are loaded or fused, or tensors are not those that the class builds from its config, so that the
+                folder would not load again; weights that are not in memory; another format than safetensors.
         """
         if not safe_serialization or use_flashpack:
             wrong = "use_flashpack=True" if use_flashpack else "safe_serialization=False"

@@ -65,7 +65,8 @@ def quantize(
 ) -> nn.Module:
     """Quantize a diffusers transformer in place, as `quantdit calibrate` does, and return it.
 
-    One that torch.compile wrapped is quantized inside, and compiled anew when it is called next. Its outputs are those of the folder that `save_pretrained` then writes, bit for bit.
+    Its outputs are those of the folder that `save_pretrained` then writes, bit for bit. One that torch.compile wrapped is
+    quantized inside, and compiled anew when it is called next.
 
     Args:
         transformer: in full precision, all of it in memory.
@@ -83,8 +84,8 @@ def quantize(
         ValueError: a recipe that does not fit or leaves widths open (`auto`), steps without inputs or with nothing to train,
             inputs that the transformer cannot be called with or that never call it, weights that are NaN, infinite, not in
             memory or quantized already, by quantdit or by another tool; adapters, fused projections or anything else that the
-            class does not build from its config. Its weights are then as they were. If activations turn out NaN or infinite, the blocks
-            before are quantized: load it again.
+            class does not build from its config. Its weights are then as they were. If activations turn out NaN or infinite, the
+            blocks before are quantized: load it again.
     """
     given, transformer = transformer, getattr(transformer, "_orig_mod", transformer)  # of torch.compile
     if not isinstance(transformer, nn.Module):

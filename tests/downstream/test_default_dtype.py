@@ -77,7 +77,7 @@ def test_quantizing_with_inputs(tiny, run, name: str):
 def test_quantizing_without_inputs(tiny, run, bits: str):
     models = []
     for dtype in (torch.float32, *OTHERS):
-        model, calls = small(tiny)
+        model, _ = small(tiny)
         with default(dtype):
             quantdit.quantize(model, bits)
         models.append(model)
