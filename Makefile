@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PYTHONSAFEPATH = 1
 
 .PHONY: demo test test-slow fuzz lint gate baselines detection emoji-wan study study-layer study-peers clean
-.PHONY: bench bench-kernels bench-static bench-scaling bench-onnx onnx-formats
+.PHONY: bench bench-kernels bench-static bench-scaling bench-onnx onnx-formats lora-training
 
 demo: $(VENV)/eval.done
 	$(BIN)/quantdit calibrate --model fashion-dit --bits w4a8 --output $(OUT)/fashion-dit-w4a8 --overwrite
@@ -82,6 +82,10 @@ bench-static: $(VENV)/test.done
 # The embedded video model quantized: figures, a sheet of frames, the clips moving. About an hour.
 emoji-wan: $(VENV)/eval.done
 	$(BIN)/python reports/emoji_wan.py
+
+# A LoRA trained on the embedded video model, quantized and dequantized. Some minutes.
+lora-training: $(VENV)/test.done
+	$(BIN)/python reports/lora_training.py
 
 # Hours: calibrations of 0.3, 1.3 and 14 billion weights, made up. Keeps the rows that are there.
 bench-scaling: $(VENV)/eval.done

@@ -318,7 +318,7 @@ def _choices(made: Quantized, W: Tensor, H: Tensor, training: Training) -> tuple
     codes = f.unpack(f, made.tensors["data"], W.shape[1] // f.dim).long()
     candidates, errors = best_codes(codes, W / scale[:, None], H, codebook, training.candidates, f.sign_split)
     if training.initial == "uniform":
-        logits = torch.zeros(candidates.shape)
+        logits = torch.zeros(candidates.shape, dtype=torch.float32)
     else:
         # Ratios in inverse proportion to the errors; that of the best may be zero. Where another code is better than the one a
         # group has, all else held, its ratio must not be larger all the same: all groups moving at once would overshoot.

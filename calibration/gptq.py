@@ -31,7 +31,7 @@ def factor(H: Tensor, damp: float) -> Tensor:
     H = H.float().flip(0, 1)
     diagonal = H.diagonal()
     alive = diagonal > 0
-    mean = diagonal.clamp_min(0).mean() if bool(alive.any()) else torch.ones(())
+    mean = diagonal.clamp_min(0).mean() if bool(alive.any()) else torch.ones((), dtype=torch.float32)
     diagonal += torch.where(alive, damp * mean, (1 + damp) * mean)
     return torch.linalg.cholesky(H).flip(0, 1)
 

@@ -51,7 +51,7 @@ def kmeans(vectors: Tensor, weights: Tensor, k: int, seed: int, iterations: int 
 
 def _plus_plus(vectors: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
     chosen = [int(torch.randint(len(vectors), (1,), generator=generator))]
-    distance = torch.full((len(vectors),), float("inf"))
+    distance = torch.full((len(vectors),), float("inf"), dtype=torch.float32)
     for _ in range(k - 1):
         distance = torch.minimum(distance, (weights * (vectors - vectors[chosen[-1]]).square()).sum(dim=1))
         cumulative = distance.double().cumsum(0)

@@ -87,7 +87,7 @@ def quantize_layer(weight: Tensor, bias: Tensor | None, stats: Stats, plan: Laye
     rows = transform.apply(t, stats.rows)
     scales = static_scales(rows, stats.row_buckets, activation)
     branch = _low_rank(W, G, rows, scales, stats, activation, rule.low_rank, lambda w: quantize(w, G).dequantize(), seed)
-    product = branch.product if branch is not None else torch.zeros(())
+    product = branch.product if branch is not None else torch.zeros((), dtype=torch.float32)
     q = quantize(W - product, G)
     delta = (q.dequantize() + product).sub_(W)
     tensors = q.tensors() | transform.tensors(t)
@@ -145,7 +145,7 @@ def static_scales(x: Tensor, buckets: Tensor, activation: ActivationSpec) -> Ten
     # Groups divide the token's int8 grid further, so that their static scale is the grid's.
     top = 127 if activation.group_size else 2 ** (activation.bits - 1) - 1
     seen = buckets.unique().tolist()
-    scales = torch.zeros(activation.buckets)
+    scales = torch.zeros(activation.buckets, dtype=torch.float32)
     for bucket in seen:
         rows = x[buckets == bucket]
         peak = rows.abs().max().clamp_min(1e-30) / top

@@ -78,7 +78,7 @@ def truncate(E: Tensor, rank: int, gram: Tensor | None = None, seed: int = 0) ->
 def _leading(E: Tensor, rank: int, gram: Tensor | None, seed: int) -> Tensor:
     """Return nearly the leading eigenvectors `[out, rank]` of `E G E^T`, by subspace iteration (Halko et al. 2011)."""
     size = min(rank + OVERSAMPLING, *E.shape)
-    start = torch.randn(E.shape[1], size, generator=torch.Generator().manual_seed(seed))
+    start = torch.randn(E.shape[1], size, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     Q = torch.linalg.qr(E @ (start if gram is None else gram.float() @ start)).Q
     for _ in range(POWER_STEPS):
         back = E.T @ Q

@@ -28,9 +28,9 @@ def quantize_without_data(weight: Tensor, bias: Tensor | None, plan: LayerPlan, 
         ValueError: NaN or infinite weights.
     """
     rule, width = plan.rule, weight.shape[1]
-    t = rotate.build(rule.rotation, torch.zeros(0, width), seed)
+    t = rotate.build(rule.rotation, torch.zeros(0, width, dtype=torch.float32), seed)
     W = transform.apply_to_weight(t, weight.detach().float())
-    known = torch.ones(width).diag()
+    known = torch.ones(width, dtype=torch.float32).diag()
     q = quantize_weight(W, known, rule.weight, plan.group_size, rule.method, rule.table, seed, table_rows=rule.table_rows)
     spec = LayerSpec(q.spec, rule.activation(plan.activation_group_size), t.kind, t.rotation_block, t.smoothed)
     tensors = q.tensors() | transform.tensors(t)

@@ -150,11 +150,11 @@ def greedy_blocks(x: Tensor, block: int, seed: int, steps: int) -> Tensor:
     uniform and whose others are random, and moves it back. The best of all steps, the identity included, is kept.
     """
     rows, count = len(x), x.shape[1] // block
-    best = torch.eye(block).repeat(count, 1, 1)
+    best = torch.eye(block, dtype=torch.float32).repeat(count, 1, 1)
     if rows == 0:
         return best
     generator = torch.Generator().manual_seed(seed)
-    least = torch.full((count,), float("inf"))
+    least = torch.full((count,), float("inf"), dtype=torch.float32)
     # Rows of the identity go along and become the product of all steps. Two buffers: allocating a new one costs as much as the
     # product.
     now = torch.cat([x.unflatten(1, (count, block)).transpose(0, 1), best], dim=1)  # [count, rows + block, block]
@@ -177,7 +177,7 @@ def _spread(block: int, channel: Tensor, generator: torch.Generator) -> Tensor:
 
     It is E M E, E exchanging 0 and the channel, with M one random orthogonal matrix whose first row is uniform.
     """
-    start = torch.randn(block, block, generator=generator)
+    start = torch.randn(block, block, generator=generator, dtype=torch.float32)
     start[:, 0] = 1
     m = torch.linalg.qr(start).Q.T.repeat(len(channel), 1, 1)
     n = torch.arange(len(channel))

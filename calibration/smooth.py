@@ -83,7 +83,7 @@ def smoothing_factor(activation: Tensor, weight: Tensor, alpha: float) -> Tensor
         raise ValueError("activation magnitudes must not be negative")
     live = (x > 0) & (w > 0)
     if not bool(live.any()):
-        return torch.ones(len(x))
+        return torch.ones(len(x), dtype=torch.float32)
     # Logarithms: neither power can overflow, and the geometric mean is a mean.
     log = alpha * x.where(live, torch.ones_like(x)).log() - (1 - alpha) * w.where(live, torch.ones_like(w)).log()
     log = (log - log[live].mean()).clamp(-math.log(REACH), math.log(REACH))

@@ -60,8 +60,9 @@ class Stats:
 
 def init(width: int, buckets: int) -> Stats:
     """Return the Stats of no rows."""
-    empty = torch.zeros(0, width), torch.zeros(0, dtype=torch.int64)
-    return Stats(0, torch.zeros(width), torch.zeros(width, width), torch.zeros(buckets, width), *empty)
+    shapes = (width, (width, width), (buckets, width), (0, width))
+    total, gram, absmax, rows = (torch.zeros(shape, dtype=torch.float32) for shape in shapes)
+    return Stats(0, total, gram, absmax, rows, torch.zeros(0, dtype=torch.int64))
 
 
 def update(stats: Stats, x: Tensor, bucket: int) -> Stats:

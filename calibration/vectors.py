@@ -91,7 +91,7 @@ def group_roots(H: Tensor, d: int) -> Tensor:
     """Return the Cholesky factors `[in / d, d, d]` of the diagonal blocks of H `[in, in]` float32."""
     blocks = H.unflatten(0, (-1, d)).unflatten(2, (-1, d)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     # A dead input has no error; a little of the mean keeps its block positive definite.
-    return torch.linalg.cholesky(blocks + 1e-6 * H.diagonal().mean().clamp_min(1e-30) * torch.eye(d))
+    return torch.linalg.cholesky(blocks + 1e-6 * H.diagonal().mean().clamp_min(1e-30) * torch.eye(d, dtype=H.dtype))
 
 
 def on_int8_grid(codebook: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ def signed_errors(targets: Tensor, codebook: Tensor, metric: Tensor) -> tuple[Te
     with what depends on the codeword.
     """
     k, d = codebook.shape
-    G, signs = metric @ metric.T, torch.where(targets < 0, -1.0, 1.0)
+    G, signs = metric @ metric.T, 1 - 2 * (targets < 0).to(targets.dtype)
     i, j = torch.triu_indices(d, d, 1)
     of_target = torch.cat([signs[:, i] * signs[:, j], (targets @ G) * signs], dim=1)
     of_codeword = torch.cat([2 * G[i, j] * codebook[:, i] * codebook[:, j], -2 * codebook], dim=1)

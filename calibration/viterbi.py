@@ -94,7 +94,7 @@ def numba_is_installed() -> bool:
 def _viterbi(x: Tensor, entries: Tensor, bits: int, first: Tensor | None, last: Tensor | None) -> Tensor:
     (many, length), pasts = x.shape, len(entries) >> bits
     by_code = entries.reshape(-1, pasts)
-    cost = torch.zeros(many, pasts, device=x.device)
+    cost = torch.zeros(many, pasts, dtype=torch.float32, device=x.device)
     if first is not None:
         cost = cost.fill_(torch.inf).scatter_(1, first[:, None], 0.0)
     left = torch.empty(length, many, pasts, dtype=torch.uint8, device=x.device)  # the bits that leave on the best way to a past

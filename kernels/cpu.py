@@ -94,6 +94,6 @@ def _onednn_is_exact() -> bool:
     packed = torch.ops.onednn.qlinear_prepack(weight, None)
     zero_points = torch.zeros(64, dtype=torch.int32)
     product = torch.ops.onednn.qlinear_pointwise(
-        codes, 1.0, 128, packed, torch.ones(64), zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+        codes, 1.0, 128, packed, torch.ones(64, dtype=torch.float32), zero_points, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return bool((product == 127 * 127 * 256).all())

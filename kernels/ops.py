@@ -12,16 +12,20 @@ Letters: m, n, k = tokens, out, in. The ops live in `torch.ops.quantdit`:
     gemm_w4a8(codes, token_scale, data, ..., scale, bias)      gemm_w8a8 of decode8, of any stored format
     gemm_w8a16(x, weight, scale, bias)                         x (scale I)^T + bias
     gemm_w4a16(x, data, ..., scale, bias)                      (x I^T) scale + bias, of any stored format
+    straight_through(y, x, bias, data, ...)                    y, whose gradient is that of the dequantized layer
+    input_gradient(gradient, data, ...)                        the gradient [m, k] of that layer's inputs
 
 What may follow a product, in float32 (`thin` [m, r], `up` [n, r], `gate` [images, n], `residual` [m, n]):
 
     y -> residual + gate * activation(y + thin up^T)
 
-On CUDA the ops go to triton_ops/dispatch.py, which is imported by the first call.
+On CUDA the ops go to triton_ops/dispatch.py, which is imported by the first call. Rotated float16 tokens, and `thin` of them, are
+float32 (transform.kept_in).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -62,21 +66,52 @@ _library.define(
 )
 _library.define("gemm_w8a16(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor")
 _library.define(f"gemm_w4a16(Tensor x, {_STORED}, Tensor scale, Tensor? bias, {_AFTER}) -> Tensor")
+_LAYER = (
+    f"{_STORED}, Tensor scale, Tensor? up, Tensor? down,"
+    " Tensor? premultiplier, int block, Tensor? rotation1, Tensor? permutation, Tensor? rotation2"
+)
+_library.define(f"straight_through(Tensor y, Tensor x, Tensor? bias, {_LAYER}) -> Tensor")
+_library.define(f"input_gradient(Tensor gradient, int in_features, {_LAYER}) -> Tensor")
 
 _EVERYWHERE = "CompositeExplicitAutograd"
 
 
-# x :: [..., k] float, premultiplier :: [k] int8 or f32  ->  [..., k] like x
+def _shapes(name: str) -> Callable[[Callable], Callable]:
+    """Register what an op returns in shape and dtype: it runs for fake tensors, and as soon as one tensor is on the meta device.
+
+    Nobody writes to the memory of what it returns. So an op that is given tensors with and without memory raises.
+    """
+
+    def register(shapes: Callable) -> Callable:
+        names = tuple(inspect.signature(shapes).parameters)
+
+        def checked(*args: object, **kwargs: object) -> object:
+            given = {n: a for n, a in (*zip(names, args, strict=False), *kwargs.items()) if isinstance(a, Tensor)}
+            away = [n for n, tensor in given.items() if tensor.device.type == "meta"]
+            if away and len(away) < len(given):
+                there = next(n for n in given if n not in away)
+                raise RuntimeError(
+                    f"quantdit::{name}: {' and '.join(away)} on the meta device, {there} in memory; the layer is not loaded whole"
+                )
+            return shapes(*args, **kwargs)
+
+        torch.library.register_fake(f"quantdit::{name}", checked)
+        return shapes
+
+    return register
+
+
+# x :: [..., k] float, premultiplier :: [k] int8 or f32  ->  [..., k] like x, float32 for float16
 @torch.library.impl(_library, "rotate", _EVERYWHERE)
 def rotate_reference(x: Tensor, premultiplier: Tensor, block: int) -> Tensor:
     check_rotate(x, premultiplier, block)
     return transform.apply(Transform(premultiplier, block), x)
 
 
-@torch.library.register_fake("quantdit::rotate")
+@_shapes("rotate")
 def _(x: Tensor, premultiplier: Tensor, block: int) -> Tensor:
     check_rotate(x, premultiplier, block)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(x, dtype=transform.kept_in(x.dtype), memory_format=torch.contiguous_format)
 
 
 # x :: [m, k] float  ->  I :: [m, k] int8, scale :: [m] f32;  x ~= scale[:, None] * I
@@ -162,7 +197,7 @@ def _not_zero(scale: Tensor) -> Tensor:
     return scale.masked_fill(scale == 0, 1.0)
 
 
-@torch.library.register_fake("quantdit::quantize_tokens")
+@_shapes("quantize_tokens")
 def _(
     x: Tensor, bits: int, group_size: int = 0, affine: bool = False, static_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -181,7 +216,7 @@ def quantize_tokens_fp8_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / _not_zero(scale)[:, None]).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
 
 
-@torch.library.register_fake("quantdit::quantize_tokens_fp8")
+@_shapes("quantize_tokens_fp8")
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
     check_tokens("quantize_tokens_fp8", x, 8, 0)
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
@@ -189,7 +224,7 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # x :: [m, k] float, premultiplier :: [k], down :: [r, k]
-#   ->  codes :: [m, k] int8 or e4m3, scale :: [m] f32, thin :: [m, r] like x
+#   ->  codes :: [m, k] int8 or e4m3, scale :: [m] f32, thin :: [m, r] like what `rotate` returns
 @torch.library.impl(_library, "rotate_quantize", _EVERYWHERE)
 def rotate_quantize_reference(
     x: Tensor,
@@ -203,7 +238,7 @@ def rotate_quantize_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Define `rotate_quantize`: `rotate`, then codes of a format of ActivationSpec: `int`, `affine` or `fp8`.
 
-    `thin` is what a low-rank branch begins with: rotated tokens times `down^T` in x's dtype; without `down` it is `[m, 0]`.
+    `thin` is what a low-rank branch begins with: rotated tokens times `down^T` in their dtype; without `down` it is `[m, 0]`.
     """
     check_rotate_quantize(x, premultiplier, block, format, bits, group_size)
     check_down(x, down)
@@ -215,13 +250,14 @@ def rotate_quantize_reference(
 
 
 def project(tokens: Tensor, down: Tensor | None) -> Tensor:
-    """Return tokens `[m, k]` times down^T, `[m, r]` in their dtype; `[m, 0]` without down."""
+    """Return tokens `[m, k]` times down^T, `[m, r]` in `kept_in` their dtype; `[m, 0]` without down."""
+    dtype = transform.kept_in(tokens.dtype)
     if down is None:
-        return tokens.new_empty(tokens.shape[0], 0)
-    return torch.nn.functional.linear(tokens, down.to(tokens.dtype))
+        return tokens.new_empty(tokens.shape[0], 0, dtype=dtype)
+    return torch.nn.functional.linear(tokens.to(dtype), down.to(dtype))
 
 
-@torch.library.register_fake("quantdit::rotate_quantize")
+@_shapes("rotate_quantize")
 def _(
     x: Tensor,
     premultiplier: Tensor,
@@ -235,7 +271,7 @@ def _(
     check_rotate_quantize(x, premultiplier, block, format, bits, group_size)
     check_down(x, down)
     element = torch.float8_e4m3fn if format == "fp8" else torch.int8
-    thin = x.new_empty(x.shape[0], 0 if down is None else down.shape[0])
+    thin = x.new_empty(x.shape[0], 0 if down is None else down.shape[0], dtype=transform.kept_in(x.dtype))
     return x.new_empty(x.shape, dtype=element), x.new_empty(x.shape[0], dtype=torch.float32), thin
 
 
@@ -268,7 +304,7 @@ def _of_tokens(of_image: Tensor, tokens: int) -> Tensor:
     return of_image.float().repeat_interleave(tokens, dim=0)
 
 
-@torch.library.register_fake("quantdit::modulate_quantize")
+@_shapes("modulate_quantize")
 def _(
     x: Tensor,
     shift: Tensor,
@@ -305,7 +341,7 @@ def decode8_reference(
     return weight.clone() if weight is data else weight  # an op's output may not alias its input
 
 
-@torch.library.register_fake("quantdit::decode8")
+@_shapes("decode8")
 def _(
     data: Tensor,
     multiplier: Tensor | None,
@@ -393,7 +429,7 @@ def after_product(
     return product.to(dtype)
 
 
-@torch.library.register_fake("quantdit::gemm_w8a8")
+@_shapes("gemm_w8a8")
 def _(
     codes: Tensor,
     token_scale: Tensor,
@@ -437,7 +473,7 @@ def gemm_w4a8_reference(
     return gemm_w8a8_reference(codes, token_scale, weight, scale, bias, dtype, thin, up, activation, gate, residual)
 
 
-@torch.library.register_fake("quantdit::gemm_w4a8")
+@_shapes("gemm_w4a8")
 def _(
     codes: Tensor,
     token_scale: Tensor,
@@ -485,7 +521,7 @@ def gemm_w4a16_reference(
     return after_product(product, None, bias, x.dtype, thin, up, activation, gate, residual)
 
 
-@torch.library.register_fake("quantdit::gemm_w4a16")
+@_shapes("gemm_w4a16")
 def _(
     x: Tensor,
     data: Tensor,
@@ -515,10 +551,113 @@ def gemm_w8a16_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor 
     return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
 
 
-@torch.library.register_fake("quantdit::gemm_w8a16")
+@_shapes("gemm_w8a16")
 def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     check_gemm("gemm_w8a16", x, weight, scale)
     return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+# y :: [m, n], x :: [m, k], bias :: [n], the tensors of the layer that made y of x  ->  [m, n] like y
+@torch.library.impl(_library, "straight_through", _EVERYWHERE)
+def straight_through_reference(y: Tensor, x: Tensor, bias: Tensor | None, *layer: object) -> Tensor:
+    """Return y. Its gradient with respect to x and bias is that of the dequantized layer, `input_gradient` and the sum of rows.
+
+    So rounding and clipping count as the identity: an input beyond a static scale, or at the end of its codes, gets the gradient
+    of one that was not clipped. The stored tensors are kept for it, which costs nothing, and decoded once more.
+    """
+    return y.clone()
+
+
+@_shapes("straight_through")
+def _(
+    y: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    data: Tensor,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    codebook: Tensor | None,
+    format: str,
+    group_size: int,
+    scale: Tensor,
+    up: Tensor | None,
+    down: Tensor | None,
+    premultiplier: Tensor | None,
+    block: int,
+    rotation1: Tensor | None,
+    permutation: Tensor | None,
+    rotation2: Tensor | None,
+) -> Tensor:
+    return torch.empty_like(y)
+
+
+def _keep_layer(ctx, inputs: tuple, output: Tensor) -> None:
+    _, x, bias, *layer = inputs
+    ctx.in_features, ctx.bias_dtype = x.shape[1], None if bias is None else bias.dtype
+    ctx.others = [None if isinstance(a, Tensor) else a for a in layer]
+    ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in layer))
+
+
+def _straight_through_backward(ctx, gradient: Tensor) -> tuple:
+    layer = [other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+    of_x = torch.ops.quantdit.input_gradient(gradient, ctx.in_features, *layer) if ctx.needs_input_grad[1] else None
+    of_bias = gradient.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+    return None, of_x, of_bias, *(None for _ in layer)
+
+
+torch.library.register_autograd("quantdit::straight_through", _straight_through_backward, setup_context=_keep_layer, lib=_library)
+
+
+# gradient :: [m, n] float, the tensors of a layer  ->  [m, k] like gradient
+@torch.library.impl(_library, "input_gradient", _EVERYWHERE)
+def input_gradient_reference(
+    gradient: Tensor,
+    in_features: int,
+    data: Tensor,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    codebook: Tensor | None,
+    format: str,
+    group_size: int,
+    scale: Tensor,
+    up: Tensor | None,
+    down: Tensor | None,
+    premultiplier: Tensor | None,
+    block: int,
+    rotation1: Tensor | None,
+    permutation: Tensor | None,
+    rotation2: Tensor | None,
+) -> Tensor:
+    """Define `input_gradient`: `gradient W`, W `[n, k]` the dequantized weight in the inputs' space, with its low-rank branch."""
+    wide = gradient.to(transform.kept_in(gradient.dtype))
+    integers = torch.ops.quantdit.decode8(data, multiplier, offset, codebook, format, in_features, group_size)
+    of_tokens = wide @ (integers.float() * scale[:, None]).to(wide.dtype)
+    if up is not None:
+        of_tokens = of_tokens + (wide @ up.to(wide.dtype)) @ down.to(wide.dtype)
+    t = Transform(premultiplier, block, rotation1, permutation, rotation2)
+    return transform.weight_back(t, of_tokens).to(gradient.dtype)
+
+
+@_shapes("input_gradient")
+def _(
+    gradient: Tensor,
+    in_features: int,
+    data: Tensor,
+    multiplier: Tensor | None,
+    offset: Tensor | None,
+    codebook: Tensor | None,
+    format: str,
+    group_size: int,
+    scale: Tensor,
+    up: Tensor | None,
+    down: Tensor | None,
+    premultiplier: Tensor | None,
+    block: int,
+    rotation1: Tensor | None,
+    permutation: Tensor | None,
+    rotation2: Tensor | None,
+) -> Tensor:
+    return gradient.new_empty((gradient.shape[0], in_features))
 
 
 def check_rotate(x: Tensor, premultiplier: Tensor, block: int) -> None:

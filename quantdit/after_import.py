@@ -16,8 +16,8 @@ REGISTER = {
     "diffusers.models.modeling_utils": "quantdit.diffusers_classes",
     "diffusers.pipelines.pipeline_utils": "quantdit.diffusers_classes",
     "diffusers.loaders.lora_pipeline": "quantdit.flux_lora",
+    "diffusers.loaders.peft": "quantdit.diffusers_classes",
     "peft.tuners.lora.model": "quantdit.lora",
-    "peft.tuners.lycoris_utils": "quantdit.lora",
 }
 
 

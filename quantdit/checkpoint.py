@@ -177,6 +177,7 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Mod
                     check_dense(key, tensor, path)
                     state[key] = tensor.to(torch.float32 if stays_float32(model, key) else dtype, copy=True)
     model.load_state_dict(state, assign=True)
+    set_weight_dtype(model, dtype)
     finish(model, edges, _place(paths))
     return model.requires_grad_(False).eval()
 
@@ -253,6 +254,12 @@ def stays_float32(model: nn.Module, key: str) -> bool:
     """Return whether a dense tensor is float32 whatever the dtype of the model, as its class in diffusers asks for."""
     kept = getattr(model, "_keep_in_fp32_modules", None) or ()
     return not {kept}.isdisjoint(key.split(".")) if isinstance(kept, str) else not set(kept).isdisjoint(key.split("."))
+
+
+def set_weight_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Tell the quantized layers of a model in which dtype it was loaded: those without a bias have no other sign of it."""
+    for name, layer in quant_layers(model).items():
+        layer.weight_dtype = torch.float32 if stays_float32(model, name) else dtype
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:

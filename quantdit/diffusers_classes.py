@@ -1,8 +1,8 @@
-"""What diffusers' own classes learn of quantdit: its pipelines by name, and to refuse a save before anything is written.
+"""What diffusers' own classes learn of quantdit: its pipelines by name, to count quantized weights, and to refuse in time.
 
 `DiffusionPipeline.from_pretrained` looks for the class that model_index.json names in the module `diffusers`. `save_pretrained`
 of a model writes config.json, and that of a pipeline whole components, before the quantizer is asked; a refusal would leave
-behind a folder that is no longer what it was.
+behind a folder that is no longer what it was. `fuse_lora` goes from layer to layer, where the last may refuse.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import nn
 
 from quantdit.after_import import watch
 from quantdit.diffusers_quantizer import QuantDiTQuantizer
+from quantdit.linear import QuantLinear
 
 # Each enters its class into the module `diffusers`.
 PIPELINES = ("quantdit.models.pixel_dit", "quantdit.models.pixel_wan")
@@ -25,14 +26,17 @@ def register(module: ModuleType) -> None:
     """Bring in quantdit's pipelines once there are diffusers', and have `save_pretrained` refuse first.
 
     Args:
-        module: `diffusers.models.modeling_utils` or `diffusers.pipelines.pipeline_utils`.
+        module: `diffusers.models.modeling_utils`, `diffusers.pipelines.pipeline_utils` or `diffusers.loaders.peft`.
     """
-    if hasattr(module, "DiffusionPipeline"):
+    if hasattr(module, "PeftAdapterMixin"):
+        _check_before_fusing(module.PeftAdapterMixin)
+    elif hasattr(module, "DiffusionPipeline"):
         for name in PIPELINES:
             importlib.import_module(name)
         _check_before_saving(module.DiffusionPipeline)
     else:
         _check_before_saving(module.ModelMixin)
+        _count_quantized(module.ModelMixin)
 
 
 def _check_before_saving(cls: type) -> None:
@@ -52,6 +56,38 @@ def _check_before_saving(cls: type) -> None:
 
     checked.quantdit = True
     cls.save_pretrained = checked
+
+
+def _count_quantized(cls: type) -> None:
+    count = cls.num_parameters
+    if hasattr(count, "quantdit"):
+        return
+
+    @functools.wraps(count)
+    def counted(self: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        # Quantized weights are no parameters to torch; they are frozen, and none is an embedding's.
+        layers = () if only_trainable else (m for m in self.modules() if isinstance(m, QuantLinear))
+        return count(self, only_trainable, exclude_embeddings) + sum(m.out_features * m.in_features for m in layers)
+
+    counted.quantdit = True
+    cls.num_parameters = counted
+
+
+def _check_before_fusing(cls: type) -> None:
+    fuse = cls.fuse_lora
+    if hasattr(fuse, "quantdit"):
+        return
+
+    @functools.wraps(fuse)
+    def checked(self: nn.Module, *args: object, **kwargs: object) -> object:
+        if hasattr(self, "peft_config"):
+            from quantdit.lora import check_fusing  # PEFT, which is there by now, is not needed by whoever loads no adapter
+
+            check_fusing(self, inspect.signature(fuse).bind(self, *args, **kwargs).arguments.get("adapter_names"))
+        return fuse(self, *args, **kwargs)
+
+    checked.quantdit = True
+    cls.fuse_lora = checked
 
 
 watch()

@@ -17,7 +17,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 import quantdit
-from quantdit import checkpoint, files
+from quantdit import checkpoint, class_tree, files
 from quantdit import recipe as recipes
 from quantdit.after_import import watch
 from quantdit.calibration.no_data import quantize_without_data, unit_seed
@@ -103,7 +103,7 @@ class QuantDiTQuantizer(DiffusersQuantizer):
     required_packages = (METHOD,)
     use_keep_in_fp32_modules = True
     is_serializable = True
-    is_trainable = False
+    is_trainable = True  # of adapters on it
     is_compileable = True
 
     quantization_config: QuantDiTConfig
@@ -112,6 +112,7 @@ class QuantDiTQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._paths: list[Path] = []
         self._model: nn.Module | None = None  # while it loads
+        self._dtype = torch.float32
         self._edges: tuple[float, ...] = ()
         self._own: set[str] = set()
         self._plans: dict[str, LayerPlan] = {}
@@ -130,7 +131,8 @@ class QuantDiTQuantizer(DiffusersQuantizer):
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         """Return float32 for None, as diffusers does without a quantizer."""
-        return torch_dtype if torch_dtype is not None else torch.float32
+        self._dtype = torch_dtype if torch_dtype is not None else torch.float32
+        return self._dtype
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Remember the files."""
@@ -194,6 +196,7 @@ class QuantDiTQuantizer(DiffusersQuantizer):
         _put(model, name, layer)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> nn.Module:
+        checkpoint.set_weight_dtype(model, self._dtype)
         if self._stored:
             checkpoint.finish(model, self._edges, self._paths[0].parent)
         else:
@@ -219,18 +222,26 @@ class QuantDiTQuantizer(DiffusersQuantizer):
             use_flashpack: as `save_pretrained` takes it.
 
         Raises:
-            ValueError: adapters are loaded or fused, which config.json does not know of; weights that are not in memory; another
-                format than safetensors.
+            ValueError: adapters are loaded or fused, or tensors are not those that the class builds from its config, so that the
+                folder would not load again; weights that are not in memory; another format than safetensors.
         """
         if not safe_serialization or use_flashpack:
             wrong = "use_flashpack=True" if use_flashpack else "safe_serialization=False"
             raise ValueError(f"quantized models are saved as safetensors; leave out {wrong}")
         state, found = model.state_dict(), checkpoint.quant_layers(model)
-        changed = {name: layer.layer_spec for name, layer in found.items()} != self._layer_specs()
-        if changed or any(".lora_" in key or ".base_layer." in key for key in state):
+        specs = self._layer_specs()
+        fused = any(layer.layer_spec != specs.get(name) for name, layer in found.items())
+        if fused or any(".lora_" in key or ".base_layer." in key for key in state):
             raise ValueError(
                 "a quantized model with adapters, or with some fused into it, is not saved; unfuse_lora() and"
                 " unload_lora_weights() first, and keep the adapter's own file"
+            )
+        if (wrong := class_tree.difference(model)) is not None:
+            raise ValueError(f"this {type(model).__name__} would not load again: {wrong}")
+        if lost := sorted(specs.keys() - found.keys()):
+            raise ValueError(
+                f"{lost[0]} is quantized by the config, but in the model it is a {type(model.get_submodule(lost[0])).__name__};"
+                " put the quantized layer back, or load the model anew"
             )
         if away := [key for key, tensor in state.items() if tensor.device.type == "meta"]:
             raise ValueError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 import quantdit
-from quantdit import block_by_block, checkpoint, files
+from quantdit import block_by_block, checkpoint, class_tree, files
 from quantdit import recipe as recipes
 from quantdit.block_by_block import Job
 from quantdit.calibration import assignments, capture
@@ -64,7 +66,8 @@ def quantize(
 ) -> nn.Module:
     """Quantize a diffusers transformer in place, as `quantdit calibrate` does, and return it.
 
-    Its outputs are those of the folder that `save_pretrained` then writes, bit for bit.
+    Its outputs are those of the folder that `save_pretrained` then writes, bit for bit. One that torch.compile wrapped is
+    quantized inside, and compiled anew when it is called next.
 
     Args:
         transformer: in full precision, all of it in memory.
@@ -81,13 +84,22 @@ def quantize(
     Raises:
         ValueError: a recipe that does not fit or leaves widths open (`auto`), steps without inputs or with nothing to train,
             inputs that the transformer cannot be called with or that never call it, weights that are NaN, infinite, not in
-            memory or quantized already. Its weights are then as they were. If activations turn out NaN or infinite, the blocks
-            before are quantized: load it again.
+            memory or quantized already, by quantdit or by another tool; adapters, fused projections or anything else that the
+            class does not build from its config. Its weights are then as they were. If activations turn out NaN or infinite, the
+            blocks before are quantized: load it again.
     """
+    given, transformer = transformer, getattr(transformer, "_orig_mod", transformer)  # of torch.compile
     if not isinstance(transformer, nn.Module):
         raise ValueError(f"quantize takes a transformer, got a {type(transformer).__name__}; give pipeline.transformer")
     if checkpoint.quant_layers(transformer):
         raise ValueError(f"this {type(transformer).__name__} is quantized already; quantize the full-precision model")
+    if (tool := class_tree.quantized_by(transformer)) is not None:
+        raise ValueError(
+            f"this {type(transformer).__name__} is quantized by {tool}; dequantize() it first where the tool can, or quantize the"
+            " full-precision model"
+        )
+    if (wrong := class_tree.difference(transformer)) is not None:
+        raise ValueError(f"this {type(transformer).__name__} is not as its class builds it: {wrong}")
     plan = recipes.from_any(recipe)
     if any(rule.weight == recipes.AUTO for rule in plan.rules):
         raise ValueError(
@@ -109,23 +121,44 @@ def quantize(
             )
         assignments.check_trains(layer.rule for layer in plans.values())
         training = Training(steps=calibration_steps, candidates=1)
+    _cast_up(transformer)
     for name, tensor in transformer.state_dict().items():
         if tensor.device.type == "meta":
             raise ValueError(f"{name} is not in memory; remove what offloads the transformer, or use quantdit calibrate")
         files.check_finite(name, tensor)
     transformer.requires_grad_(False).eval()
-    with tempfile.TemporaryDirectory(prefix="quantdit-") as folder:
+    dtypes = {name: transformer.get_submodule(name).weight.dtype for name in plans}
+    with _eager(), tempfile.TemporaryDirectory(prefix="quantdit-") as folder:
         calls = StoredCalls(()) if inputs is None else _record(transformer, inputs, Path(folder) / "calls")
         blocks = block_by_block.blocks_of(transformer, adapter)
         job = Job(transformer, blocks, calls, BUCKETS, seed, Path(folder), tokens=tokens, training=training)
         with torch.no_grad():
             made = block_by_block.quantize(job, plans, Path(folder) / "blocks")
+    for name, layer in checkpoint.quant_layers(transformer).items():
+        layer.weight_dtype = dtypes[name]
     provenance = {"quantdit": quantdit.__version__, "calibration": {"calls": len(calls), "seed": seed, "tokens": tokens}}
     # What `inspect` shows of a folder that has no calibration report.
     provenance["layers"] = {name: {k: v for k, v in found.items() if k in ERRORS} for name, found in made.reports.items()}
     if training is not None:
         provenance["training"] = asdict(training)
-    return attach(transformer, checkpoint.describe(transformer, plan.to_dict(), provenance))
+    attach(transformer, checkpoint.describe(transformer, plan.to_dict(), provenance))
+    return given
+
+
+def _cast_up(transformer: nn.Module) -> None:
+    """Cast float8 tensors, which nothing computes with, to the dtype of the others."""
+    tensors = [t for t in (*transformer.parameters(), *transformer.buffers()) if t.is_floating_point()]
+    wide = next((t.dtype for t in tensors if t.dtype.itemsize > 1), torch.float32)
+    for tensor in tensors:
+        if tensor.dtype.itemsize == 1:
+            tensor.data = tensor.data.to(wide)
+
+
+def _eager() -> AbstractContextManager:
+    """Return a context in which compiled modules run as they were written: calibration looks at what passes through them."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes a second
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _record(transformer: nn.Module, inputs: Iterable[Mapping[str, object]] | Callable[[], object], folder: Path) -> StoredCalls:

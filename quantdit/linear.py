@@ -24,7 +24,11 @@ class QuantLinear(nn.Linear):
 
     Buffers: the tensors of the QTensor and of the Transform under their own names; `up`, `down` bfloat16 of a low-rank branch;
     `static_scale` of static activations. `bias` is a parameter as in `nn.Linear`. `weight` is a property that decodes to
-    `[out, in]` in the original space, which is what PEFT's LoRA needs.
+    `[out, in]` in the original space, which is what PEFT's LoRA needs. `weight_dtype` is its dtype where there is no bias, whose
+    dtype it has otherwise: like the bias's it changes with a cast of the model.
+
+    The gradient with respect to inputs (and to a bias that somebody unfreezes) is that of the dequantized layer: rounding and
+    clipping count as the identity. Under autocast a layer takes and returns autocast's dtype, as `nn.Linear` does.
 
     On CPU the decoded int8 matrix is kept after the first call (`cache_decoded`): one byte a weight, a quarter of float32.
     On a GPU kernels/triton_ops/dispatch.py chooses the way, and nothing is kept.
@@ -37,10 +41,12 @@ class QuantLinear(nn.Linear):
         self.in_features, self.out_features = self.spec.in_features, self.spec.out_features
         self._bucket, self._buckets = 0, PerThread()
         self.cache_decoded = True
+        self.weight_dtype = torch.float32
         self._decoded: tuple[tuple, Tensor] | None = None  # what was decoded, and I
         for name, field in layer_fields(layer_spec).items():
             self.register_buffer(name, torch.empty(field.shape, dtype=field.dtype, device=device))
-        self.bias = nn.Parameter(torch.empty(self.out_features, device=device), requires_grad=False) if bias else None
+        made = torch.empty(self.out_features, dtype=torch.float32, device=device) if bias else None
+        self.bias = None if made is None else nn.Parameter(made, requires_grad=False)
 
     @classmethod
     def from_tensors(cls, layer_spec: LayerSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> QuantLinear:
@@ -89,39 +95,43 @@ class QuantLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        """Return the decoded weight `[out, in]` in the original space, in the bias's dtype (float32 without one)."""
+        """Return the decoded weight `[out, in]` in the original space, in the bias's dtype (`weight_dtype` without one)."""
         dense = self.qtensor.dequantize()
         if self.layer_spec.rank:
             dense = dense + self.up.float() @ self.down.float()
         dense = transform.weight_back(self.transform, dense)
-        return dense if self.bias is None else dense.to(self.bias.dtype)
+        return dense.to(self.weight_dtype if self.bias is None else self.bias.dtype)
 
     def extend_branch(self, up: Tensor, down: Tensor) -> None:
         """Add `up` `[out, r]` times `down` `[r, in]` float to the weight, as further columns and rows of the low-rank branch.
 
-        They are stored as bfloat16; what was there keeps its bits, so that `shorten_branch` undoes it.
-
-        Raises:
-            ValueError: the branch would have a larger rank than the weight.
+        They are stored as bfloat16; what was there keeps its bits. A branch of more columns than the weight has would say no more
+        than one of as many: it is multiplied out into the smaller of its factors.
         """
-        spec = replace(self.layer_spec, rank=self.layer_spec.rank + down.shape[0])
-        layer_fields(spec)
-        down = transform.apply_to_weight(self.transform, down.float())
-        more = {"up": up.to(self.data.device, torch.bfloat16), "down": down.to(self.data.device, torch.bfloat16)}
+        device, smallest = self.data.device, min(self.out_features, self.in_features)
+        down = transform.apply_to_weight(self.transform, down.to(device, torch.float32))
+        more = {"up": up.to(device, torch.bfloat16), "down": down.to(torch.bfloat16)}
         if self.layer_spec.rank:
             more = {"up": torch.cat([self.up, more["up"]], 1), "down": torch.cat([self.down, more["down"]])}
-        self._set_branch(spec, more)
+        if more["down"].shape[0] > smallest:
+            product = (more["up"].float() @ more["down"].float()).to(torch.bfloat16)
+            one = torch.eye(smallest, dtype=torch.bfloat16, device=device)
+            more = {"up": product, "down": one} if self.in_features == smallest else {"up": one, "down": product}
+        self.branch = more
 
-    def shorten_branch(self, rank: int) -> None:
-        """Leave the first `rank` columns and rows of the low-rank branch."""
-        kept = {"up": self.up[:, :rank].contiguous(), "down": self.down[:rank].clone()} if rank else {}
-        self._set_branch(replace(self.layer_spec, rank=rank), kept)
+    @property
+    def branch(self) -> dict[str, Tensor]:
+        """The low-rank branch in the transformed space, bfloat16 `up` `[out, rank]` and `down` `[rank, in]`; `{}` without one."""
+        return {name: self._buffers[name] for name in ("up", "down") if name in self._buffers}
 
-    def _set_branch(self, spec: LayerSpec, tensors: dict[str, Tensor]) -> None:
+    @branch.setter
+    def branch(self, tensors: dict[str, Tensor]) -> None:
+        spec = replace(self.layer_spec, rank=tensors["down"].shape[0] if tensors else 0)
+        layer_fields(spec)
         for name in ("up", "down"):
             self._buffers.pop(name, None)
         for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, tensor.to(self.data.device))
         self.layer_spec = spec
 
     def decoded(self) -> Tensor:
@@ -144,12 +154,37 @@ class QuantLinear(nn.Linear):
         self._decoded = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x `[..., in]` to `[..., out]` in x's dtype."""
+        """Map x `[..., in]` to `[..., out]` in x's dtype.
+
+        Raises:
+            RuntimeError: part of the layer is on the meta device, x is not.
+        """
+        kind = x.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self.forward(x.to(torch.get_autocast_dtype(kind)))
         tokens = x.reshape(-1, self.in_features)
-        y = self._on_gpu(tokens) if dispatch.on_gpu(tokens) else self._on_cpu(tokens)
+        trained = torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
+        y = self._with_gradient(tokens) if trained else self._of(tokens)
+        if y.device != x.device:  # what torch's own products make of tensors without memory
+            raise RuntimeError(f"inputs on {x.device}, but part of the layer on {y.device}: it is not loaded whole")
         return y.reshape(*x.shape[:-1], self.out_features)
 
+    def _with_gradient(self, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = self._of(tokens)
+        t = self.transform
+        up, down = (self._buffers.get(name) for name in ("up", "down"))
+        stored = (*self._stored(), self.spec.format, self.spec.group_size, self.scale, up, down)
+        transformed = (t.premultiplier, t.block, t.rotation1, t.permutation, t.rotation2)
+        return torch.ops.quantdit.straight_through(y, tokens, self.bias, *stored, *transformed)
+
+    def _of(self, tokens: Tensor) -> Tensor:
+        return self._on_gpu(tokens) if dispatch.on_gpu(tokens) else self._on_cpu(tokens)
+
     def _on_cpu(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float16:  # whose range sums in the transformed space may leave
+            return self._on_cpu(x.float()).half()
         tokens = self._transformed(x)
         integers = self.decoded()
         if self.layer_spec.activation.bits == 16:
@@ -165,27 +200,40 @@ class QuantLinear(nn.Linear):
         """The same by the way that triton_ops/dispatch.py chooses; the low-rank branch is added in float32."""
         op, s, a = torch.ops.quantdit, self.layer_spec, self.layer_spec.activation
         way = dispatch.choose(x.shape[0], s, x.dtype, dispatch.capability_of(x.device))
-        stored = (*self._stored(), self.spec.format, self.spec.group_size)
         if way.prepare == "fused":
             down = self.down if s.rank else None
             tokens = (x, self.premultiplier, s.block, a.format, a.bits, a.group_size, self._static_scale(), down)
             codes, token_scale, thin = op.rotate_quantize(*tokens)
-            return self._product(way, codes, token_scale, stored, x.dtype, (thin, self.up) if s.rank else ())
+            return self._product(way, codes, token_scale, x.dtype, (thin, self.up) if s.rank else ())
         tokens = self._transformed(x)
+        if a.bits == 16:
+            return self._product_of_16_bits(way, tokens, x.dtype)
         branch = (self._thin(tokens), self.up) if s.rank else ()
-        if way.product == "w4a16":
-            return op.gemm_w4a16(tokens, *stored, self.scale, self.bias, *branch)
-        if way.product == "dense":
-            y = op.gemm_w8a16(tokens, self.decoded(), self.scale, self.bias)
-            return y + nn.functional.linear(branch[0], branch[1].to(y.dtype)) if branch else y
         codes, token_scale = self._quantized(tokens)
-        return self._product(way, codes, token_scale, stored, x.dtype, branch)
+        return self._product(way, codes, token_scale, x.dtype, branch)
 
-    def _product(
-        self, way: dispatch.Way, codes: Tensor, token_scale: Tensor, stored: tuple, dtype: torch.dtype, branch: tuple
-    ) -> Tensor:
+    def _product_of_16_bits(self, way: dispatch.Way, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        if tokens.dtype == dtype:
+            return self._dense_product(way, tokens, tokens, self.bias)
+        # float16 that was transformed in float32: each token times the power of two that brings it back into the range.
+        exponent = torch.frexp(tokens.abs().amax(dim=1, keepdim=True)).exponent.clamp_min(0)
+        tokens = torch.ldexp(tokens, -exponent)
+        y = torch.ldexp(self._dense_product(way, tokens.to(dtype), tokens, None).float(), exponent)
+        return (y if self.bias is None else y + self.bias.float()).to(dtype)
+
+    def _dense_product(self, way: dispatch.Way, tokens: Tensor, wide: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the product and branch of tokens that are not quantized; `wide` are the same in `kept_in` their dtype."""
+        branch = (self._thin(wide), self.up) if self.layer_spec.rank else ()
+        if way.product == "w4a16":
+            packed = (*self._stored(), self.spec.format, self.spec.group_size)
+            return torch.ops.quantdit.gemm_w4a16(tokens, *packed, self.scale, bias, *branch)
+        y = torch.ops.quantdit.gemm_w8a16(tokens, self.decoded(), self.scale, bias)
+        return y + nn.functional.linear(branch[0], branch[1].to(branch[0].dtype)).to(y.dtype) if branch else y
+
+    def _product(self, way: dispatch.Way, codes: Tensor, token_scale: Tensor, dtype: torch.dtype, branch: tuple) -> Tensor:
         if way.product == "w4a8":
-            return torch.ops.quantdit.gemm_w4a8(codes, token_scale, *stored, self.scale, self.bias, dtype, *branch)
+            packed = (*self._stored(), self.spec.format, self.spec.group_size)
+            return torch.ops.quantdit.gemm_w4a8(codes, token_scale, *packed, self.scale, self.bias, dtype, *branch)
         weight = self.data if way.product == "w8a8" else self.decoded()
         return torch.ops.quantdit.gemm_w8a8(codes, token_scale, weight, self.scale, self.bias, dtype, *branch)
 
@@ -225,6 +273,7 @@ class QuantLinear(nn.Linear):
         """Move as any module, but let a cast of the model touch the bias alone: scales stay float32, fp8 codes fp8."""
         stored = dict(self._buffers)
         super()._apply(fn, recurse)
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.data.device)).dtype
         for name, before in stored.items():
             if self._buffers[name].dtype != before.dtype:
                 self._buffers[name] = before.to(self._buffers[name].device)

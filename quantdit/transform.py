@@ -84,12 +84,21 @@ def smooth(t: Transform, factor: Tensor | None) -> Transform:
     return replace(t, premultiplier=signs / factor.float())
 
 
+def kept_in(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of transformed tokens, or of sums in their space, that came in this dtype: float32 for float16, else it.
+
+    A rotation adds up to 128 inputs in one place and smoothing stretches them, which may leave float16's range, where the product
+    with the weight would be back in it.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def apply(t: Transform, x: Tensor) -> Tensor:
-    """Return `x T` for x `[..., k]` of any float dtype, in that dtype; the arithmetic is float32 or wider."""
+    """Return `x T` for x `[..., k]` of any float dtype, in `kept_in` that dtype; the arithmetic is float32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if t.premultiplier is not None:
         wide = wide * t.premultiplier.to(wide.dtype)
-    return _rotate(t, wide).to(x.dtype)
+    return _rotate(t, wide).to(kept_in(x.dtype))
 
 
 def apply_to_weight(t: Transform, weight: Tensor) -> Tensor:
@@ -174,7 +183,8 @@ def check_values(t: Transform) -> str | None:
         rotation = getattr(t, name)
         if rotation is None:
             continue
-        excess = (rotation.mT @ rotation - torch.eye(rotation.shape[-1], device=rotation.device)).abs().max()
+        one = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
+        excess = (rotation.mT @ rotation - one).abs().max()
         if not bool(excess <= ORTHONORMAL_TOLERANCE):  # NaN is not
             return f"{name} is not orthonormal: its Gram matrix is off by {float(excess):.2g}"
     return None

@@ -33,7 +33,7 @@ ORDER = (
     ("kernels", "models"),
     ("calibration", "linear"),
     ("", "lora", "flux_lora"),
-    ("checkpoint",),
+    ("checkpoint", "class_tree"),
     ("streaming", "random_weights", "diffusers_quantizer"),
     ("diffusers_classes",),
     ("pipeline",),

@@ -92,14 +92,14 @@ def test_gram_is_that_of_transformed_rows(monkeypatch: pytest.MonkeyPatch, kind:
 
 @CASES
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_any_float_dtype_is_kept_and_rounded_once(kind: str, smoothed: bool, dtype: torch.dtype):
+def test_any_float_dtype_but_float16_is_kept_and_rounded_once(kind: str, smoothed: bool, dtype: torch.dtype):
     t = made(kind, 192, smoothed)
     x = random(5, 192, dtype=dtype)
     y = transform.apply(t, x)
-    assert y.dtype == dtype
+    assert y.dtype == (torch.float32 if dtype == torch.float16 else dtype)
     exact = x.double() @ explicit(t, 192)
     # Half a step of the dtype; besides it float32 arithmetic over at most two blocks of 64, of entries that span e^3.
-    bound = torch.finfo(dtype).eps / 2 * exact.abs() + 300 * torch.finfo(torch.float32).eps * exact.abs().amax()
+    bound = torch.finfo(y.dtype).eps / 2 * exact.abs() + 300 * torch.finfo(torch.float32).eps * exact.abs().amax()
     assert bool(((y.double() - exact).abs() <= bound).all())
 
 

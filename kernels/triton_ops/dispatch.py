@@ -20,7 +20,7 @@ crossover.json. What the kernels do not take runs as its definition, on the same
                   tokens on sm_80, 89 and 120 (the rotation alone: its codes are the kernel's)
     e4m3 codes    before compute capability 8.9
     gemm_w4a16    of formats with signs of their own, whose tile spills: `choose` never takes it for those
-    thin          of float32 tokens, and where the codes are not the kernel's: a product of its own, by torch
+    thin          of float16 and float32 tokens, and where the codes are not the kernel's: a product of its own, by torch
 """
 
 from __future__ import annotations
@@ -165,8 +165,7 @@ def _takes_tokens(x: Tensor, fp8: bool, group_size: int) -> bool:
 def _takes_projection(x: Tensor, block: int, fp8: bool, group_size: int, rank: int) -> bool:
     """Return whether one kernel rotates, quantizes and multiplies by `down`: it holds 128 inputs at a time, of any width."""
     fits = 1 <= rank <= LARGEST_RANK and block <= LARGEST_BLOCK and group_size in GROUPS
-    dtype = x.dtype in (torch.float16, torch.bfloat16)
-    return kernels_run(x) and dtype and fits and (not fp8 or capability_of(x.device) >= 89)
+    return kernels_run(x) and x.dtype == torch.bfloat16 and fits and (not fp8 or capability_of(x.device) >= 89)
 
 
 def _takes_codes(codes: Tensor) -> bool:
@@ -323,7 +322,7 @@ def _torch_product(codes: Tensor, weight: Tensor) -> Tensor | None:
     codes, weight = codes.contiguous(), weight.contiguous()
     if codes.dtype == torch.int8:
         return torch._int_mm(codes, weight.T)
-    one = torch.ones((), device=codes.device)
+    one = torch.ones((), dtype=torch.float32, device=codes.device)
     return torch._scaled_mm(codes, weight.T, scale_a=one, scale_b=one, out_dtype=torch.float32)
 
 

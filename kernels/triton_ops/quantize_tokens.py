@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantdit import hadamard
+from quantdit import hadamard, transform
 from quantdit.formats.float8 import LARGEST
 from quantdit.kernels.triton_ops.epilogue import contiguous
 from quantdit.kernels.triton_ops.ptx import rint
@@ -176,7 +176,8 @@ def quantize_tokens_kernel(
             if not KEEP:
                 h = tl.load(hadamard_ptr + lane[:, None] * 128 + lane[None, :])
             y = _rotated(y, h, PARTS) * norm
-        y = y.to(x_ptr.dtype.element_ty).to(tl.float32)  # what `rotate` returns
+        if x_ptr.dtype.element_ty != tl.float16:
+            y = y.to(x_ptr.dtype.element_ty).to(tl.float32)  # what `rotate` returns
 
         if FORMAT == "none":
             tl.store(y_ptr + token * K + column, y.to(y_ptr.dtype.element_ty), mask=ok)
@@ -285,7 +286,7 @@ def quantize_tokens(
     """
     (x, premultiplier, shift, modulation) = contiguous(x, premultiplier, shift, modulation)
     m, k = x.shape
-    y = torch.empty_like(x, dtype={"none": x.dtype, "fp8": torch.float8_e4m3fn}.get(format, torch.int8))
+    y = torch.empty_like(x, dtype={"none": transform.kept_in(x.dtype), "fp8": torch.float8_e4m3fn}.get(format, torch.int8))
     scale = x.new_empty(0 if format == "none" else m, dtype=torch.float32)
     if not m:
         return y, scale
@@ -333,7 +334,7 @@ def quantize_project(
     """Return codes and scale of the rotated tokens as `quantize_tokens` does, and thin `[m, r]` like x, their product by down.
 
     Args:
-        x: `[m, k]` float16 or bfloat16, of any width.
+        x: `[m, k]` bfloat16, of any width.
         premultiplier: `[k]` int8 or float32.
         block: of the Hadamard, a power of two up to 128.
         format: `int`, `affine` or `fp8`.

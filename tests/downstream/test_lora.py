@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import quantdit
 from quantdit.checkpoint import quant_layers
+from quantdit.recipe import Recipe, Rule
 
 peft = pytest.importorskip("peft")
 
@@ -213,10 +214,15 @@ def layer() -> nn.Sequential:
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=str)
 def test_adapters_that_are_more_than_a_product_run_but_are_not_fused(options: dict):
-    model = peft.get_peft_model(layer(), peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False, **options))
+    """The dense layer before the quantized one is left alone, too."""
+    base = nn.Sequential(nn.Linear(64, 64), *layer())
+    dense = base[0].weight.clone()
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False, **options))
     assert torch.isfinite(model(torch.randn(2, 64))).all()
-    with pytest.raises(ValueError, match="run it unfused"):
-        model.merge_adapter()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="run it unfused"):
+            merge()
+    assert torch.equal(model.base_model.model[0].get_base_layer().weight, dense)
 
 
 def test_other_kinds_of_adapters_are_never_lost_without_a_word():
@@ -227,8 +233,49 @@ def test_other_kinds_of_adapters_are_never_lost_without_a_word():
             model.merge_adapter()
 
 
-def test_an_adapter_larger_than_the_weight_is_refused():
-    model = peft.get_peft_model(layer(), peft.LoraConfig(r=65, target_modules=["0"], init_lora_weights=False))
-    assert torch.isfinite(model(torch.randn(2, 64))).all()
-    with pytest.raises(ValueError, match="cannot have rank 65"):
-        model.merge_adapter()
+def test_an_adapter_of_a_larger_rank_than_the_weight_is_fused_and_unfused():
+    """It is multiplied out: a product of 64 x 64 needs no branch of 80 columns."""
+    model = peft.get_peft_model(layer(), peft.LoraConfig(r=80, target_modules=["0"], init_lora_weights=False))
+    base, x = model.base_model.model[0].get_base_layer(), torch.randn(2, 64)
+    before, loaded = {key: t.clone() for key, t in base.state_dict().items()}, model(x)
+    model.merge_adapter()
+    assert base.layer_spec.rank == 64
+    assert rel(model(x), loaded) < 0.02
+    model.unmerge_adapter()
+    assert base.state_dict().keys() == before.keys() and all(torch.equal(t, before[k]) for k, t in base.state_dict().items())
+    assert torch.equal(model(x), loaded)
+
+
+def bits_of(model: nn.Module) -> dict[str, Tensor]:
+    """Everything but adapters, by the names of the model without them."""
+    return {k.replace(".base_layer", ""): t.clone() for k, t in model.state_dict().items() if ".lora_" not in k}
+
+
+def test_unfused_after_an_adapter_was_deleted_the_bits_are_those_before(made):
+    model = made.cls.from_pretrained(made.folder / "one")
+    if not hasattr(model, "set_adapters"):
+        pytest.skip("diffusers gives this class no adapters")
+    before = bits_of(model)
+    for name in ("a", "b"):
+        add(model, adapter_of(model, len(name)), name)
+    model.set_adapters(["a", "b"])
+    model.fuse_lora(adapter_names=["a", "b"])
+    model.delete_adapters("b")
+    model.unfuse_lora()
+    after = bits_of(model)
+    assert after.keys() == before.keys() and all(torch.equal(t, after[key]) for key, t in before.items())
+
+
+def test_fusing_that_fails_at_the_last_layer_changes_none(tiny):
+    """A dense layer comes before, which PEFT would have written to."""
+    model, _ = tiny("WanTransformer3DModel")
+    quantdit.quantize(model, Recipe("some", (Rule("blocks.0.*", "dense"), Rule("*", "int8", activation_bits=8))))
+    state = adapter_of(model)
+    last = [key for key in state if key.startswith("blocks.1") and key.endswith("lora_B.weight")][-1]
+    state[last][0, 0] = float("nan")
+    add(model, state)
+    before = bits_of(model)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        model.fuse_lora(lora_scale=0.5)
+    after = bits_of(model)
+    assert all(torch.equal(t, after[key]) for key, t in before.items())

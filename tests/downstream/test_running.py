@@ -134,6 +134,17 @@ def test_outputs_are_finite_and_of_the_dtype_asked_for(made, run, dtype: torch.d
     assert found.dtype == dtype and bool(torch.isfinite(found).all())
 
 
+def test_float16_is_finite_where_the_dequantized_layer_is(made):
+    """Tokens that a rotation adds up in one place, beyond float16's range: 20000 sqrt(block)."""
+    for name, layer in quant_layers(made.model).items():
+        t = layer.transform
+        signs = torch.ones(layer.in_features) if t.premultiplier is None else t.premultiplier.sign().float()
+        x = torch.stack([20000 * signs, torch.full_like(signs, 20000)]).half()
+        exact = torch.nn.functional.linear(x.float(), layer.weight, layer.bias)
+        y = layer(x)
+        assert bool(torch.isfinite(y)[exact.abs() < 60000].all()), name
+
+
 def test_attention_backends_can_be_chosen(made, model, run):
     if not hasattr(model, "set_attention_backend"):
         pytest.skip("this class of diffusers has one attention")

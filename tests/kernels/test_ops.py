@@ -52,6 +52,9 @@ def opcheck_samples() -> dict[str, list[tuple]]:
     packed = stored_weight("int4", 7, 24, 8)
     packed, group = packed[:5], packed[6]
     low = (random(5, 3), random(7, 3).bfloat16())
+    branch = (random(7, 3).bfloat16(), random(3, 24).bfloat16())
+    blocks = torch.linalg.qr(random(3, 8, 8)).Q.contiguous()
+    outlier = (None, 1, blocks, torch.arange(24, dtype=torch.int32).flip(0), blocks)
     return {
         "rotate": [
             (random(3, 24), random_sign(24, 0), 8),
@@ -102,7 +105,33 @@ def opcheck_samples() -> dict[str, list[tuple]]:
             (random(5, 24).half(), weight, scale, None),
             (random(24, 5).T, fp8, scale, random(7)),
         ],
+        "straight_through": [
+            (random(5, 7), trained(5, 24), None, *packed, group, scale, None, None, random_sign(24, 0), 8, None, None, None),
+            (random(5, 7).bfloat16(), trained(24, 5).T, random(7), *packed, group, scale, *branch, *outlier),
+        ],
+        "input_gradient": [
+            (random(5, 7).half(), 24, *packed, group, scale, None, None, random_sign(24, 0), 8, None, None, None),
+            (random(7, 5).T, 24, *packed, group, scale, *branch, *outlier),
+        ],
     }
+
+
+def trained(*shape: int) -> torch.Tensor:
+    return random(*shape).requires_grad_()
+
+
+@pytest.mark.parametrize(("op", "sample"), [(op, i) for op, samples in opcheck_samples().items() for i in range(len(samples))])
+def test_an_op_of_tensors_with_and_without_memory_raises(op: str, sample: int):
+    """Its fake kernel would return memory that nobody wrote to."""
+    arguments, run = opcheck_samples()[op][sample], getattr(QUANTDIT, op)
+    tensors = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)]
+    away = [a.detach().to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+    for i in tensors if len(tensors) > 1 else ():
+        mixed = (*arguments[:i], away[i], *arguments[i + 1 :])
+        with pytest.raises(RuntimeError, match=f"quantdit::{op}: .* on the meta device, .* in memory"), torch.no_grad():
+            run(*mixed)
+    found = run(*away)
+    assert all(t.device.type == "meta" for t in (found if isinstance(found, tuple) else (found,)))
 
 
 def test_every_op_has_an_opcheck():
@@ -148,7 +177,8 @@ def test_fused_ops_are_their_parts():
     for y in (modulated, modulated.half()):
         codes16, scale16, thin = QUANTDIT.rotate_quantize(y, signs, 16, "int", 8, 0, None, down)
         rotated = QUANTDIT.rotate(y, signs, 16)
-        assert torch.equal(thin, torch.nn.functional.linear(rotated, down.to(y.dtype))) and thin.dtype == y.dtype
+        assert torch.equal(thin, torch.nn.functional.linear(rotated, down.to(rotated.dtype)))
+        assert rotated.dtype == thin.dtype == torch.float32
         assert all(map(torch.equal, (codes16, scale16), QUANTDIT.quantize_tokens(rotated, 8)))
 
     data = stored_weight("int4", 7, 48, 16)

@@ -99,6 +99,23 @@ def test_every_layer_by_every_way(name: str, mode: str, layer: Callable, gpu: Ca
     assert made(x[:0]).shape == (0, N)
 
 
+@pytest.mark.parametrize("mode", ["auto", "packed", "decode", "reference"])
+@pytest.mark.parametrize("name", ["w8a8", "w4a4", "low rank", "outlier rotation", "w4a16", "w2a16 trellis", "w4a16 low rank"])
+def test_float16_is_finite_where_the_dense_layer_is(name: str, mode: str, layer: Callable, gpu: Callable):
+    """Tokens that the rotation adds up in one place, beyond float16; small ones beside them keep their accuracy."""
+    gpu(90)
+    made = layer(*LAYERS[name])
+    signs = made.premultiplier if "premultiplier" in made._buffers else torch.ones(K)
+    x = torch.stack([signs * 20000.0, torch.randn(K, generator=torch.Generator().manual_seed(0))]).half()
+    made.scale = made.scale / made.weight.abs().sum(dim=1) * 2  # so that outputs are in the range of float16
+    if made.layer_spec.rank:
+        made.up = made.up / 4000
+    with dispatch.using(mode):
+        assert float(expected(made, x).abs().max()) < 65504
+        assert bool(torch.isfinite(made(x)).all())
+        assert error(made, x[:1]) < 5e-3 and error(made, x[1:]) < 5e-3
+
+
 def test_every_way_is_taken(layer: Callable, gpu: Callable, monkeypatch: pytest.MonkeyPatch):
     """The table of dispatch.py, way by way: which ops run."""
     gpu(90)
