@@ -101,9 +101,9 @@ def test_scales_beside_codebooks_of_vectors_take_16_bits_in_the_file(everything)
 
 def test_save_load_save_gives_the_same_bytes(everything, tmp_path: Path):
     first = everything.folder / "transformer"
-    digest = write_transformer(
-        read_transformer(first), tmp_path / "again", everything.report["recipe"], everything.report["provenance"]
-    )
+    made_from = everything.report["recipe"], everything.report["provenance"]
+    scheduler = checkpoint.scheduler_of(everything.folder)
+    digest = write_transformer(read_transformer(first), tmp_path / "again", *made_from, scheduler=scheduler)
     assert digest == everything.report["sha256"] == hashlib.sha256((first / WEIGHTS).read_bytes()).hexdigest()
     for name in (WEIGHTS, "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (first / name).read_bytes()
@@ -128,7 +128,7 @@ def test_file_can_be_read_by_safetensors_alone(everything):
         header = json.loads(file.metadata()["quantdit"])
     layer = quant_layers(everything.transformer)["transformer_blocks.1.attn1.to_out.0"]
     assert torch.equal(data.float() * scale[:, None], layer.qtensor.dequantize())
-    assert header["spec"] == checkpoint.SPEC == 2 and header["recipe"] == everything.report["recipe"]
+    assert header["spec"] == checkpoint.SPEC == 3 and header["recipe"] == everything.report["recipe"]
 
 
 def test_quantized_folder_is_told_from_a_plain_one(everything, pixel_dit: Path):
@@ -360,7 +360,7 @@ def test_config_without_the_right_digest(copied: Path, digest: object):
 # ---- hostile configs
 
 
-@pytest.mark.parametrize("spec", [3, 10**30, "2", 2.0, None, True, [2], 0, -1])
+@pytest.mark.parametrize("spec", [4, 10**30, "2", 2.0, None, True, [2], 0, -1])
 def test_spec_that_is_newer_or_no_number(copied: Path, spec: object):
     change_config(copied, lambda c: c["quantization_config"].update(spec=spec))
     message = refusal(copied, "config.json")
