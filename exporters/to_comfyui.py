@@ -20,6 +20,7 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -62,8 +63,10 @@ NAMES = {
 }
 
 
-def to_comfyui(folder: Path, output: Path) -> dict[str, int]:
+def to_comfyui(folder: Path, output: Path, accept_config: bool = False) -> dict[str, int]:
     """Write the transformer of a quantized pipeline folder as one file for ComfyUI; returns the number of layers by format.
+
+    `accept_config`: as `checkpoint.read_transformer` takes it.
 
     Raises:
         ValueError: `folder` is no quantdit checkpoint (CheckpointError), its class's names in ComfyUI are not known, a layer is
@@ -73,7 +76,7 @@ def to_comfyui(folder: Path, output: Path) -> dict[str, int]:
     if output.suffix != ".safetensors" or output.exists():
         raise ValueError(f"output {output} exists, or does not end in .safetensors; ComfyUI takes one file, choose its name")
     source = folder if (folder / "config.json").exists() else folder / "transformer"
-    model = checkpoint.read_transformer(source)
+    model = checkpoint.read_transformer(source, accept_config=accept_config)
     layers = checkpoint.quant_layers(model)
     original = _names(model)
     tensors, counts = {}, {}
@@ -89,7 +92,11 @@ def to_comfyui(folder: Path, output: Path) -> dict[str, int]:
             tensors[original[key]] = files.narrowest(tensor)
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(f".{output.name}.part")
-    save_file(tensors, part, {"format": "pt"})
+    try:
+        save_file(tensors, part, {"format": "pt"})
+    except SafetensorError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot write {output}: {error}") from error
     part.chmod(0o644)
     files.fsync(part)
     os.replace(part, output)

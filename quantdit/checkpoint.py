@@ -15,7 +15,6 @@ import hashlib
 import inspect
 import json
 import math
-import os.path
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -374,7 +373,8 @@ def _check_digest(quantization: Mapping, paths: list[Path], opened: list, weight
     else:
         got = digest_of(paths)
     if got != stated:
-        shown = max(12, len(os.path.commonprefix([got, str(stated)])) + 4)
+        same = next((i for i, (a, b) in enumerate(zip(got, str(stated), strict=False)) if a != b), 0)
+        shown = max(12, same + 4)
         raise CheckpointError(
             f"{weights}: sha256 is {got[:shown]}..., the {source} says {str(stated)[:shown]}...;"
             " the file was damaged or changed, copy it again"
@@ -417,24 +417,33 @@ def check_plausible(config: Mapping, tensors: int, where: Path) -> None:
         if isinstance(default, bool | int | float) and isinstance(value, str | dict):
             kind = "true or false" if isinstance(default, bool) else "a number"
             raise CheckpointError(f"{where}: {key} = {value!r:.80} must be {kind}; copy the folder again")
-        for number in _numbers(value):
-            limit = tensors if any(word in key for word in COUNTS) else MAX_NUMBER
-            negative = isinstance(number, int) and number < 0 and not (isinstance(default, int) and default < 0)
-            if negative or (number > limit and "theta" not in key):
-                raise CheckpointError(
-                    f"{where}: {key} = {value!r:.80} is not plausible for a file of {tensors} tensors; copy the folder again"
-                )
+        if any(isinstance(number, int) and number < 0 for number in _numbers(value)) and not _is_negative(default):
+            raise CheckpointError(f"{where}: {key} = {value!r:.80} is not plausible: no size is negative; copy the folder again")
+    check_numbers(_settings(config), tensors, where)
 
 
-def check_numbers(config: Mapping, where: Path) -> None:
-    """Refuse numbers in the config of a scheduler that no model has: it makes tables of that length.
+def _is_negative(default: object) -> bool:
+    return isinstance(default, int) and default < 0
+
+
+def check_numbers(config: Mapping, tensors: int, where: Path, limit: int = MAX_NUMBER) -> None:
+    """Refuse numbers in a config that no model has: what is built from it makes tables of that length, or as many layers.
+
+    Args:
+        config: of a model, of another part of a pipeline, or of a scheduler.
+        tensors: how many its files hold; no model has more layers.
+        where: the config came from.
+        limit: of other numbers.
 
     Raises:
         CheckpointError: naming the key.
     """
     for key, value in config.items():
-        if any(abs(number) > MAX_NUMBER for number in _numbers(value)):
-            raise CheckpointError(f"{where}: {key} = {value!r:.80} is not plausible; copy the folder again")
+        most = tensors if any(word in key for word in COUNTS) else limit
+        if "theta" not in key and any(abs(number) > most for number in _numbers(value)):
+            raise CheckpointError(
+                f"{where}: {key} = {value!r:.80} is not plausible for a file of {tensors} tensors; copy the folder again"
+            )
 
 
 def _numbers(value: object) -> Iterator[int | float]:
@@ -471,7 +480,9 @@ def build_on_meta(config: dict, folder: Path, compute_buffers: bool = True, room
     if compute_buffers and room is not None:
         tables = sum(t.numel() for t in _tables(build_on_meta(config, folder, compute_buffers=False)))
         if tables > room:
-            raise CheckpointError(f"{where}: tables of {tables:,} numbers are not plausible for its weights; copy the folder again")
+            raise CheckpointError(
+                f"{where}: tables of {tables:,} numbers are not plausible for its weights; copy the folder again"
+            )
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
     try:
         with _float32(), init_empty_weights(include_buffers=False) if compute_buffers else torch.device("meta"):

@@ -23,6 +23,7 @@ PARTS = ("transformer", "transformer_2")
 # A size of a sample -> what pipelines call it.
 SIZES = {"height": ("height",), "width": ("width",), "frames": ("num_frames", "video_length")}
 DEFAULT_MEMORY = 0.8  # of the machine's
+ANY_SIZE = 2**31  # in the config of a text encoder: its vocabulary, tokens, bases
 
 # Written for quantdit, and of its licence. The order is fixed: a calibration with n samples takes the first n.
 PROMPTS = (
@@ -171,12 +172,14 @@ def _components(folder: Path, index: dict) -> dict[str, tuple[str, str]]:
     for path in sorted((*folder.iterdir(), *(path for name in found for path in _inside(folder / name)))):
         if not path.is_dir():
             files.check_regular(path)
-    for name in found:
+    for name in found.keys() - set(PARTS):
         for path in _inside(folder / name):
-            if path.name == "config.json" or path == folder / checkpoint.SCHEDULER:
-                config = files.read_json(path)
-                if path == folder / checkpoint.SCHEDULER:
-                    checkpoint.check_numbers(config, path)
+            if path.name == "config.json":
+                weights = (file for file in _inside(folder / name) if file.suffix == ".safetensors")
+                limit = checkpoint.MAX_NUMBER if found[name][0] == "diffusers" else ANY_SIZE
+                checkpoint.check_numbers(files.read_json(path), sum(map(_tensors, weights)), path, limit)
+    if (path := folder / checkpoint.SCHEDULER).exists():
+        checkpoint.check_numbers(files.read_json(path), 0, path)
     return found
 
 
@@ -202,6 +205,11 @@ def _text_encoders(folder: Path, components: dict, room: int, variant: dict[str,
             except Exception as error:  # the classes of a hostile folder's components may fail in any way
                 raise ValueError(f"{folder / name}: {cls} cannot be loaded: {_in_a_line(error)}") from error
     return found
+
+
+def _tensors(path: Path) -> int:
+    with files.open_weights(path) as file:
+        return len(file.keys())
 
 
 def _numbers(path: Path) -> int:

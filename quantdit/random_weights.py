@@ -70,9 +70,9 @@ def write_random_transformer(config: dict, folder: Path, seed: int) -> None:
 
 def _random(name: str, shape: tuple[int, ...], of_norm: bool, table: Tensor, generator: torch.Generator) -> Tensor:
     if of_norm and name.endswith("weight"):
-        return 1 + 0.1 * torch.randn(shape, generator=generator)
+        return 1 + 0.1 * torch.randn(shape, generator=generator, dtype=torch.float32)
     if len(shape) < 2 or name.endswith("bias"):
-        return 0.02 * torch.randn(shape, generator=generator)
+        return 0.02 * torch.randn(shape, generator=generator, dtype=torch.float32)
     numbers = torch.randint(len(table), shape, generator=generator, dtype=torch.int32)
     weight = table[numbers] / math.sqrt(math.prod(shape[1:]))
     # Rows of a weight are its output channels: the next layer meets them as outliers of its input.

@@ -95,7 +95,9 @@ def check_scales(stored: Mapping[str, Stored], own: Container[str] = ()) -> None
             continue
         stem, field = _split(key)
         if stem in float8 and field not in known:
-            raise CheckpointError(f"{found.path}: tensor {key} says how its float8 weight is read, which quantdit cannot; {REMEDY}")
+            raise CheckpointError(
+                f"{found.path}: tensor {key} says how its float8 weight is read, which quantdit cannot; {REMEDY}"
+            )
         if field in SCALES:
             if stem not in float8:
                 raise CheckpointError(f"{found.path}: tensor {key} has no float8 weight beside it; {REMEDY}")
