@@ -170,7 +170,7 @@ def _components(folder: Path, index: dict) -> dict[str, tuple[str, str]]:
         if None not in entry:
             found[name] = tuple(entry)
     for path in sorted((*folder.iterdir(), *(path for name in found for path in _inside(folder / name)))):
-        if not path.is_dir():
+        if path.exists() and not path.is_dir():
             files.check_regular(path)
     for name in found.keys() - set(PARTS):
         for path in _inside(folder / name):

@@ -163,8 +163,10 @@ def _split(key: str) -> tuple[str, str]:
     return stem + dot, field
 
 
-def _folder(stored: Mapping[str, Stored]) -> Path | str:
-    return next((found.path.parent for found in stored.values()), "the source")
+def _folder(stored: Mapping[str, Stored]) -> Path:
+    """Return the folder that the tensors lie in, or what `described` was told."""
+    path = next((found.path for found in stored.values()), Path("the source"))
+    return path.parent if path.suffix else path
 
 
 def _few(names: Iterable[str]) -> str:

@@ -176,9 +176,15 @@ def scales_in_groups(tensors: dict[str, Tensor]) -> None:
 
 
 REFUSED = {
-    "int8": (lambda t: t.update({f"{LAYER}.weight": torch.ones(64, 64, dtype=torch.int8)}), rf"{LAYER}.weight is I8"),
-    "bool": (lambda t: t.update({f"{LAYER}.bias": torch.ones(64, dtype=torch.bool)}), rf"{LAYER}.bias is BOOL"),
-    "complex": (lambda t: t.update({f"{LAYER}.weight": torch.ones(64, 64, dtype=torch.complex64)}), rf"{LAYER}.weight is C64"),
+    "int8": (
+        lambda t: t.update({f"{LAYER}.weight": torch.ones(64, 64, dtype=torch.int8)}),
+        rf"{LAYER}.weight is (I8|torch.int8)",
+    ),
+    "bool": (lambda t: t.update({f"{LAYER}.bias": torch.ones(64, dtype=torch.bool)}), rf"{LAYER}.bias is (BOOL|torch.bool)"),
+    "complex": (
+        lambda t: t.update({f"{LAYER}.weight": torch.ones(64, 64, dtype=torch.complex64)}),
+        rf"{LAYER}.weight is (C64|torch.complex64)",
+    ),
     "SCB": (lambda t: t.update({f"{LAYER}.SCB": torch.ones(64)}), rf"tensor {LAYER}.SCB is neither weight nor bias"),
     "scale alone": (lambda t: t.update({f"{LAYER}.weight_scale": torch.ones(())}), rf"{LAYER}.weight_scale has no float8 weight"),
     "blocks of scales": (block_scales, rf"{LAYER}.weight_scale_inv says how its float8 weight is read"),
@@ -194,8 +200,10 @@ REFUSED = {
 def test_what_are_no_weights_is_refused_by_every_way(stored_as, case: str):
     change, words = REFUSED[case]
     folder = stored_as(change)
-    for way in WAYS.values():
-        with pytest.raises(CheckpointError, match=words) as caught:
+    for name, way in WAYS.items():
+        # Of other names than the model's from_single_file converts all, and something else is then missing.
+        renamed = name == "from_single_file" and case in ("SCB", "block beyond")
+        with pytest.raises(CheckpointError, match="is missing" if renamed else words) as caught:
             way(folder)
         assert "\n" not in str(caught.value)
 
@@ -242,7 +250,10 @@ def test_what_from_single_file_quantized_is_saved_as_what_it_is(full: Path, tmp_
         ({"num_layers": 1e9}, "num_layers = 1000000000.0 is not plausible"),
         ({"ffn_dim": -1}, "ffn_dim = -1 is not plausible"),
         ({"patch_size": [1, 2, 2**40]}, "patch_size = .* is not plausible"),
-        ({"rope_max_seq_len": 2**20, "attention_head_dim": 2**13}, "tables of .* numbers are not plausible"),
+        (
+            {"rope_max_seq_len": 2**20, "num_attention_heads": 1, "attention_head_dim": 64},
+            "tables of .* numbers are not plausible",
+        ),
         ({"_class_name": "AutoPipelineForText2Image"}, "no model class"),
     ],
     ids=str,
