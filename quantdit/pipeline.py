@@ -131,7 +131,7 @@ def load_pipeline(
     if len(variants) > 1:
         raise ValueError(f"{folder} holds its components as several variants ({', '.join(sorted(variants))}); leave one")
     variant = {"variant": variants.pop()} if variants else {}
-    offloaded = _text_encoders(folder, others, budget // 4, variant)
+    offloaded = _text_encoders(folder, others, budget // 4)
     parts = transformers | offloaded
     stays = offloaded or any(is_streamed(t) for t in transformers.values())
     try:
@@ -159,16 +159,17 @@ def _components(folder: Path, index: dict) -> dict[str, tuple[str, str]]:
     """Return library and class of each component that a model_index.json names, having looked at their files.
 
     Raises:
-        CheckpointError: entries of another shape, a component's config that is no JSON, or what is no file where one belongs.
+        CheckpointError: a name that leaves the folder, a config that is no JSON or would build forever, or what is no file where
+            one belongs.
     """
     where, found = folder / "model_index.json", {}
     for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list):
+        # Other lists are settings of the pipeline; [null, null] is a component that it does without.
+        if name.startswith("_") or not isinstance(entry, list) or [type(word) for word in entry] != [str, str]:
             continue
-        if len(entry) != 2 or not all(isinstance(word, str | None) for word in entry) or not name.isidentifier():
-            raise files.CheckpointError(f"{where}: {name!r:.80} must name a library and a class; copy the folder again")
-        if None not in entry:
-            found[name] = tuple(entry)
+        if not name.isidentifier():
+            raise files.CheckpointError(f"{where}: component {name!r:.80} has no name of a folder; copy the folder again")
+        found[name] = tuple(entry)
     for path in sorted((*folder.iterdir(), *(path for name in found for path in _inside(folder / name)))):
         if path.exists() and not path.is_dir():
             files.check_regular(path)
@@ -187,7 +188,7 @@ def _inside(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
-def _text_encoders(folder: Path, components: dict, room: int, variant: dict[str, str]) -> dict[str, nn.Module]:
+def _text_encoders(folder: Path, components: dict, room: int) -> dict[str, nn.Module]:
     """Return the text encoders that take more than `room` bytes as float32, most of their layers left on the disk.
 
     They keep the dtype they are stored in. Prompts are encoded once, so the time of reading them matters little.
@@ -200,8 +201,8 @@ def _text_encoders(folder: Path, components: dict, room: int, variant: dict[str,
 
             options = {"device_map": "auto", "max_memory": {"cpu": room}, "local_files_only": True, "use_safetensors": True}
             try:
-                encoder = getattr(transformers, cls)
-                found[name] = encoder.from_pretrained(folder / name, torch_dtype="auto", **options, **variant).eval()
+                encoder, variant = getattr(transformers, cls), files.variant_of(folder / name)
+                found[name] = encoder.from_pretrained(folder / name, torch_dtype="auto", variant=variant, **options).eval()
             except Exception as error:  # the classes of a hostile folder's components may fail in any way
                 raise ValueError(f"{folder / name}: {cls} cannot be loaded: {_in_a_line(error)}") from error
     return found
