@@ -63,8 +63,10 @@ NAMES = {
 }
 
 
-def to_comfyui(folder: Path, output: Path) -> dict[str, int]:
+def to_comfyui(folder: Path, output: Path, accept_config: bool = False) -> dict[str, int]:
     """Write the transformer of a quantized pipeline folder as one file for ComfyUI; returns the number of layers by format.
+
+    `accept_config`: as `checkpoint.read_transformer` takes it.
 
     Raises:
         ValueError: `folder` is no quantdit checkpoint (CheckpointError), its class's names in ComfyUI are not known, a layer is
@@ -74,7 +76,7 @@ def to_comfyui(folder: Path, output: Path) -> dict[str, int]:
     if output.suffix != ".safetensors" or output.exists():
         raise ValueError(f"output {output} exists, or does not end in .safetensors; ComfyUI takes one file, choose its name")
     source = folder if (folder / "config.json").exists() else folder / "transformer"
-    model = checkpoint.read_transformer(source)
+    model = checkpoint.read_transformer(source, accept_config=accept_config)
     layers = checkpoint.quant_layers(model)
     original = _names(model)
     tensors, counts = {}, {}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from quantdit import checkpoint, files
 from quantdit.compiler import REPORT
@@ -14,10 +16,10 @@ from quantdit.linear import dense_linear
 from quantdit.work_folder import copy_rest
 
 
-def to_dense(folder: Path, output: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+def to_dense(folder: Path, output: Path, dtype: torch.dtype = torch.bfloat16, accept_config: bool = False) -> None:
     """Write the pipeline of `folder`, or the transformer alone that lies in it, dequantized, rotations undone, as `dtype`.
 
-    Weights are quantized ones; activations are no longer quantized.
+    Weights are quantized ones; activations are no longer quantized. `accept_config`: as `checkpoint.read_transformer` takes it.
 
     Raises:
         ValueError: `folder` is no quantdit checkpoint (CheckpointError), or `output` is not empty.
@@ -28,19 +30,24 @@ def to_dense(folder: Path, output: Path, dtype: torch.dtype = torch.bfloat16) ->
     bare = (folder / "config.json").exists()
     if not bare and not (folder / "transformer").is_dir():
         raise files.CheckpointError(f"{folder} has no transformer folder; give the folder that quantdit calibrate wrote")
-    transformer = checkpoint.read_transformer(folder if bare else folder / "transformer")
+    transformer = checkpoint.read_transformer(folder if bare else folder / "transformer", accept_config=accept_config)
     for name, layer in checkpoint.quant_layers(transformer).items():
         parent, _, child = name.rpartition(".")
         setattr(transformer.get_submodule(parent), child, dense_linear(layer, torch.float32))
     output.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: OUTPUT.partial may hold an interrupted calibration.
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    partial.chmod(0o755)
-    if not bare:
-        copy_rest(folder, partial, ("transformer", REPORT))
-    for parameter in transformer.parameters():
-        parameter.data = parameter.data.to(dtype)
-    transformer.save_pretrained(partial if bare else partial / "transformer")
-    if output.exists():
-        output.rmdir()
-    os.replace(partial, output)
+    try:
+        partial.chmod(0o755)
+        if not bare:
+            copy_rest(folder, partial, ("transformer", REPORT))
+        for parameter in transformer.parameters():
+            parameter.data = parameter.data.to(dtype)
+        transformer.save_pretrained(partial if bare else partial / "transformer")
+        if output.exists():
+            output.rmdir()
+        os.replace(partial, output)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {output}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -5,15 +5,18 @@ edges of static scales, and the sha256 of the weights. `transformer/diffusion_py
 index, hold `<layer>.<field>` for every tensor of its `LayerSpec`, and what stayed dense. The same tensors give the same bytes.
 Diffusers writes config.json before it knows the weights; what its `save_pretrained` writes has the sha256 of its tensors in their
 file's header instead. The header also has the sha256 of what the config says of the layers: formats of one size, trellis codes of
-another window, would otherwise be read for each other.
+another window, would otherwise be read for each other. From spec 3 on it has the rest of the config too, and that of the
+pipeline's scheduler if `quantdit calibrate` wrote it: another `norm_eps` or `shift` fits the tensors as well.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -24,11 +27,14 @@ from torch import Tensor, nn
 from quantdit import memory, transform
 from quantdit.files import (
     CheckpointError,
+    Stored,
     digest,
     digest_of,
+    is_finite,
     narrowest,
     open_weights,
     read_json,
+    stored_tensors,
     tensors_in,
     weight_files,
     write_json,
@@ -38,9 +44,16 @@ from quantdit.layer_spec import LayerSpec, layer_fields
 from quantdit.linear import QuantLinear, follow_timesteps
 from quantdit.qtensor import FIELDS, check_values
 
-SPEC = 2
+SPEC = 3
+READ = (2, SPEC)  # spec 2 has no config in the header
 MAX_TIMESTEP = 1e9
 METHOD = "quantdit"
+SCHEDULER = Path("scheduler", "scheduler_config.json")
+KEYS = {"quant_method", "spec", "recipe", "provenance", "timestep_edges", "layers", "sha256"}
+MAX_NUMBER = 2**20  # in a model's config; bases of rotary embeddings aside
+# Numbers in tables that a model computes, such as one of positions, beside as many as its file has.
+FREE_TABLE = 2**26
+COUNTS = ("layers", "blocks", "depth")  # in keys of a config: how many modules are built
 
 _DTYPES = {
     torch.uint8: "U8",
@@ -74,7 +87,12 @@ def in_memory(key: str, tensor: Tensor) -> Tensor:
 
 
 def write_transformer(
-    model: nn.Module, folder: Path, recipe: dict, provenance: dict, read: Callable[[str], Tensor] | None = None
+    model: nn.Module,
+    folder: Path,
+    recipe: dict,
+    provenance: dict,
+    read: Callable[[str], Tensor] | None = None,
+    scheduler: dict | None = None,
 ) -> str:
     """Write a transformer with QuantLinear layers; returns the sha256 of its weights (`files.digest`).
 
@@ -86,6 +104,7 @@ def write_transformer(
         recipe: that made it, as JSON.
         provenance: what it was made from, as JSON.
         read: returns a tensor of its state dict, for a model whose blocks are not in memory.
+        scheduler: `scheduler_of` the pipeline it was calibrated in.
 
     Raises:
         OSError: the folder cannot be written.
@@ -97,15 +116,67 @@ def write_transformer(
         value = state[name] if read is None or state[name].device.type != "meta" else read(name)
         return value if name in own and not is_scale(name) else narrowest(value)
 
-    described = describe(model, recipe, provenance)
+    described, config = describe(model, recipe, provenance), config_of(model)
     header = {"spec": SPEC, "recipe": recipe, "provenance": provenance, "layers_sha256": layers_digest(described)}
+    header["config"] = config
+    if scheduler is not None:
+        header["scheduler"] = scheduler
     write_tensors(folder, state, tensor, {METHOD: json.dumps(header, sort_keys=True)})
     found = digest(folder)
-    config = {k: v for k, v in dict(model.config).items() if not k.startswith("_") and k != "quantization_config" and _is_json(v)}
-    config = {"_class_name": type(model).__name__, "_diffusers_version": version("diffusers"), **config}
-    config["quantization_config"] = described | {"sha256": found}
-    write_json(folder / "config.json", config)
+    stated = {"_class_name": config["_class_name"], "_diffusers_version": version("diffusers"), **config}
+    write_json(folder / "config.json", stated | {"quantization_config": described | {"sha256": found}})
     return found
+
+
+def config_of(model: nn.Module) -> dict:
+    """Return what config.json says of a model besides its quantization, as JSON has it."""
+    config = {key: value for key, value in dict(model.config).items() if _is_json(value)}
+    return _settings(json.loads(json.dumps(config | {"_class_name": type(model).__name__})))
+
+
+def scheduler_of(folder: Path) -> dict | None:
+    """Return the config of a pipeline folder's scheduler as a quantized transformer remembers it, None without one.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    where = folder / SCHEDULER
+    return _settings(read_json(where)) if where.exists() else None
+
+
+def check_scheduler(pipeline: Path, transformer: Path) -> None:
+    """Refuse a pipeline whose scheduler is not configured as it was when its transformer was calibrated, if that is known.
+
+    Args:
+        pipeline: its folder.
+        transformer: the folder of its quantized transformer.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    with open_weights(weight_files(transformer)[0]) as file:
+        then = _header(file).get("scheduler")
+    if then is not None:
+        _check_unchanged(then, scheduler_of(pipeline) or {}, pipeline / SCHEDULER)
+
+
+def _settings(config: Mapping) -> dict:
+    """Return the class and the settings of a config, without what diffusers notes down beside them."""
+    return {k: v for k, v in config.items() if (not k.startswith("_") or k == "_class_name") and k != "quantization_config"}
+
+
+def _check_unchanged(then: object, now: dict, where: Path) -> None:
+    if not isinstance(then, dict):
+        raise CheckpointError(f"{where}: the header of the weights has no config to compare it with; copy both again")
+    old, new = ({key: json.dumps(value, sort_keys=True) for key, value in of.items()} for of in (then, now))
+    if differs := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
+        key = differs[0]
+        was, got = (f"{of[key]:.80}" if key in of else "not there" for of in (old, new))
+        more = f" (and {len(differs) - 1} more differ)" if len(differs) > 1 else ""
+        raise CheckpointError(
+            f"{where}: {key} is {got}, was {was} when the model was quantized{more}; copy the file again, or if you changed it on"
+            " purpose load with accept_config=True (--accept-config)"
+        )
 
 
 def describe(model: nn.Module, recipe: dict, provenance: dict) -> dict:
@@ -122,9 +193,16 @@ def describe(model: nn.Module, recipe: dict, provenance: dict) -> dict:
 
 def is_quantized(folder: Path) -> bool:
     """Return whether a transformer folder was written by quantdit."""
-    config = read_json(folder / "config.json")
+    return quantized_by(read_json(folder / "config.json")) == METHOD
+
+
+def quantized_by(config: Mapping) -> str | None:
+    """Return the name of the tool that quantized what a config.json describes: METHOD for us, None for nobody."""
     quantization = config.get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return method if isinstance(method, str) and method.isprintable() else "an unknown tool"
 
 
 def identity(folder: Path) -> str:
@@ -146,11 +224,16 @@ def identity(folder: Path) -> str:
     return stated
 
 
-def read_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def read_transformer(folder: Path, dtype: torch.dtype = torch.float32, accept_config: bool = False) -> nn.Module:
     """Read a quantized transformer; dense floats become `dtype`, scales stay float32.
 
     Everything is checked against the config before anything is allocated: names, dtypes, shapes, then the file's sha256, then
     the values (finite scales, codes that stay in the int8 range).
+
+    Args:
+        folder: of config.json and weights.
+        dtype: of what is not quantized.
+        accept_config: take a config.json that differs from the one that the model was quantized with.
 
     Raises:
         CheckpointError: the folder is no quantdit checkpoint, is of a newer spec, or is damaged.
@@ -162,9 +245,10 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Mod
         raise CheckpointError(f"{where}: no quantization_config of quantdit; was this folder made by quantdit?")
     check_spec(quantization, where)
     paths = weight_files(folder)
-    _check_plausible(config, len(tensors_in(paths)), where)
-    model = build_on_meta(config, folder)
-    edges = prepare(model, quantization, paths, where)
+    stored = stored_tensors(paths)
+    check_plausible(config, len(stored), where)
+    model = build_on_meta(config, folder, room=room_for_tables(stored))
+    edges = prepare(model, quantization, paths, where, None if accept_config else config)
     own, state = own_keys(model), {}
     for path in paths:
         with open_weights(path) as file:
@@ -174,10 +258,11 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Mod
                 if key in own:
                     state[key] = in_memory(key, tensor)
                 else:
-                    check_dense(key, tensor, path)
                     state[key] = tensor.to(torch.float32 if stays_float32(model, key) else dtype, copy=True)
+                    check_dense(key, state[key], path)
     model.load_state_dict(state, assign=True)
     set_weight_dtype(model, dtype)
+    check_in_memory(model, folder)
     finish(model, edges, _place(paths))
     return model.requires_grad_(False).eval()
 
@@ -189,26 +274,34 @@ def check_spec(quantization: dict, where: Path) -> None:
         CheckpointError: it is older, newer, or none.
     """
     spec = quantization.get("spec")
-    if type(spec) is not int or spec != SPEC:
+    if type(spec) is not int or spec not in READ:
         older = type(spec) is int and 0 < spec < SPEC
         remedy = "calibrate the model again" if older else "upgrade with pip install -U quantdit"
         raise CheckpointError(f"{where}: checkpoint spec {spec!r}, but this quantdit reads spec {SPEC}; {remedy}")
 
 
-def prepare(model: nn.Module, quantization: dict, paths: list[Path], where: Path) -> tuple[float, ...]:
+def prepare(
+    model: nn.Module, quantization: dict, paths: list[Path], where: Path, config: dict | None = None
+) -> tuple[float, ...]:
     """Replace a full-precision model's linears by QuantLinear layers on the meta device; returns the timestep edges.
 
     What can be checked of the files before their tensors are allocated is: names, dtypes, shapes, the sha256.
 
     Args:
         model: parameters on the meta device.
-        quantization: the quantization_config, of this SPEC.
+        quantization: the quantization_config, of a spec that is read.
         paths: of its weight files.
         where: the config came from.
+        config: what is to be as it was when the model was quantized; None: whatever it is.
 
     Raises:
         CheckpointError: the config fits neither the model nor the files, or these are damaged.
     """
+    if unknown := sorted(quantization.keys() - KEYS):
+        raise CheckpointError(f"{where}: quantization_config has an unknown key {unknown[0]!r:.80}; copy it again")
+    for key in ("recipe", "provenance"):
+        if not isinstance(quantization.get(key), dict):
+            raise CheckpointError(f"{where}: quantization_config.{key} must be a table; copy it again")
     _put_layers(model, quantization, where)
     edges = _timestep_edges(quantization, quant_layers(model), where)
     weights = _place(paths)
@@ -217,6 +310,14 @@ def prepare(model: nn.Module, quantization: dict, paths: list[Path], where: Path
         opened = {path: stack.enter_context(open_weights(path)) for path in paths}
         _check_header({key: opened[path] for key, path in places.items()}, model, weights)
         _check_digest(quantization, paths, list(opened.values()), weights, where)
+        header = _header(opened[paths[0]])
+    if header.get("spec") != quantization["spec"]:
+        raise CheckpointError(
+            f"{where}: it says spec {quantization['spec']}, {weights} was written as spec {header.get('spec')!r:.20};"
+            " copy both again"
+        )
+    if config is not None and quantization["spec"] == SPEC:
+        _check_unchanged(header.get("config"), _settings(config), where)
     return edges
 
 
@@ -246,8 +347,19 @@ def check_dense(key: str, tensor: Tensor, weights: Path) -> None:
     Raises:
         CheckpointError: naming it.
     """
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise CheckpointError(f"{weights}: tensor {key} has NaN or infinite entries; the file was damaged, copy it again")
+
+
+def check_in_memory(model: nn.Module, where: Path) -> None:
+    """Refuse a loaded model that lacks a tensor: what computes with it would return whatever lies in memory.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type == "meta":
+            raise CheckpointError(f"{where}: no file holds tensor {name}; copy the model again")
 
 
 def stays_float32(model: nn.Module, key: str) -> bool:
@@ -287,8 +399,10 @@ def _check_digest(quantization: Mapping, paths: list[Path], opened: list, weight
     else:
         got = digest_of(paths)
     if got != stated:
+        same = next((i for i, (a, b) in enumerate(zip(got, str(stated), strict=False)) if a != b), 0)
+        shown = max(12, same + 4)
         raise CheckpointError(
-            f"{weights}: sha256 is {got[:12]}..., the {source} says {str(stated)[:12]}...;"
+            f"{weights}: sha256 is {got[:shown]}..., the {source} says {str(stated)[:shown]}...;"
             " the file was damaged or changed, copy it again"
         )
     if header.get("layers_sha256") != layers_digest(quantization):
@@ -310,37 +424,127 @@ def _place(paths: list[Path]) -> Path:
     return paths[0] if len(paths) == 1 else paths[0].parent
 
 
-def _check_plausible(config: dict, tensors: int, where: Path) -> None:
-    """Refuse sizes that would build forever: more layers than the file has tensors, or any number no model has."""
+def check_plausible(config: Mapping, tensors: int, where: Path) -> None:
+    """Refuse a model's config that would build forever, or a text where its class takes a number, before anything is built.
+
+    Args:
+        config: of a model.
+        tensors: how many its files hold; no model has more layers.
+        where: the config came from.
+
+    Raises:
+        CheckpointError: naming the key.
+    """
+    known = inspect.signature(_class_of(config, where).__init__).parameters
     for key, value in config.items():
-        number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
-        if number > (tensors if "layers" in key else 2**20):
+        if key.startswith("_") or key == "quantization_config":
+            continue
+        default = known[key].default if key in known else None
+        if isinstance(default, bool | int | float) and isinstance(value, str | dict):
+            kind = "true or false" if isinstance(default, bool) else "a number"
+            raise CheckpointError(f"{where}: {key} = {value!r:.80} must be {kind}; copy the folder again")
+        if any(isinstance(number, int) and number < 0 for number in _numbers(value)) and not _is_negative(default):
+            raise CheckpointError(f"{where}: {key} = {value!r:.80} is not plausible: no size is negative; copy the folder again")
+    check_numbers(_settings(config), tensors, where)
+
+
+def _is_negative(default: object) -> bool:
+    return isinstance(default, int) and default < 0
+
+
+def check_numbers(config: Mapping, tensors: int, where: Path, limit: int = MAX_NUMBER) -> None:
+    """Refuse numbers in a config that no model has: what is built from it makes tables of that length, or as many layers.
+
+    Args:
+        config: of a model, of another part of a pipeline, or of a scheduler.
+        tensors: how many its files hold; no model has more layers.
+        where: the config came from.
+        limit: of other numbers.
+
+    Raises:
+        CheckpointError: naming the key.
+    """
+    for key, value in config.items():
+        most = tensors if any(word in key for word in COUNTS) else limit
+        if "theta" not in key and any(abs(number) > most for number in _numbers(value)):
             raise CheckpointError(
-                f"{where}: {key} = {value} is not plausible for a file of {tensors} tensors; copy the folder again"
+                f"{where}: {key} = {value!r:.80} is not plausible for a file of {tensors} tensors; copy the folder again"
             )
 
 
-def build_on_meta(config: dict, folder: Path, compute_buffers: bool = True) -> nn.Module:
+def _numbers(value: object) -> Iterator[int | float]:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(inner)
+
+
+def room_for_tables(stored: Mapping[str, Stored]) -> int:
+    """Return how many numbers a model of these tensors may compute beside them."""
+    return FREE_TABLE + sum(math.prod(tensor.shape) for tensor in stored.values())
+
+
+def build_on_meta(config: dict, folder: Path, compute_buffers: bool = True, room: int | None = None) -> nn.Module:
     """Build the full-precision transformer that a config.json describes, parameters on the meta device.
 
     Buffers are computed, such as tables of positions, which can take half a minute, or put on the meta device too.
 
+    Args:
+        config: of the model.
+        folder: it lies in.
+        compute_buffers: compute them.
+        room: how many numbers they may have; None: any.
+
     Raises:
         CheckpointError: not a model class of diffusers, or one that cannot be built from this config.
     """
-    import diffusers
     from accelerate import init_empty_weights
 
     where = folder / "config.json"
-    cls = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise CheckpointError(f"{where}: diffusers {version('diffusers')} has no model class {config.get('_class_name')!r}")
+    cls = _class_of(config, where)
+    if compute_buffers and room is not None:
+        tables = sum(t.numel() for t in _tables(build_on_meta(config, folder, compute_buffers=False)))
+        if tables > room:
+            raise CheckpointError(
+                f"{where}: tables of {tables:,} numbers are not plausible for its weights; copy the folder again"
+            )
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
     try:
-        with init_empty_weights(include_buffers=False) if compute_buffers else torch.device("meta"):
+        with _float32(), init_empty_weights(include_buffers=False) if compute_buffers else torch.device("meta"):
             return cls.from_config(plain)
     except Exception as error:  # a model class may fail on a hostile config in any way
-        raise CheckpointError(f"{where}: {cls.__name__} cannot be built from it: {error}") from error
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        raise CheckpointError(f"{where}: {cls.__name__} cannot be built from it: {reason:.300}") from error
+
+
+def _class_of(config: Mapping, where: Path) -> type[nn.Module]:
+    import diffusers
+
+    cls = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise CheckpointError(f"{where}: diffusers {version('diffusers')} has no model class {config.get('_class_name')!r:.80}")
+    return cls
+
+
+def _tables(model: nn.Module) -> Iterator[Tensor]:
+    """Yield what a model computes when it is built: its buffers, and tensors that modules keep as attributes."""
+    yield from model.buffers()
+    for module in model.modules():
+        for value in vars(module).values():
+            parts = value if isinstance(value, list | tuple) else (value,)
+            yield from (part for part in parts if isinstance(part, Tensor))
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """Have tensors made as float32 whatever the default of the program that loads a model is."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _put_layers(model: nn.Module, quantization: dict, where: Path) -> None:

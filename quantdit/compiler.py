@@ -157,7 +157,8 @@ def calibrate(
         work_folder.copy_rest(source.folder, partial, {*source.parts, REPORT})
     for part, job in jobs.items():
         read = job.stream.read if job.stream is not None else None
-        checkpoint.write_transformer(transformers[part], partial / part, plan_recipe.to_dict(), provenance, read)
+        scheduler = None if source.bare else checkpoint.scheduler_of(source.folder)
+        checkpoint.write_transformer(transformers[part], partial / part, plan_recipe.to_dict(), provenance, read, scheduler)
     first = source.parts[0]
     seconds = sum((job.seconds for job in jobs.values()), Counter())
     report = {

@@ -14,6 +14,7 @@ from types import ModuleType
 
 from torch import nn
 
+from quantdit import checkpoint
 from quantdit.after_import import watch
 from quantdit.diffusers_quantizer import QuantDiTQuantizer
 from quantdit.linear import QuantLinear
@@ -52,6 +53,7 @@ def _check_before_saving(cls: type) -> None:
             model = getattr(part, "_orig_mod", part)  # of torch.compile
             if isinstance(quantizer := getattr(model, "hf_quantizer", None), QuantDiTQuantizer):
                 quantizer.check_savable(model, **wanted)
+                quantizer.config = checkpoint.config_of(model)
         return save(self, *args, **kwargs)
 
     checked.quantdit = True

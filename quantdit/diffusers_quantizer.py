@@ -17,7 +17,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 import quantdit
-from quantdit import checkpoint, class_tree, files
+from quantdit import checkpoint, class_tree, files, sources
 from quantdit import recipe as recipes
 from quantdit.after_import import watch
 from quantdit.calibration.no_data import quantize_without_data, unit_seed
@@ -28,6 +28,7 @@ from quantdit.models import adapter as adapters
 from quantdit.recipe import DENSE, LayerPlan, Recipe, Rule
 
 WHERE = Path("config.json")
+SINGLE = Path("the single file")  # whose name from_single_file does not tell
 CALIBRATE = "loading has none: give bits such as 'w4a8', or calibrate with quantdit.quantize(model, recipe, inputs=...)"
 
 
@@ -79,6 +80,18 @@ class QuantDiTConfig(QuantizationConfigMixin):
         left_alone = tuple(Rule(f"*{name}*", weight=DENSE, optional=True) for name in modules_to_not_convert or ())
         self.recipe = Recipe(wanted.name, (*left_alone, *recipes.without_data(wanted, CALIBRATE).rules))
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: object) -> QuantDiTConfig:
+        """Return the configuration that a dictionary, such as that of a folder, is of.
+
+        Raises:
+            ValueError: it is of none.
+        """
+        try:
+            return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"quantization_config of quantdit: {error}") from error
+
     def to_dict(self) -> dict:
         """Return the quantization_config of config.json, without the sha256 of weights that are not written yet."""
         if self.state is None:
@@ -92,8 +105,9 @@ class QuantDiTConfig(QuantizationConfigMixin):
     def __repr__(self) -> str:
         """Name the recipe and the number of layers, not every layer."""
         named = self.recipe.to_dict() if self.state is None else self.state.get("recipe")
-        layers = "" if self.state is None else f", {len(self.state.get('layers') or ())} layers"
-        return f"QuantDiTConfig({(named or {}).get('name')!r}{layers})"
+        layers = None if self.state is None else self.state.get("layers")
+        counted = f", {len(layers)} layers" if isinstance(layers, dict) else ""
+        return f"QuantDiTConfig({named.get('name') if isinstance(named, dict) else None!r}{counted})"
 
 
 class QuantDiTQuantizer(DiffusersQuantizer):
@@ -110,9 +124,13 @@ class QuantDiTQuantizer(DiffusersQuantizer):
 
     def __init__(self, quantization_config: QuantDiTConfig, **kwargs: object) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._paths: list[Path] = []
-        self._model: nn.Module | None = None  # while it loads
+        if kwargs.get("pre_quantized") and not self._stored:  # from_single_file says nothing
+            raise CheckpointError(f"{WHERE}: quantization_config of quantdit has no spec; copy the folder again")
+        self.config: dict = {}  # of the model that is saved
         self._dtype = torch.float32
+        self._paths: list[Path] = []
+        self._places: dict[str, Path] = {}  # of a full-precision source's tensors
+        self._model: nn.Module | None = None  # while it loads
         self._edges: tuple[float, ...] = ()
         self._own: set[str] = set()
         self._plans: dict[str, LayerPlan] = {}
@@ -135,20 +153,31 @@ class QuantDiTQuantizer(DiffusersQuantizer):
         return self._dtype
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        """Remember the files."""
+        """Remember the files, and return the names without those of scales beside float8 weights."""
         self._paths = [Path(path) for path in checkpoint_files]
-        if self._stored and any(path.suffix != ".safetensors" for path in self._paths):
+        if any(path.suffix != ".safetensors" for path in self._paths):
             raise CheckpointError(f"{self._paths[0]}: quantdit reads safetensors files; copy the folder again")
-        return loaded_keys
+        return loaded_keys if self._stored else [key for key in loaded_keys if not sources.is_beside(key)]
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: object) -> None:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, state_dict: dict[str, Tensor] | None = None, **kwargs: object
+    ) -> None:
+        where = self._paths[0].parent / WHERE.name if self._paths else WHERE
+        self._model = model
         if self._stored:
             if not self._paths:
                 raise ValueError("a quantized folder is read with from_pretrained, not with from_single_file")
-            where = self._paths[0].parent / WHERE.name
-            self._edges = checkpoint.prepare(model, self.quantization_config.state, self._paths, where)
-            self._own, self._model = checkpoint.own_keys(model), model
+            config = files.read_json(where)
+            self._edges = checkpoint.prepare(model, self.quantization_config.state, self._paths, where, config)
+            self._own = checkpoint.own_keys(model)
             return
+        if self._paths:
+            stored = files.stored_tensors(self._paths)
+            checkpoint.check_plausible(files.read_json(where), len(stored), where)
+            self._places = {key: tensor.path for key, tensor in stored.items()}
+        else:
+            stored = sources.described(state_dict or {}, SINGLE)
+        sources.check(model, stored)
         adapter = adapters.adapter_for(model)
         self._plans = recipes.resolve(self.quantization_config.recipe, adapters.layers(model, adapter))
         paths = [path for path, _ in adapters.blocks(model, adapter)]
@@ -159,22 +188,42 @@ class QuantDiTQuantizer(DiffusersQuantizer):
             raise ValueError(f"recipe {self.quantization_config.recipe.name} leaves every layer dense; give another")
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Put the tensors of quantized layers into place and return the others.
+        """Put the tensors of quantized layers into place and return the others; those of a source as floats of the model's dtype.
 
         Copies: a mapped tensor keeps its file's pages in memory, and how it lies in there decides which routine multiplies with
         it, and so the last bits.
         """
         if not self._stored:
-            return state_dict
+            if self._model is None:  # a single file, whose tensors have the names of the original model still
+                sources.check_scales(sources.described(state_dict, SINGLE))
+            return {key: self._weight(key, state_dict) for key in state_dict if not sources.is_beside(key)}
         dense = {}
         for key, tensor in state_dict.items():
             if key not in self._own:
-                checkpoint.check_dense(key, tensor, self._paths[0].parent)
                 dense[key] = tensor.clone()
+                checkpoint.check_dense(key, tensor.to(self._dtype_of(key)), self._paths[0].parent)
                 continue
             name, _, field = key.rpartition(".")
             self._model.get_submodule(name)._buffers[field] = checkpoint.in_memory(key, tensor)
         return dense
+
+    def _weight(self, key: str, state_dict: dict[str, Tensor]) -> Tensor:
+        """Return a source's tensor, float8 ones multiplied by their scale, which may lie in another file."""
+        tensor = state_dict[key]
+        if files.is_float8(tensor):
+            name = sources.scale_of(key, self._places or state_dict)
+            scale = None if name is None else state_dict[name] if name in state_dict else self._read(name)
+            tensor = sources.scaled(tensor, scale).to(self._dtype_of(key))
+        if tensor.is_floating_point():
+            files.check_finite(key, tensor.to(self._dtype_of(key)))
+        return tensor
+
+    def _read(self, key: str) -> Tensor:
+        with files.open_weights(self._places[key]) as file:
+            return file.get_tensor(key)
+
+    def _dtype_of(self, key: str) -> torch.dtype:
+        return torch.float32 if self._model is not None and checkpoint.stays_float32(self._model, key) else self._dtype
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Tensor], **kwargs: object
@@ -208,7 +257,12 @@ class QuantDiTQuantizer(DiffusersQuantizer):
             config = self.quantization_config
             provenance = {"quantdit": quantdit.__version__, "calibration": {"samples": 0, "seed": config.seed}}
             config.state = checkpoint.describe(model, config.recipe.to_dict(), provenance)
-        self._model, self._paths = None, []
+        self.quantization_config.state["spec"] = checkpoint.SPEC  # what it would be saved as
+        # from_single_file leaves it out.
+        model.register_to_config(quantization_config=self.quantization_config)
+        if not any(hasattr(module, "_hf_hook") for module in model.modules()):  # accelerate has what it offloads elsewhere
+            checkpoint.check_in_memory(model, self._paths[0].parent if self._paths else SINGLE)
+        self._model, self._paths, self._places = None, [], {}
         # diffusers refuses to cast what says it is quantized; ours keeps its scales and casts the rest.
         model.is_quantized = False
         return model
@@ -255,7 +309,7 @@ class QuantDiTQuantizer(DiffusersQuantizer):
         state = self.quantization_config.state
         stored = {f"{name}.{field}" for name, spec in self._layer_specs().items() for field in layer_fields(spec)}
         state_dict = {k: files.narrowest(t) if k in stored and checkpoint.is_scale(k) else t for k, t in state_dict.items()}
-        header = {key: state[key] for key in ("spec", "recipe", "provenance")}
+        header = {key: state[key] for key in ("spec", "recipe", "provenance")} | {"config": self.config}
         header["tensors_sha256"] = checkpoint.tensors_digest(state_dict.items())
         header["layers_sha256"] = checkpoint.layers_digest(state)
         return state_dict, {METHOD: json.dumps(header, sort_keys=True)}

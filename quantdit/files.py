@@ -6,7 +6,10 @@ import hashlib
 import json
 import math
 import os
+import re
+import stat
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +20,12 @@ from torch import Tensor
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 SHARD_BYTES = 2**30
+JSON_BYTES = 2**28  # more than any index, config or report has
+# What diffusers and transformers call a component's weights, or the index of their shards, plain or of a variant such as fp16.
+_STORED = re.compile(
+    r"(?:diffusion_pytorch_)?model(?:\.(?![\w-]*-of-\d)(?P<file>[\w-]+))?\.safetensors"
+    r"|(?:diffusion_pytorch_)?model\.safetensors\.index(?:\.(?P<index>[\w-]+))?\.json"
+)
 
 
 class Advice(UserWarning):
@@ -27,6 +36,23 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read, with the file, the tensor, what was expected and what to do."""
 
 
+def check_regular(path: Path) -> None:
+    """Refuse what is there but is no regular file: reading a pipe or a device may never end.
+
+    Raises:
+        CheckpointError: it is a folder, a pipe, a device, or nothing that the system can look at.
+        FileNotFoundError: it is not there.
+    """
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # a loop of links, a name that is too long or holds a NUL
+        raise CheckpointError(f"{path} cannot be read: {error}; copy the whole folder again") from error
+    if not regular:
+        raise CheckpointError(f"{path} is no regular file; copy the whole folder again")
+
+
 def open_weights(path: Path):
     """Open a safetensors file for reading.
 
@@ -34,11 +60,22 @@ def open_weights(path: Path):
         CheckpointError: missing or damaged.
     """
     try:
+        check_regular(path)
         return safe_open(path, framework="pt")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; copy the whole folder, or calibrate again") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy it again") from error
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether no entry is NaN or infinite; also of float8, which torch does not test."""
+    return bool(torch.isfinite(tensor.float() if is_float8(tensor) else tensor).all())
+
+
+def is_float8(tensor: Tensor) -> bool:
+    """Return whether a tensor is one of the float8 types."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize == 1
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -47,10 +84,11 @@ def check_finite(name: str, tensor: Tensor) -> None:
     Raises:
         CheckpointError: naming the layer.
     """
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        count = int((~torch.isfinite(tensor)).sum())
-        layer, _, kind = name.rpartition(".")
-        raise CheckpointError(f"layer {layer}: {count} values of its {kind} are NaN or infinite; the source is damaged")
+    if not tensor.is_floating_point() or is_finite(tensor):
+        return
+    count = int((~torch.isfinite(tensor.float())).sum())
+    layer, _, kind = name.rpartition(".")
+    raise CheckpointError(f"layer {layer}: {count} values of its {kind} are NaN or infinite; the source is damaged")
 
 
 def narrowest(t: Tensor) -> Tensor:
@@ -66,16 +104,49 @@ def narrowest(t: Tensor) -> Tensor:
 def weight_files(folder: Path) -> list[Path]:
     """Return the weight files of a model folder in order: one, or the shards that its index names.
 
+    A folder without plain weights is read by its variant.
+
     Raises:
-        CheckpointError: an index that is no table of file names in this folder.
+        CheckpointError: an index that is no table of file names in this folder, or several variants.
     """
-    if not (folder / INDEX).exists():
-        return [folder / WEIGHTS]
-    table = read_json(folder / INDEX).get("weight_map")
+    variant = variant_of(folder)
+    one, many = (_of_variant(name, variant) for name in (WEIGHTS, INDEX))
+    if not (folder / many).exists():
+        return [folder / one]
+    table = read_json(folder / many).get("weight_map")
     names = set(table.values()) if isinstance(table, dict) and all(isinstance(v, str) for v in table.values()) else set()
-    if not names or not all(Path(name).name == name and name.endswith(".safetensors") for name in names):
-        raise CheckpointError(f"{folder / INDEX}: weight_map must name a safetensors file of this folder for each tensor")
+    if not names or not all(_is_plain(name) and name.endswith(".safetensors") for name in names):
+        raise CheckpointError(f"{folder / many}: weight_map must name a safetensors file of this folder for each tensor")
     return [folder / name for name in sorted(names)]
+
+
+def variant_of(folder: Path) -> str | None:
+    """Return the variant, such as `fp16`, that the weights of a pipeline's component are stored as; None for plain ones.
+
+    Raises:
+        CheckpointError: there are several and none is plain.
+    """
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    found = {m["file"] or m["index"] for name in names if (m := _STORED.fullmatch(name))}
+    if None in found or not found:
+        return None
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{folder} holds its weights as the variants {', '.join(sorted(found))} and none as {WEIGHTS};"
+            " leave one of them in the folder"
+        )
+    return found.pop()
+
+
+def _of_variant(name: str, variant: str | None) -> str:
+    """Return what diffusers calls the variant of a file: the last ending stays."""
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
+
+
+def _is_plain(name: str) -> bool:
+    """Return whether this is the name of a file in a folder, not a path out of it, and fit to be printed."""
+    return Path(name).name == name and name.isprintable() and len(name.encode()) < 256
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -104,6 +175,37 @@ def tensors_in(paths: Iterable[Path]) -> dict[str, Path]:
 
 
 WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file.
+
+    Attributes:
+        path: of the file.
+        dtype: as safetensors names it, `F32`.
+        shape: of the tensor.
+    """
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def stored_tensors(paths: Iterable[Path]) -> dict[str, Stored]:
+    """Return what the headers of these files say of each tensor.
+
+    Raises:
+        CheckpointError: as `tensors_in`.
+    """
+    found: dict[str, Stored] = {}
+    places = tensors_in(paths)
+    for path in dict.fromkeys(places.values()):
+        with open_weights(path) as file:
+            for key in (key for key, place in places.items() if place == path):
+                stored = file.get_slice(key)
+                found[key] = Stored(path, stored.get_dtype(), tuple(stored.get_shape()))
+    return found
 
 
 def tensor_bytes(folder: Path) -> dict[str, int]:
@@ -195,20 +297,42 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object.
+    """Read a JSON object, strictly: no NaN, no infinite number, no key twice in a table.
 
     Raises:
         CheckpointError: missing, unreadable, or not an object.
     """
     try:
-        content = json.loads(path.read_text())
+        check_regular(path)
+        if path.stat().st_size > JSON_BYTES:
+            raise ValueError(f"it has more than {JSON_BYTES:,} bytes")
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_table)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: this is no diffusers model folder") from error
+    except CheckpointError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no readable JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
     return content
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no finite number")
+    return number
+
+
+def _table(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in table if names.count(name) > 1)
+        raise ValueError(f"key {twice!r:.80} is there twice")
+    return table
 
 
 def fsync(path: Path) -> None:

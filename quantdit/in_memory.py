@@ -33,13 +33,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 MISFITS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str = torch.float32):
+def load(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = torch.float32,
+    accept_config: bool = False,
+):
     """Return the diffusers pipeline of a folder, quantized or not; of the folder of a transformer alone, that transformer.
 
     Args:
         folder: of a pipeline or a transformer; or, as text, a hub id or a name that `quantdit models` lists.
         device: where to.
         dtype: of what is not quantized: torch.float32, torch.bfloat16, torch.float16, or the name of one of them.
+        accept_config: take a quantized model whose config.json, or whose scheduler's, was changed after it was calibrated.
 
     Raises:
         ValueError: no diffusers folder, a damaged checkpoint (files.CheckpointError), no such device, another dtype.
@@ -50,7 +56,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
         raise ValueError(f"load takes the path of a folder, got {folder!r}")
     if isinstance(folder, Path) and not folder.expanduser().exists():
         raise ValueError(f"folder {folder} does not exist; give one that quantdit calibrate or save_pretrained wrote")
-    pipeline, source = load_pipeline(str(folder), DTYPES[str(dtype).removeprefix("torch.")], device)
+    wanted = DTYPES[str(dtype).removeprefix("torch.")]
+    pipeline, source = load_pipeline(str(folder), wanted, device, accept_config=accept_config)
     if isinstance(pipeline, BareTransformer):
         return getattr(pipeline, source.parts[0]).to(device)
     return pipeline

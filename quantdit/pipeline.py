@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantdit import checkpoint, files, memory, streaming
+from quantdit import checkpoint, files, memory, sources, streaming
 from quantdit.models.aliases import ALIASES, locate
 from quantdit.streaming import is_streamed
 
@@ -23,6 +23,7 @@ PARTS = ("transformer", "transformer_2")
 # A size of a sample -> what pipelines call it.
 SIZES = {"height": ("height",), "width": ("width",), "frames": ("num_frames", "video_length")}
 DEFAULT_MEMORY = 0.8  # of the machine's
+ANY_SIZE = 2**31  # in the config of a text encoder: its vocabulary, tokens, bases
 
 # Written for quantdit, and of its licence. The order is fixed: a calibration with n samples takes the first n.
 PROMPTS = (
@@ -80,6 +81,7 @@ def load_pipeline(
     device: str = "cpu",
     weights: Path | None = None,
     memory_budget: int | None = None,
+    accept_config: bool = False,
 ):
     """Return `(pipeline, Source)` for an alias, a hub id or a folder; a quantized transformer comes back quantized.
 
@@ -91,10 +93,11 @@ def load_pipeline(
             as a BareTransformer.
         memory_budget: bytes that calibration is to stay within; a full-precision transformer that does not fit comes back with
             its blocks on the meta device (quantdit.streaming).
+        accept_config: take a quantized model whose config.json, or whose scheduler's, was changed after it was calibrated.
 
     Raises:
-        ValueError: unknown name, no network, no diffusers pipeline, a damaged checkpoint (CheckpointError), or a memory budget
-            that is too small.
+        ValueError: unknown name, no network, no diffusers pipeline, a damaged checkpoint, one that another tool quantized
+            (CheckpointError), or a memory budget that is too small.
     """
     _check_device(device)
     place = locate(model)
@@ -109,47 +112,105 @@ def load_pipeline(
         bare = (folder / "config.json").exists()
         source = Source(model, folder, _bare_parts(folder), bare, memory_budget=memory_budget)
         _check_class(source, weights)
-        return BareTransformer(**_transformers(source, dtype, budget, always=True)), source
+        return BareTransformer(**_transformers(source, dtype, budget, accept_config)), source
     if index is None or not isinstance(index.get("_class_name"), str):
         raise ValueError(
             f"{folder} is no diffusers model: it has neither a model_index.json naming a pipeline class nor the config.json of a"
             " transformer; give the folder that holds one of them"
         )
     cls = _pipeline_class(index["_class_name"], folder)
-    found = tuple(name for name in PARTS if isinstance(index.get(name), list) and index[name][-1] is not None)
+    components = _components(folder, index)
+    found = tuple(name for name in PARTS if name in components)
     if not found:
         raise ValueError(f"{folder}: {index['_class_name']} has no transformer; quantdit quantizes diffusion transformers")
     source = Source(model, folder, found, memory_budget=memory_budget)
     _check_class(source, weights)
-    transformers = _transformers(source, dtype, budget, always=False)
-    offloaded = _text_encoders(folder, index, budget // 4)
+    transformers = _transformers(source, dtype, budget, accept_config)
+    others = {name: entry for name, entry in components.items() if name not in found}
+    variants = {variant for name in others if (variant := files.variant_of(folder / name)) is not None}
+    if len(variants) > 1:
+        raise ValueError(f"{folder} holds its components as several variants ({', '.join(sorted(variants))}); leave one")
+    variant = {"variant": variants.pop()} if variants else {}
+    offloaded = _text_encoders(folder, others, budget // 4)
     parts = transformers | offloaded
+    stays = offloaded or any(is_streamed(t) for t in transformers.values())
     try:
         with warnings.catch_warnings():
             # The newest diffusers says `dtype` and warns of `torch_dtype`; the older ones know only the latter.
             warnings.simplefilter("ignore", FutureWarning)
-            pipeline = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **parts)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise ValueError(f"{folder}: {cls.__name__} cannot be loaded: {error}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    stays = offloaded or any(is_streamed(t) for t in transformers.values())
-    return (pipeline if stays else pipeline.to(device)), source
+            options = {"torch_dtype": dtype, "local_files_only": True, "use_safetensors": True, **variant}
+            pipeline = cls.from_pretrained(folder, **options, **parts)
+        for name in others.keys() - offloaded.keys():
+            if isinstance(component := getattr(pipeline, name, None), nn.Module):
+                checkpoint.check_in_memory(component, folder / name)
+        pipeline.set_progress_bar_config(disable=True)
+        return (pipeline if stays else pipeline.to(device)), source
+    except files.CheckpointError:
+        raise
+    except Exception as error:  # the classes of a hostile folder's components may fail in any way
+        raise ValueError(f"{folder}: {cls.__name__} cannot be loaded: {_in_a_line(error)}") from error
 
 
-def _text_encoders(folder: Path, index: dict, room: int) -> dict[str, nn.Module]:
+def _in_a_line(error: Exception) -> str:
+    return f"{(str(error).strip() or type(error).__name__).splitlines()[0]:.300}"
+
+
+def _components(folder: Path, index: dict) -> dict[str, tuple[str, str]]:
+    """Return library and class of each component that a model_index.json names, having looked at their files.
+
+    Raises:
+        CheckpointError: a name that leaves the folder, a config that is no JSON or would build forever, or what is no file where
+            one belongs.
+    """
+    where, found = folder / "model_index.json", {}
+    for name, entry in index.items():
+        # Other lists are settings of the pipeline; [null, null] is a component that it does without.
+        if name.startswith("_") or not isinstance(entry, list) or [type(word) for word in entry] != [str, str]:
+            continue
+        if not name.isidentifier():
+            raise files.CheckpointError(f"{where}: component {name!r:.80} has no name of a folder; copy the folder again")
+        found[name] = tuple(entry)
+    for path in sorted((*folder.iterdir(), *(path for name in found for path in _inside(folder / name)))):
+        if path.exists() and not path.is_dir():
+            files.check_regular(path)
+    for name in found.keys() - set(PARTS):
+        for path in _inside(folder / name):
+            if path.name == "config.json":
+                weights = (file for file in _inside(folder / name) if file.suffix == ".safetensors")
+                limit = checkpoint.MAX_NUMBER if found[name][0] == "diffusers" else ANY_SIZE
+                checkpoint.check_numbers(files.read_json(path), sum(map(_tensors, weights)), path, limit)
+    if (path := folder / checkpoint.SCHEDULER).exists():
+        checkpoint.check_numbers(files.read_json(path), 0, path)
+    return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _text_encoders(folder: Path, components: dict, room: int) -> dict[str, nn.Module]:
     """Return the text encoders that take more than `room` bytes as float32, most of their layers left on the disk.
 
     They keep the dtype they are stored in. Prompts are encoded once, so the time of reading them matters little.
     """
     found: dict[str, nn.Module] = {}
-    for name, entry in index.items():
-        paths = sorted((folder / name).glob("*.safetensors")) if isinstance(entry, list) and entry[0] == "transformers" else []
+    for name, (library, cls) in components.items():
+        paths = sorted((folder / name).glob("*.safetensors")) if library == "transformers" else []
         if sum(_numbers(path) for path in paths) * torch.float32.itemsize > room:
             import transformers
 
             options = {"device_map": "auto", "max_memory": {"cpu": room}, "local_files_only": True, "use_safetensors": True}
-            found[name] = getattr(transformers, entry[1]).from_pretrained(folder / name, torch_dtype="auto", **options).eval()
+            try:
+                encoder, variant = getattr(transformers, cls), files.variant_of(folder / name)
+                found[name] = encoder.from_pretrained(folder / name, torch_dtype="auto", variant=variant, **options).eval()
+            except Exception as error:  # the classes of a hostile folder's components may fail in any way
+                raise ValueError(f"{folder / name}: {cls} cannot be loaded: {_in_a_line(error)}") from error
     return found
+
+
+def _tensors(path: Path) -> int:
+    with files.open_weights(path) as file:
+        return len(file.keys())
 
 
 def _numbers(path: Path) -> int:
@@ -181,15 +242,18 @@ def _bare_parts(folder: Path) -> tuple[str, ...]:
     return tuple(name for name in PARTS if (folder / name / "config.json").exists()) or PARTS[:1]
 
 
-def _transformers(source: Source, dtype: torch.dtype, budget: int, always: bool) -> dict[str, nn.Module]:
-    """Return the transformers that diffusers' own loader is not to load: quantized ones, ones that are streamed, or all."""
+def _transformers(source: Source, dtype: torch.dtype, budget: int, accept_config: bool) -> dict[str, nn.Module]:
+    """Return the transformers. Diffusers' own loader would take any tensors for their weights, so that it is not asked."""
     parts: dict[str, nn.Module] = {}
     needs: dict[str, streaming.Need] = {}
     for name in source.parts:
         folder = source.part(name)
         if checkpoint.is_quantized(folder):
-            parts[name] = _as_diffusers_would(checkpoint.read_transformer(folder, dtype), folder)
+            parts[name] = _as_diffusers_would(checkpoint.read_transformer(folder, dtype, accept_config), folder)
+            if not accept_config and not source.bare:
+                checkpoint.check_scheduler(source.folder, folder)
             continue
+        sources.check_method(files.read_json(folder / "config.json"), folder / "config.json")
         if not any(folder.glob("*.safetensors")):
             raise ValueError(f"{folder} has no safetensors weights, and pickled ones (.bin) are not read: they can run any code")
         needs[name] = streaming.need_of(folder, dtype)
@@ -201,19 +265,16 @@ def _transformers(source: Source, dtype: torch.dtype, budget: int, always: bool)
             f"a memory budget of {memory.in_gib(budget)} is too small for {source.label}: a block at a time needs about"
             f" {memory.in_gib(need.streamed)}; give at least --memory-budget {memory.in_gib(need.streamed)}"
         )
-    for name in needs:
-        if need.resident > budget:
-            parts[name] = streaming.skeleton(source.part(name), dtype)
-        elif always:
-            parts[name] = streaming.whole(source.part(name), dtype)
-    return parts
+    read = streaming.skeleton if need.resident > budget else streaming.whole
+    return parts | {name: read(source.part(name), dtype) for name in needs}
 
 
 def _as_diffusers_would(transformer: nn.Module, folder: Path) -> nn.Module:
     """Make a quantized transformer one that diffusers can save."""
     from quantdit.diffusers_quantizer import attach
 
-    return attach(transformer, files.read_json(folder / "config.json")["quantization_config"])
+    quantization = files.read_json(folder / "config.json")["quantization_config"]
+    return attach(transformer, quantization | {"spec": checkpoint.SPEC})  # what it would be saved as
 
 
 def sampling_arguments(
@@ -326,10 +387,10 @@ def _check_device(device: str | torch.device) -> None:
 
 def _pipeline_class(name: str, folder: Path) -> type:
     import diffusers
-    from diffusers import DiffusionPipeline  # noqa: F401 - its module brings ours along (quantdit.diffusers_classes)
+    from diffusers import DiffusionPipeline  # its module brings ours along (quantdit.diffusers_classes)
 
     cls = getattr(diffusers, name, None)
-    if not isinstance(cls, type):
+    if not (isinstance(cls, type) and issubclass(cls, DiffusionPipeline)):
         raise ValueError(
             f"{folder}: the installed diffusers has no pipeline class {name!r}; upgrade it with pip install -U diffusers"
         )

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantdit.checkpoint import build_on_meta
-from quantdit.files import CheckpointError, check_finite, open_weights, read_json, tensor_files
+from quantdit import sources
+from quantdit.checkpoint import build_on_meta, check_in_memory, check_plausible, room_for_tables, stays_float32
+from quantdit.files import CheckpointError, check_finite, is_float8, open_weights, read_json, stored_tensors, weight_files
 from quantdit.linear import QuantLinear
 from quantdit.models.adapter import adapter_for
 
@@ -31,32 +32,42 @@ def skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
 
     Args:
         folder: config.json and safetensors weights.
-        dtype: of all floating tensors.
+        dtype: of all floating tensors but those that the class keeps in float32.
 
     Raises:
-        CheckpointError: a damaged folder, or one that lacks a tensor.
+        CheckpointError: a damaged folder, or one whose tensors are not a full-precision model's (`sources.check`).
         ValueError: a class without blocks.
     """
-    transformer = build_on_meta(read_json(folder / "config.json"), folder)
-    stored = tensor_files(folder)
-    missing = transformer.state_dict().keys() - stored.keys()
-    if missing:
-        raise CheckpointError(f"{folder}: tensor {min(missing)} is missing (and {len(missing) - 1} more); copy it again")
-    stream = Stream(transformer, stored, dtype)
+    return _read(folder, dtype, all_of_it=False)
+
+
+def whole(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Return the full-precision transformer of a folder, all of it in memory; raises what `skeleton` does."""
+    transformer = _read(folder, dtype, all_of_it=True)
+    check_in_memory(transformer, folder)
+    return transformer
+
+
+def _read(folder: Path, dtype: torch.dtype, all_of_it: bool) -> nn.Module:
+    config, stored = _config(folder), stored_tensors(weight_files(folder))
+    transformer = build_on_meta(config, folder, room=room_for_tables(stored))
+    sources.check(transformer, stored)
+    stream = Stream(transformer, {name: tensor.path for name, tensor in stored.items()}, dtype)
     inside, shared = _inside(transformer), tuple(f"{path}." for path in adapter_for(transformer).shared)
-    for name in _on_meta(transformer):
-        if not name.startswith(inside) or name.startswith(shared):
+    for name in transformer.state_dict():
+        # Of a buffer that the class computes, what the file says counts.
+        if name in stored and (all_of_it or not name.startswith(inside) or name.startswith(shared)):
             stream.put(name)
     return transformer.requires_grad_(False).eval()
 
 
-def whole(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Return the full-precision transformer of a folder, all of it in memory."""
-    transformer = skeleton(folder, dtype)
-    stream = Stream(transformer, tensor_files(folder), dtype)
-    for name in _on_meta(transformer):
-        stream.put(name)
-    return transformer
+def _config(folder: Path) -> dict:
+    """Return the config.json of a full-precision transformer, checked before anything is built from it."""
+    where = folder / "config.json"
+    config = read_json(where)
+    sources.check_method(config, where)
+    check_plausible(config, len(stored_tensors(weight_files(folder))), where)
+    return config
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,7 @@ def need_of(folder: Path, dtype: torch.dtype) -> Need:
 
     The largest layer's Gram matrix counts GRAM_COPIES times: what it is made into (rotated, damped, factorized) lives beside it.
     """
-    transformer = build_on_meta(read_json(folder / "config.json"), folder, compute_buffers=False)
+    transformer = build_on_meta(_config(folder), folder, compute_buffers=False)
     sizes = {name: t.numel() * dtype.itemsize for name, t in transformer.named_parameters()}
     inside = _inside(transformer)
     outside = sum(size for name, size in sizes.items() if not name.startswith(inside))
@@ -101,11 +112,6 @@ def _inside(transformer: nn.Module) -> tuple[str, ...]:
     return tuple(f"{path}." for path in adapter_for(transformer).blocks)
 
 
-def _on_meta(transformer: nn.Module) -> list[str]:
-    named = (*transformer.named_parameters(), *transformer.named_buffers())
-    return [name for name, tensor in named if tensor.device.type == "meta"]
-
-
 @dataclass
 class Stream:
     """Reads and drops parts of a transformer.
@@ -113,7 +119,7 @@ class Stream:
     Attributes:
         transformer: its parts on the meta device where they are not in memory.
         files: where each tensor of its state dict lies; `adopt` changes it for what calibration finished.
-        dtype: of the floating tensors that are not part of a quantized layer.
+        dtype: of the floating tensors that are not part of a quantized layer, but those that the class keeps in float32.
         shared: paths of modules that are never dropped; see `Adapter.shared`.
     """
 
@@ -191,16 +197,27 @@ class Stream:
             raise CheckpointError(f"no file holds tensor {name}; copy the model again")
         path = self.files[name]
         module, tensors, leaf = self._place(name)
+        quantized = isinstance(module, QuantLinear) and leaf in module._buffers
         with open_weights(path) as file:
-            # A copy: a mapped tensor would keep the pages of the file in memory.
             stored = file.get_tensor(name)
-            quantized = isinstance(module, QuantLinear) and leaf in module._buffers
-            tensor = stored.clone() if quantized or not stored.is_floating_point() else stored.to(self.dtype, copy=True)
+            if not quantized and is_float8(stored):
+                stored = sources.scaled(stored, self._scale(name))
+            # A copy: a mapped tensor would keep the pages of the file in memory.
+            as_it_is = quantized or not stored.is_floating_point()
+            dtype = torch.float32 if stays_float32(self.transformer, name) else self.dtype
+            tensor = stored.clone() if as_it_is else stored.to(dtype, copy=True)
         if tensor.shape != tensors[leaf].shape:
             raise CheckpointError(f"{path}: tensor {name} is {tuple(tensor.shape)}, expected {tuple(tensors[leaf].shape)}")
         if not quantized:
             check_finite(name, tensor)
         return tensor
+
+    def _scale(self, name: str) -> Tensor | None:
+        scale = sources.scale_of(name, self.files)
+        if scale is None:
+            return None
+        with open_weights(self.files[scale]) as file:
+            return file.get_tensor(scale).clone()
 
     def _names(self, path: str, on_meta: bool) -> list[str]:
         module = self.transformer.get_submodule(path)

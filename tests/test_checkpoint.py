@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import shutil
 import struct
 import tracemalloc
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from safetensors import safe_open
 
+import quantdit
 from quantdit import checkpoint, files, transform
 from quantdit.checkpoint import CheckpointError, quant_layers, read_transformer, write_transformer
 from quantdit.formats import FORMATS
@@ -101,9 +104,9 @@ def test_scales_beside_codebooks_of_vectors_take_16_bits_in_the_file(everything)
 
 def test_save_load_save_gives_the_same_bytes(everything, tmp_path: Path):
     first = everything.folder / "transformer"
-    digest = write_transformer(
-        read_transformer(first), tmp_path / "again", everything.report["recipe"], everything.report["provenance"]
-    )
+    made_from = everything.report["recipe"], everything.report["provenance"]
+    scheduler = checkpoint.scheduler_of(everything.folder)
+    digest = write_transformer(read_transformer(first), tmp_path / "again", *made_from, scheduler=scheduler)
     assert digest == everything.report["sha256"] == hashlib.sha256((first / WEIGHTS).read_bytes()).hexdigest()
     for name in (WEIGHTS, "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (first / name).read_bytes()
@@ -128,7 +131,7 @@ def test_file_can_be_read_by_safetensors_alone(everything):
         header = json.loads(file.metadata()["quantdit"])
     layer = quant_layers(everything.transformer)["transformer_blocks.1.attn1.to_out.0"]
     assert torch.equal(data.float() * scale[:, None], layer.qtensor.dequantize())
-    assert header["spec"] == checkpoint.SPEC == 2 and header["recipe"] == everything.report["recipe"]
+    assert header["spec"] == checkpoint.SPEC == 3 and header["recipe"] == everything.report["recipe"]
 
 
 def test_quantized_folder_is_told_from_a_plain_one(everything, pixel_dit: Path):
@@ -360,7 +363,7 @@ def test_config_without_the_right_digest(copied: Path, digest: object):
 # ---- hostile configs
 
 
-@pytest.mark.parametrize("spec", [3, 10**30, "2", 2.0, None, True, [2], 0, -1])
+@pytest.mark.parametrize("spec", [4, 10**30, "2", 2.0, None, True, [2], 0, -1])
 def test_spec_that_is_newer_or_no_number(copied: Path, spec: object):
     change_config(copied, lambda c: c["quantization_config"].update(spec=spec))
     message = refusal(copied, "config.json")
@@ -665,6 +668,109 @@ def test_static_scales_survive_with_their_edges(everything, sample):
         assert layer.bucket == quant_layers(everything.transformer)[RICH].bucket
     assert chosen[0] == 0 and chosen[-1] == 9
     assert chosen == sorted(chosen)
+
+
+# ---- what the config and the scheduler's were when the model was quantized
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"norm_eps": 0.1}, "norm_eps is 0.1, was 1e-05 when the model was quantized"),
+        ({"num_attention_heads": 1, "attention_head_dim": 64}, r"attention_head_dim is 64, was 32 .*\(and 1 more differ\)"),
+        ({"surplus": 1}, "surplus is 1, was not there"),
+        ({"upcast_attention": None}, "upcast_attention is null, was false"),
+    ],
+    ids=str,
+)
+def test_a_config_that_was_changed_names_what_differs(copied: Path, changes: dict, words: str):
+    change_config(copied, lambda c: c.update(changes))
+    assert re.search(words, refusal(copied, "config.json"))
+    with pytest.raises(CheckpointError, match=words):
+        quantdit.load(copied)
+    with pytest.raises(CheckpointError, match=words):
+        DiTTransformer2DModel.from_pretrained(copied / "transformer")
+    assert quant_layers(quantdit.load(copied, accept_config=True).transformer)
+
+
+def test_a_key_that_was_removed_from_the_config_is_named(copied: Path):
+    change_config(copied, lambda c: c.pop("norm_eps"))
+    assert "norm_eps is not there, was 1e-05" in refusal(copied, "config.json")
+
+
+def test_notes_of_diffusers_in_the_config_count_for_nothing(copied: Path):
+    change_config(copied, lambda c: c.update(_diffusers_version="0.99.0", _name_or_path="x"))
+    read_transformer(copied / "transformer")
+
+
+def test_what_save_pretrained_wrote_has_its_config_too(everything, tmp_path: Path):
+    quantdit.load(everything.folder).save_pretrained(tmp_path)
+    quantdit.load(tmp_path)
+    change_config(tmp_path, lambda c: c.update(norm_eps=0.1))
+    assert "norm_eps is 0.1" in refusal(tmp_path, "config.json")
+    with pytest.raises(CheckpointError, match=r"norm_eps is 0\.1"):
+        DiTTransformer2DModel.from_pretrained(tmp_path / "transformer")
+
+
+def change_scheduler(folder: Path, **values: object) -> None:
+    path = folder / checkpoint.SCHEDULER
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_a_scheduler_that_was_changed_names_what_differs(copied: Path, tmp_path: Path, cli):
+    change_scheduler(copied, shift=9.0)
+    with pytest.raises(CheckpointError, match=r"scheduler_config.json: shift is 9.0, was 1.0 .*accept_config=True"):
+        quantdit.load(copied)
+    assert "shift is 9.0" in cli("generate", copied, "--count", 1, "--steps", 1, "--output", tmp_path / "x.png").error
+    pipeline = quantdit.load(copied, accept_config=True)
+    assert pipeline.scheduler.config.shift == 9
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert quantdit.load(tmp_path / "saved").scheduler.config.shift == 9
+
+
+def test_a_scheduler_of_senseless_numbers_is_refused_in_a_source_too(pixel_dit: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(pixel_dit, tmp_path / "source"))
+    for value, words in ((10**9, "not plausible"), (float("nan"), "no finite number")):
+        change_scheduler(folder, num_train_timesteps=value)
+        with pytest.raises(CheckpointError, match=words):
+            quantdit.load(folder)
+
+
+def test_a_folder_of_spec_2_is_read_and_saved_as_spec_3(copied: Path, tmp_path: Path):
+    """It has no config in its header."""
+    weights = copied / "transformer" / WEIGHTS
+    header, data = split(weights)
+    ours = json.loads(header["__metadata__"]["quantdit"])
+    ours = {key: value for key, value in ours.items() if key not in ("config", "scheduler")} | {"spec": 2}
+    header["__metadata__"]["quantdit"] = json.dumps(ours)
+    join(weights, header, data)
+    forgive_digest(copied)
+    assert "says spec 3" in refusal(copied, "config.json")
+    change_config(copied, lambda c: c["quantization_config"].update(spec=2))
+    for number, read in enumerate((quantdit.load, DiTTransformer2DModel.from_pretrained)):
+        read(copied / "transformer").save_pretrained(tmp_path / str(number))
+        assert files.read_json(tmp_path / str(number) / "config.json")["quantization_config"]["spec"] == 3
+        read_transformer(tmp_path / str(number))
+
+
+def test_a_config_that_says_an_older_spec_is_refused(copied: Path):
+    """Spec 2 would not be compared with the config."""
+    change_config(copied, lambda c: c["quantization_config"].update(spec=2))
+    assert "says spec 2" in refusal(copied, "config.json")
+
+
+@pytest.mark.parametrize(("key", "value"), [("recipe", []), ("provenance", None), ("self", 1), ("bits", "w4a8")])
+def test_a_quantization_config_of_other_keys_is_refused(copied: Path, key: str, value: object):
+    change_config(copied, lambda c: c["quantization_config"].update({key: value}))
+    assert key in refusal(copied, "config.json")
+
+
+def test_digests_are_shown_to_where_they_differ(copied: Path):
+    stated = files.sha256(copied / "transformer" / WEIGHTS)
+    forged = f"{stated[:40]}{'0' if stated[40] != '0' else '1'}{stated[41:]}"
+    change_config(copied, lambda c: c["quantization_config"].update(sha256=forged))
+    message = refusal(copied)
+    assert stated[:41] in message and forged[:41] in message
 
 
 def test_other_architecture_than_the_tensors(copied: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -153,6 +154,8 @@ def change_index(folder: Path, change: Callable[[dict], object]) -> None:
         None,
         ["x.safetensors"],
         {},
+        "a\0.safetensors",
+        "a" * 300 + ".safetensors",
     ],
 )
 def test_index_that_leaves_its_folder_is_refused(sharded: Path, name: object):
@@ -277,6 +280,82 @@ def test_damaged_quantized_shards_are_refused(quantized_shards: Path, tmp_path: 
         return
     with pytest.raises(CheckpointError, match=r"missing" if damage == "dropped" else r"sha256"):
         read_transformer(folder)
+
+
+# ---- variants
+
+
+@pytest.mark.parametrize("max_shard_size", ["10GB", "20KB"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_lone_variant_is_read(pixel_dit: Path, everything, tmp_path: Path, max_shard_size: str, quantized: bool):
+    import quantdit
+
+    model = quantdit.load((everything.folder if quantized else pixel_dit) / "transformer")
+    model.save_pretrained(tmp_path / "x", variant="fp16", max_shard_size=max_shard_size)
+    assert not (tmp_path / "x" / WEIGHTS).exists() and not (tmp_path / "x" / INDEX).exists()
+    state = quantdit.load(tmp_path / "x").state_dict()
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+def test_several_variants_are_named(cli, pixel_dit: Path, tmp_path: Path):
+    import quantdit
+
+    model = quantdit.load(pixel_dit / "transformer")
+    for variant in ("fp16", "ema"):
+        model.save_pretrained(tmp_path / "x", variant=variant)
+    ran = cli("calibrate", "--model", tmp_path / "x", "--bits", "w8a8", "--samples", 0, "--output", tmp_path / "out")
+    assert ran.code == 1 and "variants ema, fp16" in ran.error
+    model.save_pretrained(tmp_path / "x")
+    quantdit.load(tmp_path / "x")
+
+
+def test_a_pipeline_of_a_variant_is_read(cli, plain_dit: Path, tmp_path: Path):
+    """The autoencoder too, which diffusers reads."""
+    from quantdit.pipeline import load_pipeline
+
+    load_pipeline(str(plain_dit))[0].save_pretrained(tmp_path / "x", variant="fp16")
+    ran = cli("calibrate", "--model", tmp_path / "x", "--bits", "w8a8", "--samples", 0, "--output", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    vae, expected = (load_pipeline(str(folder))[0].vae.state_dict() for folder in (tmp_path / "out", plain_dit))
+    assert all(torch.equal(t, expected[name]) for name, t in vae.items())
+
+
+# ---- JSON
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"a": NaN}', "NaN is no finite number"),
+        (b'{"a": -Infinity}', "-Infinity is no finite number"),
+        (b'{"a": 1e999}', "1e999 is no finite number"),
+        (b'{"a": {"b": 1, "b": 2}}', "key 'b' is there twice"),
+        (b'{"a": "\xff\xfe"}', "no readable JSON"),
+        (b'{"a":' * 100_000, "no readable JSON"),
+    ],
+)
+def test_json_is_read_strictly(tmp_path: Path, content: bytes, words: str):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=words):
+        files.read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop of links", "device", "link to nothing"])
+def test_what_is_no_regular_file_is_refused_at_once(pixel_dit: Path, tmp_path: Path, name: str, kind: str):
+    import quantdit
+
+    folder = Path(shutil.copytree(pixel_dit / "transformer", tmp_path / "x"))
+    path = folder / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"loop of links": path, "device": "/dev/zero", "link to nothing": "nowhere"}[kind])
+    with pytest.raises(ValueError, match=r"no regular file|cannot be read|is missing|no diffusers model|no safetensors weights"):
+        quantdit.load(folder)
 
 
 def test_json_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

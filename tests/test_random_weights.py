@@ -75,6 +75,16 @@ def test_same_seed_same_bytes_other_seed_others(made: Path, tmp_path: Path):
     assert json.loads((made / "config.json").read_text()) == TINY
 
 
+def test_the_default_dtype_changes_no_byte(made: Path, tmp_path: Path):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        write_random_transformer(TINY, tmp_path / "wide", 0)
+    finally:
+        torch.set_default_dtype(before)
+    assert (tmp_path / "wide" / WEIGHTS).read_bytes() == (made / WEIGHTS).read_bytes()
+
+
 def test_tensors_differ_from_each_other(made: Path):
     stored = load_file(made / WEIGHTS)
     assert not torch.equal(stored["blocks.0.attn1.to_q.weight"], stored["blocks.0.attn1.to_k.weight"])

@@ -34,6 +34,7 @@ ORDER = (
     ("calibration", "linear"),
     ("", "lora", "flux_lora"),
     ("checkpoint", "class_tree"),
+    ("sources",),
     ("streaming", "random_weights", "diffusers_quantizer"),
     ("diffusers_classes",),
     ("pipeline",),

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import quantdit
+from quantdit import files
 from quantdit.checkpoint import quant_layers
 from quantdit.files import CheckpointError
 from quantdit.pipeline import load_pipeline
@@ -154,6 +156,68 @@ def test_what_is_no_folder_is_refused(made, tmp_path: Path):
 def test_a_full_precision_folder_loads_as_it_is(made):
     model = quantdit.load(made.folder / "full")
     assert type(model) is made.cls and not quant_layers(model)
+
+
+INDEX_ENTRIES = (
+    {"transformer": []},
+    {"transformer": ["diffusers"]},
+    {"transformer": ["diffusers", 3]},
+    {"transformer": "DiTTransformer2DModel"},
+    {"transformer": {"diffusers": "x"}},
+    {"transformer": [None, None]},
+    {"vae": ["diffusers", "nowhere"]},
+    {"vae": ["\0", "x"]},
+    {"vae": ["transformers", "T5EncoderModel", 1]},
+    {"vae": None},
+    {"a/b": ["diffusers", "AutoencoderKL"]},
+    {"_class_name": "AutoencoderKL"},
+    {"_class_name": ["a", "b"]},
+)
+
+
+@pytest.mark.parametrize("entries", INDEX_ENTRIES, ids=str)
+def test_an_index_of_another_shape_is_refused(plain_dit: Path, tmp_path: Path, entries: dict):
+    folder = Path(shutil.copytree(plain_dit, tmp_path / "copy"))
+    index = files.read_json(folder / "model_index.json")
+    files.write_json(folder / "model_index.json", index | entries)
+    refusal(lambda: quantdit.load(folder))
+
+
+def test_a_component_that_lacks_a_tensor_is_refused(plain_dit: Path, tmp_path: Path):
+    """Diffusers leaves it on the meta device, with a warning."""
+    folder = Path(shutil.copytree(plain_dit, tmp_path / "copy"))
+    path = folder / "vae" / files.WEIGHTS
+    tensors = load_file(path)
+    del tensors["decoder.conv_out.bias"]
+    save_file(tensors, path, {"format": "pt"})
+    assert "decoder.conv_out.bias" in refusal(lambda: quantdit.load(folder), CheckpointError)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        ("vae/config.json", {"layers_per_block": 2**31}),
+        ("vae/config.json", {"sample_size": 10**30}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}),
+        ("transformer/config.json", {"num_layers": 10**9}),
+    ],
+    ids=str,
+)
+def test_what_would_build_forever_is_refused(plain_dit: Path, tmp_path: Path, config: str, changes: dict):
+    folder = Path(shutil.copytree(plain_dit, tmp_path / "copy"))
+    files.write_json(folder / config, files.read_json(folder / config) | changes)
+    assert "is not plausible" in refusal(lambda: quantdit.load(folder), CheckpointError)
+
+
+@pytest.mark.parametrize(
+    "quantization", [{"bits": "w4a8"}, {"layers": 3}, {"spec": 3, "recipe": [1], "layers": 2}, {"x": 1}], ids=str
+)
+def test_a_quantization_config_that_is_none_is_refused(made, tmp_path: Path, quantization: dict):
+    folder = Path(shutil.copytree(made.folder / "one", tmp_path / "copy"))
+    config = files.read_json(folder / "config.json") | {"quantization_config": {"quant_method": "quantdit", **quantization}}
+    files.write_json(folder / "config.json", config)
+    for read in (quantdit.load, made.cls.from_pretrained):
+        refusal(lambda read=read: read(folder))
 
 
 # ---- quantize

@@ -44,3 +44,18 @@ def test_a_dense_model_is_refused(pixel_dit: Path, tmp_path: Path, cli) -> None:
     ran = cli("export", pixel_dit, "--to", "dense", "--output", tmp_path / "out")
     assert ran.code == 1 and "no quantization_config of quantdit" in ran.error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_write_that_fails_leaves_nothing_behind(
+    weight_only: Path, tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import DiTTransformer2DModel
+    from safetensors import SafetensorError
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(DiTTransformer2DModel, "save_pretrained", fail)
+    ran = cli("export", weight_only, "--to", "dense", "--output", tmp_path / "out")
+    assert ran.code == 1 and "No space left on device" in ran.error
+    assert not list(tmp_path.iterdir())
