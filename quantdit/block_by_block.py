@@ -7,8 +7,6 @@ at any moment goes on at the last finished block, and ends with the same bytes.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -23,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quantdit import checkpoint, files, memory
+from quantdit import checkpoint, files, memory, sealed
 from quantdit.calibration import assignments, capture, chain
 from quantdit.calibration import calls as call_files
 from quantdit.calibration.assignments import Training
@@ -58,6 +56,7 @@ class Job:
         stream: reads blocks that are not in memory; None if all are.
         tokens: rows of each call that statistics are made of; 0 for all.
         training: how assignments are calibrated; None for not at all.
+        run: names the run; what another one left in the folder is refused.
         seconds: spent so far, by stage.
     """
 
@@ -70,6 +69,7 @@ class Job:
     stream: Stream | None = None
     tokens: int = 0
     training: Training | None = None
+    run: str = ""
     seconds: Counter[str] = field(default_factory=Counter)
 
     def unit_seed(self, number: int) -> int:
@@ -163,8 +163,8 @@ def links_of(job: Job) -> list[Link]:
                     " --memory-budget"
                 ) from error
             links = []
-        files.write_json(path, {"links": [link.to_dict() for link in links]})
-    return [Link.from_dict(content) for content in files.read_json(path)["links"]]
+        sealed.write(path, {"links": [link.to_dict() for link in links]}, job.run)
+    return [Link.from_dict(content) for content in sealed.read(path, job.run)["links"]]
 
 
 def describe_chain(job: Job) -> dict | None:
@@ -223,7 +223,7 @@ def _walk_chain(
                 job.stream.drop(link.path)
             continue
         with job.loaded(link.path):
-            mine = _open_inputs(inputs / _number(number), calls)
+            mine = _open_inputs(job, inputs / _number(number), calls)
             yield _unit(job, link.path, number, names, mine)
             with job.timed("propagate"):
                 _hand_on(job, links, number, calls, mine, inputs)
@@ -235,16 +235,17 @@ def _first_inputs(job: Job, first: Link, calls: StoredCalls, folder: Path) -> No
     for i, call in enumerate(calls):
         reached = chain.first_call(job.transformer, first.path, call)
         call_files.save_call(folder / _file(i), reached.args, reached.kwargs)
-    call_files.finish(folder, {"base": folder.name, "fed": []})
+    call_files.finish(folder, {"base": folder.name, "fed": []}, job.run)
 
 
-def _open_inputs(folder: Path, calls: StoredCalls) -> StoredCalls:
+def _open_inputs(job: Job, folder: Path, calls: StoredCalls) -> StoredCalls:
     """Return the calls of a block: what the folder holds in full, or in place of arguments of an earlier block's calls."""
-    index = call_files.index_of(folder)
+    index = call_files.index_of(folder, job.run)
     base = folder.parent / index["base"]
     fed = tuple((key, number) for key, number in index["fed"])
+    sums = call_files.sums_of(base, job.run) | call_files.sums_of(folder, job.run)
     entries = [
-        StoredCall(base / _file(i), entry.bucket, carried=None if base == folder else folder / _file(i), fed=fed)
+        StoredCall(base / _file(i), entry.bucket, carried=None if base == folder else folder / _file(i), fed=fed, sums=sums)
         for i, entry in enumerate(calls.entries)
     ]
     return StoredCalls(tuple(entries))
@@ -255,7 +256,7 @@ def _hand_on(job: Job, links: list[Link], number: int, calls: StoredCalls, mine:
     folder = inputs / _number(number + 1)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    base = call_files.index_of(inputs / _number(number))["base"]
+    base = call_files.index_of(inputs / _number(number), job.run)["base"]
     following = links[number + 1] if number + 1 < len(links) else None
     replayed = following is not None and following.fed is None
     ends = inputs.parent / "ends"  # outputs that a later replay needs
@@ -263,18 +264,21 @@ def _hand_on(job: Job, links: list[Link], number: int, calls: StoredCalls, mine:
     if is_needed:
         (ends / _number(number)).mkdir(parents=True, exist_ok=True)
     block = job.transformer.get_submodule(links[number].path)
+    earlier = {j: call_files.sums_of(ends / _number(j), job.run) for j in (following.needs if replayed else ())}
     for i, call in enumerate(mine):
         outputs = chain.outputs_of(capture.run_block(block, call))
         if is_needed:
             call_files.save_outputs(ends / _number(number) / _file(i), outputs)
         if replayed:
-            recorded = {j: call_files.load_outputs(ends / _number(j) / _file(i)) for j in following.needs}
+            recorded = {j: call_files.load_outputs(ends / _number(j) / _file(i), sums) for j, sums in earlier.items()}
             reached = chain.next_call(job.transformer, links, number, calls[i], recorded | {number: outputs})
             call_files.save_call(folder / _file(i), reached.args, reached.kwargs)
         else:
             call_files.save_outputs(folder / _file(i), outputs)
+    if is_needed:
+        call_files.finish(ends / _number(number), {}, job.run)
     base = folder.name if replayed else base
-    call_files.finish(folder, {"base": base, "fed": [] if following is None else list(following.fed or ())})
+    call_files.finish(folder, {"base": base, "fed": [] if following is None else list(following.fed or ())}, job.run)
     for old in inputs.iterdir():
         if old.name not in (base, folder.name):
             shutil.rmtree(old)
@@ -289,8 +293,9 @@ def _drift(job: Job, plans: Mapping[str, LayerPlan], folder: Path) -> float | No
         with job.following():
             return capture.model_error(job.transformer, job.calls[::stride])
     last = folder / "inputs" / _number(len(links))
+    sums = call_files.sums_of(last, job.run)
     pairs = (
-        (chain.last_output(job.transformer, links, call, call_files.load_outputs(last / _file(i * stride))), call.output)
+        (chain.last_output(job.transformer, links, call, call_files.load_outputs(last / _file(i * stride), sums)), call.output)
         for i, call in enumerate(job.calls[::stride])
     )
     return capture.relative_error(pairs)
@@ -305,7 +310,7 @@ def _quantize_unit(job: Job, unit: Unit, plans: Mapping[str, LayerPlan], folder:
     if report_path.exists():
         return _install(job, tensors_path, report_path)
     if unit.calls is None:
-        raise ValueError(f"{folder} lacks the finished block {unit.path}; drop --resume and begin again with --overwrite")
+        raise ValueError(f"{folder} lacks the finished block {unit.path}; {sealed.REMEDY}")
     with job.timed("statistics"):
         stats = statistics_of(job, unit) if len(unit.calls) else {}
     linears, seed = unit.linears, job.unit_seed(unit.number)
@@ -329,7 +334,7 @@ def _quantize_unit(job: Job, unit: Unit, plans: Mapping[str, LayerPlan], folder:
     save_file(stored, part)
     files.fsync(part)
     os.replace(part, tensors_path)
-    files.write_json(report_path, {"sha256": _digest(tensors_path, reports), "layers": reports})
+    sealed.write(report_path, {"sha256": files.sha256(tensors_path), "layers": reports}, job.run)
     if job.stream is not None:
         job.stream.adopt(tensors_path, list(stored))
     return reports
@@ -428,9 +433,9 @@ def _calibrate_end_to_end(job: Job, linears: Mapping[str, nn.Linear], reports: d
 
 def _install(job: Job, tensors_path: Path, report_path: Path) -> dict[str, dict]:
     """Put the layers of a finished block into the transformer."""
-    finished = files.read_json(report_path)
-    if not tensors_path.exists() or _digest(tensors_path, finished.get("layers")) != finished.get("sha256"):
-        raise ValueError(f"{tensors_path} is not what the interrupted run wrote; drop --resume and begin again with --overwrite")
+    finished = sealed.read(report_path, job.run)
+    if not tensors_path.exists() or files.sha256(tensors_path) != finished["sha256"]:
+        raise ValueError(f"{tensors_path} is not what the interrupted run wrote; {sealed.REMEDY}")
     stored, reports = load_file(tensors_path), finished["layers"]
     for name in reports:
         tensors = {k.removeprefix(f"{name}."): t for k, t in stored.items() if k.startswith(f"{name}.")}
@@ -458,11 +463,6 @@ def statistics_of(job: Job, unit: Unit) -> dict[str, Stats]:
         if not bool(torch.isfinite(stats[name].gram.diagonal()).all()):
             raise ValueError(f"layer {name}: its inputs are so large that their squares overflow float32; the model is broken")
     return stats
-
-
-def _digest(tensors_path: Path, reports: object) -> str:
-    """Return the sha256 of a finished block: its tensors and its reports."""
-    return hashlib.sha256((files.sha256(tensors_path) + json.dumps(reports)).encode()).hexdigest()
 
 
 def _report(made: dict, linear: nn.Linear, layer: QuantLinear, stats: Stats | None) -> dict:

@@ -10,6 +10,7 @@ import pytest
 from quantdit import compiler, files
 from quantdit.compiler import REPORT
 from quantdit.files import WEIGHTS
+from quantdit.work_folder import STATE
 
 RECIPE = """
 [[rule]]
@@ -90,15 +91,40 @@ def test_overwrite_does_it_again(run, tmp_path: Path):
     assert files.digest(tmp_path / "out" / "transformer") == digest and times(tmp_path / "out") != before
 
 
-def test_killed_while_it_got_its_name(run, finished, tmp_path: Path):
-    """The result is there, still with its mark: it is given its last form."""
-    out = tmp_path / "out"
-    report = files.read_json(out / REPORT)
-    identity = {"recipe": report["recipe"], "provenance": report["provenance"], "finished": True}
-    files.write_json(out / "identity.json", identity)
+@pytest.fixture
+def unmarked(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The result of a run that was killed while it got its name: it is there, still with its mark."""
+    unlink = Path.unlink
+
+    def kill(path: Path, **options: bool) -> None:
+        if path.name == STATE:
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", kill)
+        assert run().code == 130
+    monkeypatch.setattr(compiler, "sample", lambda *a: pytest.fail("work was begun again"))
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("name", ["out", "out.partial"])
+def test_killed_while_it_got_its_name(run, unmarked: Path, tmp_path: Path, name: str):
+    before = times(unmarked)
+    shutil.move(unmarked, tmp_path / name)
     assert run("--resume").code == 0
-    assert not (out / "identity.json").exists() and times(out) == finished
-    shutil.move(out, tmp_path / "out.partial")
-    files.write_json(tmp_path / "out.partial" / "identity.json", identity)
-    assert run("--resume").code == 0
-    assert times(out) == finished and not (tmp_path / "out.partial").exists()
+    assert times(unmarked).items() < before.items()
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "r.toml"} and not (unmarked / STATE).exists()
+
+
+@pytest.mark.parametrize("name", ["out", "out.partial"])
+@pytest.mark.parametrize(
+    "file", [f"transformer/{WEIGHTS}", "transformer/config.json", "scheduler/scheduler_config.json", REPORT, STATE]
+)
+def test_result_that_was_damaged_before_it_got_its_name(run, unmarked: Path, tmp_path: Path, name: str, file: str):
+    raw = bytearray((unmarked / file).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (unmarked / file).write_bytes(raw)
+    shutil.move(unmarked, tmp_path / name)
+    ran = run("--resume")
+    assert ran.code == 1 and str(tmp_path / name) in ran.error and "--overwrite" in ran.error
