@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,9 +20,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from quantdit import checkpoint, files, memory, sealed
+from quantdit import checkpoint, files, memory, progress, sealed
 from quantdit.calibration import assignments, capture, chain
 from quantdit.calibration import calls as call_files
 from quantdit.calibration.assignments import Training
@@ -34,8 +34,9 @@ from quantdit.calibration.stats import Stats
 from quantdit.layer_spec import LayerSpec
 from quantdit.linear import QuantLinear, follow_timesteps, weight_bits
 from quantdit.models import adapter as adapters
-from quantdit.recipe import LayerPlan
+from quantdit.recipe import LayerPlan, layer_without_data
 from quantdit.streaming import Stream
+from quantdit.threads import one_thread
 from quantdit.timesteps import edges_of, timestep_of
 
 MEASURED_CALLS = 8
@@ -132,8 +133,13 @@ def quantize(job: Job, plans: Mapping[str, LayerPlan], folder: Path) -> Made:
     reports: dict[str, dict] = {}
     end_to_end = job.training is not None and job.training.mode == "end-to-end" and len(job.calls) > 0
     linears = {name: job.transformer.get_submodule(name) for name in plans} if end_to_end else {}
-    for unit in walk(job, plans, job.calls, folder):
-        reports |= _quantize_unit(job, unit, plans, folder)
+    with progress.bar(len(plans), "quantize", "layer") as bar:
+        for unit in walk(job, plans, job.calls, folder):
+            reports |= _quantize_unit(job, unit, plans, folder, bar.update)
+    if idle := [name for name, report in reports.items() if not report.get("calibrated", True)]:
+        more = f" and {len(idle) - 1} more" if len(idle) > 1 else ""
+        text = f"no call reached {idle[0]}{more}, which are quantized from their weights alone; more samples may reach them"
+        warnings.warn(files.Advice(text), stacklevel=2)
     if end_to_end:
         with job.timed("assignments"):
             _calibrate_end_to_end(job, linears, reports)
@@ -178,7 +184,7 @@ def describe_chain(job: Job) -> dict | None:
     return {"count": len(links), "replayed": sum(link.fed is None for link in links)}
 
 
-def walk(job: Job, names: Collection[str], calls: StoredCalls, folder: Path, description: str = "quantize") -> Iterator[Unit]:
+def walk(job: Job, names: Collection[str], calls: StoredCalls, folder: Path) -> Iterator[Unit]:
     """Yield block after block with its calls, as handed on by the blocks before as the caller left them; the rest last.
 
     Args:
@@ -186,14 +192,13 @@ def walk(job: Job, names: Collection[str], calls: StoredCalls, folder: Path, des
         names: of the layers to be quantized; blocks without any are walked through all the same.
         calls: of the transformer.
         folder: where the inputs of the next block are kept.
-        description: of the progress bar.
     """
     folder.mkdir(parents=True, exist_ok=True)
     links = links_of(job) if len(calls) else []
     if links:
-        yield from _walk_chain(job, links, names, calls, folder / "inputs", description)
+        yield from _walk_chain(job, links, names, calls, folder / "inputs")
     elif not len(calls):
-        for number, path in enumerate(tqdm(job.blocks, desc=description, unit="block")):
+        for number, path in enumerate(job.blocks):
             with job.loaded(path):
                 yield _unit(job, path, number, names, calls)
     done = tuple(f"{path}." for path in ([link.path for link in links] if len(calls) else job.blocks))
@@ -208,15 +213,13 @@ def _unit(job: Job, path: str, number: int, names: Collection[str], calls: Store
     return Unit(path, number, mine, job.transformer.get_submodule(path), calls)
 
 
-def _walk_chain(
-    job: Job, links: list[Link], names: Collection[str], calls: StoredCalls, inputs: Path, description: str
-) -> Iterator[Unit]:
+def _walk_chain(job: Job, links: list[Link], names: Collection[str], calls: StoredCalls, inputs: Path) -> Iterator[Unit]:
     reached = max((int(p.parent.name) for p in inputs.glob(f"*/{call_files.INDEX}")), default=-1)
     if reached < 0:
         with job.timed("propagate"):
             _first_inputs(job, links[0], calls, inputs / _number(0))
         reached = 0
-    for number, link in enumerate(tqdm(links, desc=description, unit="block")):
+    for number, link in enumerate(links):
         if number < reached:
             yield _unit(job, link.path, number, names, None)
             if job.stream is not None:
@@ -301,13 +304,19 @@ def _drift(job: Job, plans: Mapping[str, LayerPlan], folder: Path) -> float | No
     return capture.relative_error(pairs)
 
 
-def _quantize_unit(job: Job, unit: Unit, plans: Mapping[str, LayerPlan], folder: Path) -> dict[str, dict]:
-    """Replace the unit's linears by QuantLinears, from the folder if they are there, and return their reports."""
+def _quantize_unit(
+    job: Job, unit: Unit, plans: Mapping[str, LayerPlan], folder: Path, done: Callable[[int], object]
+) -> dict[str, dict]:
+    """Replace the unit's linears by QuantLinears, from the folder if they are there, and return their reports.
+
+    `done` is told how many more layers are done.
+    """
     if not unit.names:
         return {}
     tensors_path = folder / f"{unit.path}.safetensors"
     report_path = tensors_path.with_suffix(".json")
     if report_path.exists():
+        done(len(unit.names))
         return _install(job, tensors_path, report_path)
     if unit.calls is None:
         raise ValueError(f"{folder} lacks the finished block {unit.path}; {sealed.REMEDY}")
@@ -315,12 +324,16 @@ def _quantize_unit(job: Job, unit: Unit, plans: Mapping[str, LayerPlan], folder:
         stats = statistics_of(job, unit) if len(unit.calls) else {}
     linears, seed = unit.linears, job.unit_seed(unit.number)
     with job.timed("layers"):
-        made = {
-            name: quantize_layer(linear.weight, linear.bias, stats[name], plans[name], seed)
-            if name in stats
-            else quantize_without_data(linear.weight, linear.bias, plans[name], seed)
-            for name, linear in linears.items()
-        }
+        made = {}
+        for name, linear in linears.items():
+            if name in stats:
+                made[name] = quantize_layer(linear.weight, linear.bias, stats[name], plans[name], seed)
+            else:
+                plan = layer_without_data(plans[name]) if len(unit.calls) else plans[name]
+                made[name] = quantize_without_data(linear.weight, linear.bias, plan, seed)
+                if len(unit.calls):
+                    made[name].report["calibrated"] = False
+            done(1)
     if job.training is not None and job.training.mode == "block" and stats and unit.path != OUTSIDE:
         with job.timed("assignments"):
             made = _calibrated(job, unit.run, unit.calls, linears, made, stats, (unit.path,), seed)
@@ -340,6 +353,7 @@ def _quantize_unit(job: Job, unit: Unit, plans: Mapping[str, LayerPlan], folder:
     return reports
 
 
+@one_thread()
 def _calibrated(
     job: Job,
     module: nn.Module,
@@ -362,7 +376,7 @@ def _calibrated(
         paths: blocks whose outputs count.
         seed: of the choice of samples.
     """
-    groups = assignments.parts(made, job.training)
+    groups = assignments.parts({name: layer for name, layer in made.items() if name in stats}, job.training)
     if not groups:
         return dict(made)
     folder = job.folder / "wanted"
@@ -380,7 +394,7 @@ def _calibrated(
             call_files.save_outputs(folder / _file(i), run(call))
     examples = assignments.Examples(calls, lambda number: call_files.load_outputs(folder / _file(number)))
     made = dict(made)
-    with tqdm(total=job.training.steps * len(groups), desc="assignments", unit="step", leave=False) as bar:
+    with progress.bar(job.training.steps * len(groups), "train", "step", leave=False) as bar:
         for names in groups:
             with replaced(job.transformer, _hard(made)):
                 made |= _trained(job, {name: made[name] for name in names}, linears, stats, run, examples, seed, bar.update)
@@ -447,20 +461,18 @@ def _install(job: Job, tensors_path: Path, report_path: Path) -> dict[str, dict]
 
 
 def statistics_of(job: Job, unit: Unit) -> dict[str, Stats]:
-    """Return the statistics of the inputs of each of the unit's linears.
+    """Return the statistics of the inputs of each of the unit's linears; experts that no token reaches have none.
 
     Raises:
-        ValueError: a layer that is never called, or inputs that overflow.
+        ValueError: inputs that overflow.
     """
     stats: dict[str, Stats] = {}
     with capture.collecting(unit.linears, job.buckets, stats, job.tokens) as set_bucket:
         for call in unit.calls:
             set_bucket(call.bucket)
             capture.run_block(unit.run, call)
-    for name in unit.names:
-        if name not in stats:
-            raise ValueError(f"layer {name} was never called while sampling; leave it out with an earlier rule weight = 'dense'")
-        if not bool(torch.isfinite(stats[name].gram.diagonal()).all()):
+    for name, found in stats.items():
+        if not bool(torch.isfinite(found.gram.diagonal()).all()):
             raise ValueError(f"layer {name}: its inputs are so large that their squares overflow float32; the model is broken")
     return stats
 
@@ -471,6 +483,7 @@ def _report(made: dict, linear: nn.Linear, layer: QuantLinear, stats: Stats | No
     return made | {"bits_per_weight": round(weight_bits(layer), 4)} | error
 
 
+@one_thread()
 def _layer_error(linear: nn.Linear, layer: QuantLinear, stats: Stats) -> float:
     """Return rel_rmse of the layer's output on sampled calibration rows, quantized activations included."""
     error = power = 0.0

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import shutil
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 EXAMPLES = """examples:
@@ -23,12 +25,19 @@ EXAMPLES = """examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns 0, 1 for a user's error (one line on stderr), 2 for wrong usage, 130 if interrupted."""
+    """Run the command line; returns 0, 1 for a user's error (one line on stderr), 2 for wrong usage, 130 if interrupted.
+
+    Whoever reads the output may leave early (`| head -1`): that is no error. If work was left to do, it ends with 141, as
+    programs do that SIGPIPE ends.
+    """
     parser = _parser()
     args = parser.parse_args(argv)
     try:
         with _advice_as_lines():
-            return args.run(args)
+            code = args.run(args)
+    except BrokenPipeError:
+        _discard(sys.stdout, sys.stderr)
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         further = "; the same command with --resume goes on" if args.run is _calibrate else ""
         print(f"\nquantdit: interrupted{further}", file=sys.stderr)
@@ -37,9 +46,21 @@ def main(argv: list[str] | None = None) -> int:
         if args.traceback:
             traceback.print_exc()
         named = isinstance(error, OSError) and error.filename is not None and error.strerror
-        text = f"cannot open {error.filename2 or error.filename}: {error.strerror}; check the path" if named else error
-        print(f"quantdit: error: {text}", file=sys.stderr)
+        text = f"cannot open {error.filename2 or error.filename}: {error.strerror}; check the path" if named else str(error)
+        print("quantdit: error:", re.sub(r"\s*\n\s*", " ", text), file=sys.stderr)
         return 1
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        _discard(sys.stdout)
+    return code
+
+
+def _discard(*streams) -> None:
+    """Let what is still to be written to these streams go nowhere, so that Python does not complain when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream.fileno())
 
 
 @contextmanager
@@ -291,10 +312,12 @@ def _models(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    from quantdit import inspection, recipe
+    from quantdit import progress
+
+    progress.say(f"loading {args.model}")
+    from quantdit import inspection, recipe, work_folder
     from quantdit.compiler import ALREADY, REPORT, Target, calibrate
     from quantdit.pipeline import BareTransformer
-    from quantdit.work_folder import clear_disk_errors
 
     plan = recipe.from_bits(args.bits) if args.bits is not None else recipe.from_toml(args.recipe)
     target = None
@@ -307,8 +330,15 @@ def _calibrate(args: argparse.Namespace) -> int:
         plan = recipe.with_weight_format(plan, args.weight_format)
     if args.output is None:
         args.output = Path(f"{Path(args.model).resolve().name}-{args.bits if args.bits is not None else args.recipe.stem}")
-    scratch = args.output.with_name(f"{args.output.name}.random") if args.random_weights else None
-    with clear_disk_errors(args.output):
+    with work_folder.clear_disk_errors(args.output), ExitStack() as stack:
+        work_folder.check_output(args.output, args.overwrite, args.resume)
+        given = {"recipe": args.recipe, "prompts": args.prompts, "--weights folder": args.weights}
+        work_folder.check_apart(args.output, {what: (path,) for what, path in given.items() if path is not None})
+        scratch = None
+        if args.random_weights:
+            place = work_folder.place_of(args.output)
+            scratch = place.with_name(f"{place.name}.random")
+            stack.enter_context(work_folder.locked(scratch))
         pipeline, source = _open(args, scratch)
         if isinstance(pipeline, BareTransformer) and not args.random_weights:
             print(f"quantdit: note: {source.folder} has no pipeline, only a transformer: conditions are made up", file=sys.stderr)
@@ -323,15 +353,15 @@ def _calibrate(args: argparse.Namespace) -> int:
             shutil.rmtree(scratch)
     size, seconds = report["size"], report["seconds"]
     layers = report["layers"].values()
-    kind = "rel_rmse" if all("rel_rmse" in layer for layer in layers) else "weight_rel_rmse"
-    errors = [layer[kind] for layer in layers]
+    kind = "rel_rmse" if any("rel_rmse" in layer for layer in layers) else "weight_rel_rmse"
+    errors = [layer[kind] for layer in layers if kind in layer]
     if "warning" in report:
         print(f"quantdit: warning: {report['warning']}", file=sys.stderr)
     if report.get(ALREADY):
         print(f"{args.output} is finished already, by a run of the same settings; --overwrite calibrates again")
     memory = report["memory"]
     print(
-        f"{args.output}: {len(errors)} layers at {size['bits_per_weight']:.2f} bits a weight, {size['file_bytes'] / 1e6:.2f} MB,"
+        f"{args.output}: {len(layers)} layers at {size['bits_per_weight']:.2f} bits a weight, {size['file_bytes'] / 1e6:.2f} MB,"
         f" mean {kind} {sum(errors) / max(1, len(errors)):.4f}, {sum(seconds.values()):.0f} s, at most"
         f" {memory['peak_bytes'] / 2**30:.1f} GiB of memory; report in {args.output / REPORT}"
     )
@@ -368,7 +398,6 @@ def _open(args: argparse.Namespace, scratch: Path | None):
     """Return the pipeline to calibrate, or its bare transformer, and its source."""
     from dataclasses import replace
 
-    from quantdit import work_folder
     from quantdit.models.aliases import ALIASES, transformer_config
     from quantdit.pipeline import load_pipeline
     from quantdit.random_weights import open_scratch, write_random_transformer
@@ -379,7 +408,6 @@ def _open(args: argparse.Namespace, scratch: Path | None):
     alias = ALIASES.get(args.model)
     if alias is None or not alias.hub:
         raise ValueError(f"--random-weights needs a known model that is not embedded, got {args.model!r}; see quantdit models")
-    work_folder.check_output(args.output, args.overwrite or args.resume)
     open_scratch(scratch, {"model": args.model, "seed": args.seed})
     for number, part in enumerate(alias.transformers):
         write_random_transformer(transformer_config(args.model), scratch / part, args.seed + number)
@@ -409,10 +437,10 @@ def _settings(args: argparse.Namespace, pipeline: object):
 
 
 def _prompts(path: Path) -> list[str]:
-    try:
-        prompts = [line for line in path.read_text().splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file: {error}") from error
+    from quantdit import files
+
+    # Only line ends end a prompt: str.splitlines would cut it at U+2028 and others.
+    prompts = [line for line in files.read_text(path).split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")
     return prompts

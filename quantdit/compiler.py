@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import quantdit
-from quantdit import block_by_block, checkpoint, files, hadamard, memory, recipe, sealed, streaming, work_folder
+from quantdit import block_by_block, checkpoint, files, hadamard, memory, progress, recipe, sealed, streaming, work_folder
 from quantdit.block_by_block import Job, Made
 from quantdit.calibration import allocate, capture, sensitivity
 from quantdit.calibration import calls as call_files
@@ -382,22 +382,26 @@ def _sensitivities(job: Job, options: dict[str, dict[str, LayerPlan]]) -> dict[s
     folder = job.folder / "sensitivity"
     calls = call_files.recorded(folder / "calls") or call_files.store(sensitivity.few(job.calls), folder / "calls")
     found: dict[str, dict[str, dict]] = {}
-    for unit in block_by_block.walk(job, options, calls, folder, "sensitivity"):
-        path = folder / f"{unit.path}.json"
-        if unit.names and not path.exists():
-            stats = block_by_block.statistics_of(job, unit)
-            part = sensitivity.Part(unit.run, unit.linears, list(sensitivity.measured(unit.calls)), stats)
-            result = sensitivity.sensitivity(
-                part,
-                options,
-                job.transformer,
-                list(sensitivity.measured(calls)),
-                lambda made: QuantLinear.from_tensors(made.spec, made.tensors, made.bias),
-                job.unit_seed(unit.number),
-            )
-            sealed.write(path, result, job.run)
-        if unit.names:
-            found |= sealed.read(path, job.run)
+    with progress.bar(len(options), "measure what each layer's weight does", "layer") as bar:
+        for unit in block_by_block.walk(job, options, calls, folder):
+            path = folder / f"{unit.path}.json"
+            if unit.names and path.exists():
+                bar.update(len(unit.names))
+            elif unit.names:
+                stats = block_by_block.statistics_of(job, unit)
+                part = sensitivity.Part(unit.run, unit.linears, list(sensitivity.measured(unit.calls)), stats)
+                result = sensitivity.sensitivity(
+                    part,
+                    options,
+                    job.transformer,
+                    list(sensitivity.measured(calls)),
+                    lambda made: QuantLinear.from_tensors(made.spec, made.tensors, made.bias),
+                    job.unit_seed(unit.number),
+                    bar.update,
+                )
+                sealed.write(path, result, job.run)
+            if unit.names:
+                found |= sealed.read(path, job.run)
     return {name: found[name] for name in options}
 
 
