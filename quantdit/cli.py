@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import re
@@ -12,8 +13,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
+from typing import TextIO
 
 EXAMPLES = """examples:
   quantdit models
@@ -27,16 +29,18 @@ EXAMPLES = """examples:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, 1 for a user's error (one line on stderr), 2 for wrong usage, 130 if interrupted.
 
-    Whoever reads the output may leave early (`| head -1`): that is no error. If work was left to do, it ends with 141, as
-    programs do that SIGPIPE ends.
+    Whoever reads stdout may leave early (`| head -1`); the command ends as it would have. A closed stderr ends it with 141.
     """
     parser = _parser()
     args = parser.parse_args(argv)
     try:
-        with _advice_as_lines():
-            code = args.run(args)
+        with redirect_stdout(_Forgiving(sys.stdout or io.StringIO())) as printed, _advice_as_lines():
+            try:
+                return args.run(args)
+            finally:
+                printed.flush()
     except BrokenPipeError:
-        _discard(sys.stdout, sys.stderr)
+        _discard(sys.stderr)
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         further = "; the same command with --resume goes on" if args.run is _calibrate else ""
@@ -49,18 +53,34 @@ def main(argv: list[str] | None = None) -> int:
         text = f"cannot open {error.filename2 or error.filename}: {error.strerror}; check the path" if named else str(error)
         print("quantdit: error:", re.sub(r"\s*\n\s*", " ", text), file=sys.stderr)
         return 1
-    try:
-        print(end="", flush=True)
-    except BrokenPipeError:
-        _discard(sys.stdout)
-    return code
 
 
-def _discard(*streams) -> None:
-    """Let what is still to be written to these streams go nowhere, so that Python does not complain when it ends."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in streams:
-        os.dup2(nowhere, stream.fileno())
+class _Forgiving(io.TextIOBase):
+    """A stream whose reader may leave."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            _discard(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            _discard(self._stream)
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+
+def _discard(stream: TextIO) -> None:
+    """Let what is still to be written to a stream go nowhere, so that Python does not complain when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def check_apart(output: Path, given: Mapping[str, Iterable[Path]]) -> None:
 
 def paths_of(source: Path) -> list[Path]:
     """Return a model's folder, what lies in it and in its folders: links in it may lead elsewhere."""
-    return [source, *source.glob("*"), *source.glob("*/*")]
+    return [path for path in (source, *source.glob("*"), *source.glob("*/*")) if path.exists()]
 
 
 @contextmanager

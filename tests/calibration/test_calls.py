@@ -174,7 +174,7 @@ def test_calls_are_read_when_they_are_asked_for_and_kept_by_nobody(tmp_path: Pat
     stored.entries[1].path.unlink()
     part, walk = stored[1:], iter(stored)
     assert next(walk).bucket == 0 and len(part) == 4
-    with pytest.raises(ValueError, match="000001.safetensors is not what"):
+    with pytest.raises(ValueError, match=r"000001\.safetensors is not what"):
         next(walk)
     assert same(stored[4].args[0], numbers(2) + 4)
     stored[4].args[0].zero_()
@@ -203,7 +203,7 @@ def test_any_flipped_bit_is_noticed(tmp_path: Path, name: str):
 def test_calls_of_another_run_are_refused(tmp_path: Path):
     call_files.finish(tmp_path, {"base": "x"}, "one run")
     assert call_files.index_of(tmp_path, "one run")["base"] == "x"
-    with pytest.raises(ValueError, match="another run.*--overwrite"):
+    with pytest.raises(ValueError, match=r"another run.*--overwrite"):
         call_files.index_of(tmp_path, "another")
 
 
