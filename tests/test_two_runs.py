@@ -130,14 +130,14 @@ def test_twenty_pairs_of_runs_never_mix(arguments, tmp_path: Path):
         command = [sys.executable, "-P", "-c", code, *arguments(weight, *more)]
         return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
-    counts = {"refused": 0, "after": 0}
+    refusals = 0
     began = time.perf_counter()
     first = begin("table4", "--overwrite")
     first.communicate()
     seconds = time.perf_counter() - began
     for number in range(20):
         first = begin("table4", "--overwrite")
-        time.sleep(random.Random(number).uniform(0, 0.5) * seconds)
+        time.sleep(random.Random(number).uniform(0, 0.15) * seconds)
         second = begin("int8", "--overwrite")
         texts = first.communicate()[1], second.communicate()[1]
         refused = [
@@ -146,8 +146,8 @@ def test_twenty_pairs_of_runs_never_mix(arguments, tmp_path: Path):
         assert sum(refused) <= 1 and all(
             p.returncode == (1 if r else 0) for p, r in zip((first, second), refused, strict=True)
         ), texts
-        counts["refused" if any(refused) else "after"] += 1
+        refusals += any(refused)
         recipe = json.loads((tmp_path / "out" / REPORT).read_text())["recipe"]["rule"][0]["weight"]
         assert files.digest(tmp_path / "out" / "transformer") == wanted[recipe]
         assert not (tmp_path / "out.partial").exists() and not (tmp_path / ".out.lock").exists()
-    print(counts)
+    assert refusals, "no two runs met"
