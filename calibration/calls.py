@@ -2,14 +2,14 @@
 
 A call is one safetensors file: its tensors by number, and in the metadata the shape of its arguments as JSON with those numbers
 in the tensors' places. What a block hands to the next is kept in a second, small file beside the first block's call.
+A folder's index has the sha256 of each file, which is checked when the file is first read.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import overload
 
@@ -18,11 +18,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quantdit import files, sealed
+
 INDEX = "index.json"
 _CALL = "call"
+_SUMS = "sha256"
 _COMPLEX = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 Key = int | str  # a position or a keyword
+Sums = MutableMapping[Path, str]  # sha256 of files that are still to be checked
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class StoredCall:
         output: file of what the module returned, if that was recorded.
         carried: file of the tensors `0`, `1`, ... that a block before returned.
         fed: (argument, number of the tensor in `carried`).
+        sums: of these files, and of others in their folders.
     """
 
     path: Path
@@ -75,15 +80,20 @@ class StoredCall:
     output: Path | None = None
     carried: Path | None = None
     fed: tuple[tuple[Key, int], ...] = ()
+    sums: Sums = field(default_factory=dict)
 
     def load(self) -> Call:
-        """Read the call into memory."""
-        args, kwargs = _read(self.path)
-        output = _read(self.output)[0][0] if self.output is not None else None
+        """Read the call into memory.
+
+        Raises:
+            ValueError: a file is not what was written.
+        """
+        args, kwargs = _read(self.path, self.sums)
+        output = _read(self.output, self.sums)[0][0] if self.output is not None else None
         call = Call(args, kwargs, self.bucket, output)
         if self.carried is None:
             return call
-        outputs = load_outputs(self.carried)
+        outputs = load_outputs(self.carried, self.sums)
         return call.with_arguments({key: outputs[number] for key, number in self.fed})
 
 
@@ -124,9 +134,13 @@ def save_outputs(path: Path, outputs: Sequence[Tensor | None]) -> None:
     save_call(path, tuple(outputs), {})
 
 
-def load_outputs(path: Path) -> tuple[Tensor | None, ...]:
-    """Read what `save_outputs` wrote."""
-    return _read(path)[0]
+def load_outputs(path: Path, sums: Sums | None = None) -> tuple[Tensor | None, ...]:
+    """Read what `save_outputs` wrote; `sums` of the folder's index, if it has one.
+
+    Raises:
+        ValueError: the file is not what was written.
+    """
+    return _read(path, {} if sums is None else sums)[0]
 
 
 def save_recorded(folder: Path, number: int, args: tuple, kwargs: dict) -> None:
@@ -156,11 +170,11 @@ def recorded(folder: Path) -> StoredCalls | None:
     index = index_of(folder)
     if index is None:
         return None
-    outputs = {number: _output_path(folder, number) for number, _ in index["calls"]}
-    entries = [
-        StoredCall(_call_path(folder, number), bucket, outputs[number] if outputs[number].exists() else None)
-        for number, bucket in index["calls"]
-    ]
+    sums = sums_of(folder)
+    entries = []
+    for number, bucket in index["calls"]:
+        output = _output_path(folder, number)
+        entries.append(StoredCall(_call_path(folder, number), bucket, output if output in sums else None, sums=sums))
     return StoredCalls(tuple(entries))
 
 
@@ -176,17 +190,38 @@ def store(calls: Iterable[Call], folder: Path) -> StoredCalls:
     return finish_recorded(folder, buckets)
 
 
-def finish(folder: Path, content: dict) -> None:
-    """Mark a folder of calls as whole; what has no mark was interrupted."""
-    part = folder / f"{INDEX}.part"
-    part.write_text(json.dumps(content) + "\n")
-    os.replace(part, folder / INDEX)
+def finish(folder: Path, content: dict, run: str = "") -> None:
+    """Mark a folder of calls as whole, its files flushed to the disk; what has no mark was interrupted.
+
+    Args:
+        folder: of the calls.
+        content: JSON to keep with the mark.
+        run: names the run, as for `sealed.write`.
+    """
+    sums = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        files.fsync(path)
+        sums[path.name] = files.sha256(path)
+    sealed.write(folder / INDEX, content | {_SUMS: sums}, run)
 
 
-def index_of(folder: Path) -> dict | None:
-    """Return what `finish` wrote; None if the folder is not whole."""
+def index_of(folder: Path, run: str = "") -> dict | None:
+    """Return what `finish` wrote; None if the folder is not whole.
+
+    Raises:
+        ValueError: the mark is damaged, or of another run.
+    """
     path = folder / INDEX
-    return json.loads(path.read_text()) if path.exists() else None
+    return sealed.read(path, run) if path.exists() else None
+
+
+def sums_of(folder: Path, run: str = "") -> dict[Path, str]:
+    """Return the sha256 of each file of a whole folder.
+
+    Raises:
+        ValueError: as `index_of`, or the folder is not whole.
+    """
+    return {folder / name: found for name, found in sealed.read(folder / INDEX, run)[_SUMS].items()}
 
 
 def _describe(value: object, tensors: dict[str, Tensor], numbers: dict[int, str]) -> list:
@@ -212,7 +247,11 @@ def _describe(value: object, tensors: dict[str, Tensor], numbers: dict[int, str]
     )
 
 
-def _read(path: Path) -> tuple[tuple, dict]:
+def _read(path: Path, sums: Sums) -> tuple[tuple, dict]:
+    if path in sums:
+        if not path.exists() or files.sha256(path) != sums[path]:
+            raise ValueError(f"{path} is not what the interrupted run wrote; {sealed.REMEDY}")
+        del sums[path]
     with safe_open(path, framework="pt") as file:
         # A copy: a mapped tensor would keep the pages of the file in memory.
         tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - not a mapping

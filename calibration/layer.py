@@ -17,6 +17,7 @@ from quantdit.calibration.stats import Stats
 from quantdit.layer_spec import ActivationSpec, LayerSpec
 from quantdit.qtensor import QTensor
 from quantdit.recipe import LayerPlan
+from quantdit.threads import one_thread
 from quantdit.transform import Transform
 
 HISTOGRAM_BINS = 97
@@ -34,8 +35,9 @@ class Quantized:
     report: dict
 
 
+@one_thread()
 def quantize_layer(weight: Tensor, bias: Tensor | None, stats: Stats, plan: LayerPlan, seed: int) -> Quantized:
-    """Return one linear quantized as its plan says.
+    """Return one linear quantized as its plan says; the bytes do not depend on the number of threads.
 
     Args:
         weight: `[out, in]` float.

@@ -13,8 +13,10 @@ from quantdit.calibration.layer import Quantized, histogram
 from quantdit.calibration.quantize import quantize_weight
 from quantdit.layer_spec import LayerSpec
 from quantdit.recipe import LayerPlan
+from quantdit.threads import one_thread
 
 
+@one_thread()
 def quantize_without_data(weight: Tensor, bias: Tensor | None, plan: LayerPlan, seed: int) -> Quantized:
     """Return one linear quantized as its plan says, which `recipe.without_data` has made one that needs no inputs.
 

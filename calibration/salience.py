@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from quantdit.calibration.calls import Call, StoredCalls
 from quantdit.calibration.chain import first_call, run_call
 from quantdit.models.call_view import CallView, times_rise, view
+from quantdit.threads import one_thread
 from quantdit.timesteps import rising
 
 LEVELS = 7  # of symmetric int4, to each side
 
 
+@one_thread()
 def salient_calls(transformer: nn.Module, first_block: str, calls: StoredCalls, count: int) -> StoredCalls:
     """Return the calls of the `count` timesteps of the largest salience, in the order they were made.
 

@@ -18,16 +18,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from quantdit.calibration.calls import Call, rows_of
 from quantdit.calibration.capture import first_tensor, run_block
 from quantdit.calibration.chain import run_call
 from quantdit.calibration.layer import Quantized, quantize_layer
+from quantdit.calibration.no_data import quantize_without_data
 from quantdit.calibration.stats import Stats
 from quantdit.formats import FORMATS, QSpec
 from quantdit.layer_spec import LayerSpec, stored_bytes
-from quantdit.recipe import LayerPlan
+from quantdit.recipe import LayerPlan, layer_without_data
+from quantdit.threads import one_thread
 
 STATISTICS_CALLS = 20
 MEASURED_CALLS = 4
@@ -73,11 +76,12 @@ def sensitivity(
     model_calls: list[Call],
     build: Callable[[Quantized], nn.Module],
     seed: int,
+    done: Callable[[int], object] = lambda count: None,
 ) -> dict[str, dict[str, dict]]:
     """Return for each layer and weight format its `bytes` and `error`, the rel_rmse of the model's output it alone causes.
 
     Of more than three widths the narrowest, the middle one and the widest are measured; between them the error is interpolated
-    (`measured` false), which predicts as well.
+    (`measured` false), which predicts as well. Layers without statistics, which no call reached, have the middle one alone.
 
     Args:
         part: the block.
@@ -86,8 +90,9 @@ def sensitivity(
         model_calls: the transformer's calls that `part.calls` stem from, with their outputs.
         build: makes the module that runs a quantized layer.
         seed: as for `quantize_layer`.
+        done: is told how many more layers are done.
     """
-    power = sum(float(call.output.float().square().sum()) for call in model_calls if call.output is not None)
+    power = sum(_squared(call.output, torch.zeros(())) for call in model_calls if call.output is not None)
     reference = [_tensors(run_call(part.module, call)) for call in part.calls]
 
     def block_errors() -> list[float]:
@@ -97,7 +102,14 @@ def sensitivity(
     errors: dict[str, dict[str, list[float]]] = {}
     specs: dict[str, dict[str, LayerSpec]] = {}
     middle: dict[str, nn.Module] = {}
+    idle: dict[str, dict[str, dict]] = {}
     for name, linear in part.linears.items():
+        if name not in part.stats:
+            weight = list(plans[name])[len(plans[name]) // 2]
+            made = quantize_without_data(linear.weight, linear.bias, layer_without_data(plans[name][weight]), seed)
+            idle[name] = {weight: {"bytes": stored_bytes(made.spec), "error": 0.0, "measured": False}}
+            done(1)
+            continue
         errors[name], specs[name] = {}, {}
         for weight in _measured_widths(list(plans[name])):
             made = quantize_layer(linear.weight, linear.bias, part.stats[name], plans[name][weight], seed)
@@ -107,6 +119,7 @@ def sensitivity(
                 errors[name][weight] = block_errors()
             if len(errors[name]) <= 2:  # the middle one, or the only one
                 middle[name] = layer
+        done(1)
     if part.module is transformer:
         gains = [1.0] * len(part.calls)
     else:
@@ -118,7 +131,7 @@ def sensitivity(
         name: {w: sum(g * e for g, e in zip(gains, by_call, strict=True)) / max(power, 1e-30) for w, by_call in widths.items()}
         for name, widths in errors.items()
     }
-    return {name: _all_widths(plans[name], squared[name], specs[name]) for name in part.linears}
+    return {name: idle.get(name) or _all_widths(plans[name], squared[name], specs[name]) for name in part.linears}
 
 
 @contextmanager
@@ -170,6 +183,7 @@ def _all_widths(plans: Mapping[str, LayerPlan], squared: Mapping[str, float], sp
     return result
 
 
+@one_thread()
 def _squared(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).square().sum())
 

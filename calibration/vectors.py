@@ -91,7 +91,13 @@ def group_roots(H: Tensor, d: int) -> Tensor:
     """Return the Cholesky factors `[in / d, d, d]` of the diagonal blocks of H `[in, in]` float32."""
     blocks = H.unflatten(0, (-1, d)).unflatten(2, (-1, d)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     # A dead input has no error; a little of the mean keeps its block positive definite.
-    return torch.linalg.cholesky(blocks + 1e-6 * H.diagonal().mean().clamp_min(1e-30) * torch.eye(d, dtype=H.dtype))
+    blocks = blocks + 1e-6 * H.diagonal().mean().clamp_min(1e-30) * torch.eye(d, dtype=H.dtype)
+    roots, failed = torch.linalg.cholesky_ex(blocks)
+    if bool(failed.any()):  # few tokens leave blocks that are singular, which rounding makes worse
+        traces = blocks.diagonal(dim1=1, dim2=2).sum(dim=1)
+        firm = torch.linalg.cholesky(blocks + 1e-4 * torch.diag_embed(traces[:, None].expand(-1, d)))
+        roots = torch.where(failed[:, None, None] > 0, firm, roots)
+    return roots
 
 
 def on_int8_grid(codebook: Tensor) -> tuple[Tensor, Tensor]:

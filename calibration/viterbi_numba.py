@@ -15,6 +15,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from quantdit.threads import allowed
+
 RUN = 64
 FEW = 2  # sequences that are worth a thread of their own
 
@@ -26,7 +28,7 @@ def solve(x: Tensor, entries: Tensor, bits: int, first: Tensor | None, last: Ten
     ends = [np.full(many, -1) if end is None else end.numpy() for end in (first, last)]
     codes = np.empty(x.shape, dtype=np.uint8)
     sequences = x.contiguous().numpy()
-    threads = max(1, min(torch.get_num_threads(), many // FEW))
+    threads = max(1, min(allowed(), many // FEW))
     parts = [slice(many * i // threads, many * (i + 1) // threads) for i in range(threads)]
 
     def work(part: slice) -> None:

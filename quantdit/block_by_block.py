@@ -7,11 +7,10 @@ at any moment goes on at the last finished block, and ends with the same bytes.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,9 +20,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from quantdit import checkpoint, files, memory
+from quantdit import checkpoint, files, memory, progress, sealed
 from quantdit.calibration import assignments, capture, chain
 from quantdit.calibration import calls as call_files
 from quantdit.calibration.assignments import Training
@@ -37,8 +35,9 @@ from quantdit.layer_spec import LayerSpec
 from quantdit.linear import QuantLinear, follow_timesteps, weight_bits
 from quantdit.models import adapter as adapters
 from quantdit.models.call_view import view
-from quantdit.recipe import LayerPlan
+from quantdit.recipe import LayerPlan, layer_without_data
 from quantdit.streaming import Stream
+from quantdit.threads import one_thread
 from quantdit.timesteps import edges_of
 
 MEASURED_CALLS = 8
@@ -59,6 +58,7 @@ class Job:
         stream: reads blocks that are not in memory; None if all are.
         tokens: rows of each call that statistics are made of; 0 for all.
         training: how assignments are calibrated; None for not at all.
+        run: names the run; what another one left in the folder is refused.
         seconds: spent so far, by stage.
     """
 
@@ -71,6 +71,7 @@ class Job:
     stream: Stream | None = None
     tokens: int = 0
     training: Training | None = None
+    run: str = ""
     seconds: Counter[str] = field(default_factory=Counter)
 
     def unit_seed(self, number: int) -> int:
@@ -133,8 +134,13 @@ def quantize(job: Job, plans: Mapping[str, LayerPlan], folder: Path) -> Made:
     reports: dict[str, dict] = {}
     end_to_end = job.training is not None and job.training.mode == "end-to-end" and len(job.calls) > 0
     linears = {name: job.transformer.get_submodule(name) for name in plans} if end_to_end else {}
-    for unit in walk(job, plans, job.calls, folder):
-        reports |= _quantize_unit(job, unit, plans, folder)
+    with progress.bar(len(plans), "quantize", "layer") as bar:
+        for unit in walk(job, plans, job.calls, folder):
+            reports |= _quantize_unit(job, unit, plans, folder, bar.update)
+    if idle := [name for name, report in reports.items() if not report.get("calibrated", True)]:
+        more = f" and {len(idle) - 1} more" if len(idle) > 1 else ""
+        text = f"no call reached {idle[0]}{more}, which are quantized from their weights alone; more samples may reach them"
+        warnings.warn(files.Advice(text), stacklevel=2)
     if end_to_end:
         with job.timed("assignments"):
             _calibrate_end_to_end(job, linears, reports)
@@ -164,8 +170,8 @@ def links_of(job: Job) -> list[Link]:
                     " --memory-budget"
                 ) from error
             links = []
-        files.write_json(path, {"links": [link.to_dict() for link in links]})
-    return [Link.from_dict(content) for content in files.read_json(path)["links"]]
+        sealed.write(path, {"links": [link.to_dict() for link in links]}, job.run)
+    return [Link.from_dict(content) for content in sealed.read(path, job.run)["links"]]
 
 
 def describe_chain(job: Job) -> dict | None:
@@ -179,7 +185,7 @@ def describe_chain(job: Job) -> dict | None:
     return {"count": len(links), "replayed": sum(link.fed is None for link in links)}
 
 
-def walk(job: Job, names: Collection[str], calls: StoredCalls, folder: Path, description: str = "quantize") -> Iterator[Unit]:
+def walk(job: Job, names: Collection[str], calls: StoredCalls, folder: Path) -> Iterator[Unit]:
     """Yield block after block with its calls, as handed on by the blocks before as the caller left them; the rest last.
 
     Args:
@@ -187,14 +193,13 @@ def walk(job: Job, names: Collection[str], calls: StoredCalls, folder: Path, des
         names: of the layers to be quantized; blocks without any are walked through all the same.
         calls: of the transformer.
         folder: where the inputs of the next block are kept.
-        description: of the progress bar.
     """
     folder.mkdir(parents=True, exist_ok=True)
     links = links_of(job) if len(calls) else []
     if links:
-        yield from _walk_chain(job, links, names, calls, folder / "inputs", description)
+        yield from _walk_chain(job, links, names, calls, folder / "inputs")
     elif not len(calls):
-        for number, path in enumerate(tqdm(job.blocks, desc=description, unit="block")):
+        for number, path in enumerate(job.blocks):
             with job.loaded(path):
                 yield _unit(job, path, number, names, calls)
     done = tuple(f"{path}." for path in ([link.path for link in links] if len(calls) else job.blocks))
@@ -209,22 +214,20 @@ def _unit(job: Job, path: str, number: int, names: Collection[str], calls: Store
     return Unit(path, number, mine, job.transformer.get_submodule(path), calls)
 
 
-def _walk_chain(
-    job: Job, links: list[Link], names: Collection[str], calls: StoredCalls, inputs: Path, description: str
-) -> Iterator[Unit]:
+def _walk_chain(job: Job, links: list[Link], names: Collection[str], calls: StoredCalls, inputs: Path) -> Iterator[Unit]:
     reached = max((int(p.parent.name) for p in inputs.glob(f"*/{call_files.INDEX}")), default=-1)
     if reached < 0:
         with job.timed("propagate"):
             _first_inputs(job, links[0], calls, inputs / _number(0))
         reached = 0
-    for number, link in enumerate(tqdm(links, desc=description, unit="block")):
+    for number, link in enumerate(links):
         if number < reached:
             yield _unit(job, link.path, number, names, None)
             if job.stream is not None:
                 job.stream.drop(link.path)
             continue
         with job.loaded(link.path):
-            mine = _open_inputs(inputs / _number(number), calls)
+            mine = _open_inputs(job, inputs / _number(number), calls)
             yield _unit(job, link.path, number, names, mine)
             with job.timed("propagate"):
                 _hand_on(job, links, number, calls, mine, inputs)
@@ -236,16 +239,17 @@ def _first_inputs(job: Job, first: Link, calls: StoredCalls, folder: Path) -> No
     for i, call in enumerate(calls):
         reached = chain.first_call(job.transformer, first.path, call)
         call_files.save_call(folder / _file(i), reached.args, reached.kwargs)
-    call_files.finish(folder, {"base": folder.name, "fed": []})
+    call_files.finish(folder, {"base": folder.name, "fed": []}, job.run)
 
 
-def _open_inputs(folder: Path, calls: StoredCalls) -> StoredCalls:
+def _open_inputs(job: Job, folder: Path, calls: StoredCalls) -> StoredCalls:
     """Return the calls of a block: what the folder holds in full, or in place of arguments of an earlier block's calls."""
-    index = call_files.index_of(folder)
+    index = call_files.index_of(folder, job.run)
     base = folder.parent / index["base"]
     fed = tuple((key, number) for key, number in index["fed"])
+    sums = call_files.sums_of(base, job.run) | call_files.sums_of(folder, job.run)
     entries = [
-        StoredCall(base / _file(i), entry.bucket, carried=None if base == folder else folder / _file(i), fed=fed)
+        StoredCall(base / _file(i), entry.bucket, carried=None if base == folder else folder / _file(i), fed=fed, sums=sums)
         for i, entry in enumerate(calls.entries)
     ]
     return StoredCalls(tuple(entries))
@@ -256,7 +260,7 @@ def _hand_on(job: Job, links: list[Link], number: int, calls: StoredCalls, mine:
     folder = inputs / _number(number + 1)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    base = call_files.index_of(inputs / _number(number))["base"]
+    base = call_files.index_of(inputs / _number(number), job.run)["base"]
     following = links[number + 1] if number + 1 < len(links) else None
     replayed = following is not None and following.fed is None
     ends = inputs.parent / "ends"  # outputs that a later replay needs
@@ -264,18 +268,21 @@ def _hand_on(job: Job, links: list[Link], number: int, calls: StoredCalls, mine:
     if is_needed:
         (ends / _number(number)).mkdir(parents=True, exist_ok=True)
     block = job.transformer.get_submodule(links[number].path)
+    earlier = {j: call_files.sums_of(ends / _number(j), job.run) for j in (following.needs if replayed else ())}
     for i, call in enumerate(mine):
         outputs = chain.outputs_of(capture.run_block(block, call))
         if is_needed:
             call_files.save_outputs(ends / _number(number) / _file(i), outputs)
         if replayed:
-            recorded = {j: call_files.load_outputs(ends / _number(j) / _file(i)) for j in following.needs}
+            recorded = {j: call_files.load_outputs(ends / _number(j) / _file(i), sums) for j, sums in earlier.items()}
             reached = chain.next_call(job.transformer, links, number, calls[i], recorded | {number: outputs})
             call_files.save_call(folder / _file(i), reached.args, reached.kwargs)
         else:
             call_files.save_outputs(folder / _file(i), outputs)
+    if is_needed:
+        call_files.finish(ends / _number(number), {}, job.run)
     base = folder.name if replayed else base
-    call_files.finish(folder, {"base": base, "fed": [] if following is None else list(following.fed or ())})
+    call_files.finish(folder, {"base": base, "fed": [] if following is None else list(following.fed or ())}, job.run)
     for old in inputs.iterdir():
         if old.name not in (base, folder.name):
             shutil.rmtree(old)
@@ -290,33 +297,44 @@ def _drift(job: Job, plans: Mapping[str, LayerPlan], folder: Path) -> float | No
         with job.following():
             return capture.model_error(job.transformer, job.calls[::stride])
     last = folder / "inputs" / _number(len(links))
+    sums = call_files.sums_of(last, job.run)
     pairs = (
-        (chain.last_output(job.transformer, links, call, call_files.load_outputs(last / _file(i * stride))), call.output)
+        (chain.last_output(job.transformer, links, call, call_files.load_outputs(last / _file(i * stride), sums)), call.output)
         for i, call in enumerate(job.calls[::stride])
     )
     return capture.relative_error(pairs)
 
 
-def _quantize_unit(job: Job, unit: Unit, plans: Mapping[str, LayerPlan], folder: Path) -> dict[str, dict]:
-    """Replace the unit's linears by QuantLinears, from the folder if they are there, and return their reports."""
+def _quantize_unit(
+    job: Job, unit: Unit, plans: Mapping[str, LayerPlan], folder: Path, done: Callable[[int], object]
+) -> dict[str, dict]:
+    """Replace the unit's linears by QuantLinears, from the folder if they are there, and return their reports.
+
+    `done` is told how many more layers are done.
+    """
     if not unit.names:
         return {}
     tensors_path = folder / f"{unit.path}.safetensors"
     report_path = tensors_path.with_suffix(".json")
     if report_path.exists():
+        done(len(unit.names))
         return _install(job, tensors_path, report_path)
     if unit.calls is None:
-        raise ValueError(f"{folder} lacks the finished block {unit.path}; drop --resume and begin again with --overwrite")
+        raise ValueError(f"{folder} lacks the finished block {unit.path}; {sealed.REMEDY}")
     with job.timed("statistics"):
         stats = statistics_of(job, unit) if len(unit.calls) else {}
     linears, seed = unit.linears, job.unit_seed(unit.number)
     with job.timed("layers"):
-        made = {
-            name: quantize_layer(linear.weight, linear.bias, stats[name], plans[name], seed)
-            if name in stats
-            else quantize_without_data(linear.weight, linear.bias, plans[name], seed)
-            for name, linear in linears.items()
-        }
+        made = {}
+        for name, linear in linears.items():
+            if name in stats:
+                made[name] = quantize_layer(linear.weight, linear.bias, stats[name], plans[name], seed)
+            else:
+                plan = layer_without_data(plans[name]) if len(unit.calls) else plans[name]
+                made[name] = quantize_without_data(linear.weight, linear.bias, plan, seed)
+                if len(unit.calls):
+                    made[name].report["calibrated"] = False
+            done(1)
     if job.training is not None and job.training.mode == "block" and stats and unit.path != OUTSIDE:
         with job.timed("assignments"):
             made = _calibrated(job, unit.run, unit.calls, linears, made, stats, (unit.path,), seed)
@@ -330,12 +348,13 @@ def _quantize_unit(job: Job, unit: Unit, plans: Mapping[str, LayerPlan], folder:
     save_file(stored, part)
     files.fsync(part)
     os.replace(part, tensors_path)
-    files.write_json(report_path, {"sha256": _digest(tensors_path, reports), "layers": reports})
+    sealed.write(report_path, {"sha256": files.sha256(tensors_path), "layers": reports}, job.run)
     if job.stream is not None:
         job.stream.adopt(tensors_path, list(stored))
     return reports
 
 
+@one_thread()
 def _calibrated(
     job: Job,
     module: nn.Module,
@@ -358,7 +377,7 @@ def _calibrated(
         paths: blocks whose outputs count.
         seed: of the choice of samples.
     """
-    groups = assignments.parts(made, job.training)
+    groups = assignments.parts({name: layer for name, layer in made.items() if name in stats}, job.training)
     if not groups:
         return dict(made)
     folder = job.folder / "wanted"
@@ -376,7 +395,7 @@ def _calibrated(
             call_files.save_outputs(folder / _file(i), run(call))
     examples = assignments.Examples(calls, lambda number: call_files.load_outputs(folder / _file(number)))
     made = dict(made)
-    with tqdm(total=job.training.steps * len(groups), desc="assignments", unit="step", leave=False) as bar:
+    with progress.bar(job.training.steps * len(groups), "train", "step", leave=False) as bar:
         for names in groups:
             with replaced(job.transformer, _hard(made)):
                 made |= _trained(job, {name: made[name] for name in names}, linears, stats, run, examples, seed, bar.update)
@@ -429,9 +448,9 @@ def _calibrate_end_to_end(job: Job, linears: Mapping[str, nn.Linear], reports: d
 
 def _install(job: Job, tensors_path: Path, report_path: Path) -> dict[str, dict]:
     """Put the layers of a finished block into the transformer."""
-    finished = files.read_json(report_path)
-    if not tensors_path.exists() or _digest(tensors_path, finished.get("layers")) != finished.get("sha256"):
-        raise ValueError(f"{tensors_path} is not what the interrupted run wrote; drop --resume and begin again with --overwrite")
+    finished = sealed.read(report_path, job.run)
+    if not tensors_path.exists() or files.sha256(tensors_path) != finished["sha256"]:
+        raise ValueError(f"{tensors_path} is not what the interrupted run wrote; {sealed.REMEDY}")
     stored, reports = load_file(tensors_path), finished["layers"]
     for name in reports:
         tensors = {k.removeprefix(f"{name}."): t for k, t in stored.items() if k.startswith(f"{name}.")}
@@ -443,27 +462,20 @@ def _install(job: Job, tensors_path: Path, report_path: Path) -> dict[str, dict]
 
 
 def statistics_of(job: Job, unit: Unit) -> dict[str, Stats]:
-    """Return the statistics of the inputs of each of the unit's linears.
+    """Return the statistics of the inputs of each of the unit's linears; experts that no token reaches have none.
 
     Raises:
-        ValueError: a layer that is never called, or inputs that overflow.
+        ValueError: inputs that overflow.
     """
     stats: dict[str, Stats] = {}
     with capture.collecting(unit.linears, job.buckets, stats, job.tokens) as set_bucket:
         for call in unit.calls:
             set_bucket(call.bucket)
             capture.run_block(unit.run, call)
-    for name in unit.names:
-        if name not in stats:
-            raise ValueError(f"layer {name} was never called while sampling; leave it out with an earlier rule weight = 'dense'")
-        if not bool(torch.isfinite(stats[name].gram.diagonal()).all()):
+    for name, found in stats.items():
+        if not bool(torch.isfinite(found.gram.diagonal()).all()):
             raise ValueError(f"layer {name}: its inputs are so large that their squares overflow float32; the model is broken")
     return stats
-
-
-def _digest(tensors_path: Path, reports: object) -> str:
-    """Return the sha256 of a finished block: its tensors and its reports."""
-    return hashlib.sha256((files.sha256(tensors_path) + json.dumps(reports)).encode()).hexdigest()
 
 
 def _report(made: dict, linear: nn.Linear, layer: QuantLinear, stats: Stats | None) -> dict:
@@ -472,6 +484,7 @@ def _report(made: dict, linear: nn.Linear, layer: QuantLinear, stats: Stats | No
     return made | {"bits_per_weight": round(weight_bits(layer), 4)} | error
 
 
+@one_thread()
 def _layer_error(linear: nn.Linear, layer: QuantLinear, stats: Stats) -> float:
     """Return rel_rmse of the layer's output on sampled calibration rows, quantized activations included."""
     error = power = 0.0

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
+from typing import TextIO
 
 EXAMPLES = """examples:
   quantdit models
@@ -24,12 +28,21 @@ EXAMPLES = """examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns 0, 1 for a user's error (one line on stderr), 2 for wrong usage, 130 if interrupted."""
+    """Run the command line; returns 0, 1 for a user's error (one line on stderr), 2 for wrong usage, 130 if interrupted.
+
+    Whoever reads stdout may leave early (`| head -1`); the command ends as it would have. A closed stderr ends it with 141.
+    """
     parser = _parser()
     args = parser.parse_args(argv)
     try:
-        with _advice_as_lines():
-            return args.run(args)
+        with redirect_stdout(_Forgiving(sys.stdout or io.StringIO())) as printed, _advice_as_lines():
+            try:
+                return args.run(args)
+            finally:
+                printed.flush()
+    except BrokenPipeError:
+        _discard(sys.stderr)
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         further = "; the same command with --resume goes on" if args.run is _calibrate else ""
         print(f"\nquantdit: interrupted{further}", file=sys.stderr)
@@ -38,9 +51,37 @@ def main(argv: list[str] | None = None) -> int:
         if args.traceback:
             traceback.print_exc()
         named = isinstance(error, OSError) and error.filename is not None and error.strerror
-        text = f"cannot open {error.filename2 or error.filename}: {error.strerror}; check the path" if named else error
-        print(f"quantdit: error: {text}", file=sys.stderr)
+        text = f"cannot open {error.filename2 or error.filename}: {error.strerror}; check the path" if named else str(error)
+        print("quantdit: error:", re.sub(r"\s*\n\s*", " ", text), file=sys.stderr)
         return 1
+
+
+class _Forgiving(io.TextIOBase):
+    """A stream whose reader may leave."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            _discard(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            _discard(self._stream)
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+
+def _discard(stream: TextIO) -> None:
+    """Let what is still to be written to a stream go nowhere, so that Python does not complain when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager
@@ -296,10 +337,12 @@ def _models(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    from quantdit import inspection, recipe
+    from quantdit import progress
+
+    progress.say(f"loading {args.model}")
+    from quantdit import inspection, recipe, work_folder
     from quantdit.compiler import ALREADY, REPORT, Target, calibrate
     from quantdit.pipeline import BareTransformer
-    from quantdit.work_folder import clear_disk_errors
 
     plan = recipe.from_bits(args.bits) if args.bits is not None else recipe.from_toml(args.recipe)
     target = None
@@ -312,8 +355,15 @@ def _calibrate(args: argparse.Namespace) -> int:
         plan = recipe.with_weight_format(plan, args.weight_format)
     if args.output is None:
         args.output = Path(f"{Path(args.model).resolve().name}-{args.bits if args.bits is not None else args.recipe.stem}")
-    scratch = args.output.with_name(f"{args.output.name}.random") if args.random_weights else None
-    with clear_disk_errors(args.output):
+    with work_folder.clear_disk_errors(args.output), ExitStack() as stack:
+        work_folder.check_output(args.output, args.overwrite, args.resume)
+        given = {"recipe": args.recipe, "prompts": args.prompts, "--weights folder": args.weights}
+        work_folder.check_apart(args.output, {what: (path,) for what, path in given.items() if path is not None})
+        scratch = None
+        if args.random_weights:
+            place = work_folder.place_of(args.output)
+            scratch = place.with_name(f"{place.name}.random")
+            stack.enter_context(work_folder.locked(scratch))
         pipeline, source = _open(args, scratch)
         if isinstance(pipeline, BareTransformer) and not args.random_weights:
             print(f"quantdit: note: {source.folder} has no pipeline, only a transformer: conditions are made up", file=sys.stderr)
@@ -328,15 +378,15 @@ def _calibrate(args: argparse.Namespace) -> int:
             shutil.rmtree(scratch)
     size, seconds = report["size"], report["seconds"]
     layers = report["layers"].values()
-    kind = "rel_rmse" if all("rel_rmse" in layer for layer in layers) else "weight_rel_rmse"
-    errors = [layer[kind] for layer in layers]
+    kind = "rel_rmse" if any("rel_rmse" in layer for layer in layers) else "weight_rel_rmse"
+    errors = [layer[kind] for layer in layers if kind in layer]
     if "warning" in report:
         print(f"quantdit: warning: {report['warning']}", file=sys.stderr)
     if report.get(ALREADY):
         print(f"{args.output} is finished already, by a run of the same settings; --overwrite calibrates again")
     memory = report["memory"]
     print(
-        f"{args.output}: {len(errors)} layers at {size['bits_per_weight']:.2f} bits a weight, {size['file_bytes'] / 1e6:.2f} MB,"
+        f"{args.output}: {len(layers)} layers at {size['bits_per_weight']:.2f} bits a weight, {size['file_bytes'] / 1e6:.2f} MB,"
         f" mean {kind} {sum(errors) / max(1, len(errors)):.4f}, {sum(seconds.values()):.0f} s, at most"
         f" {memory['peak_bytes'] / 2**30:.1f} GiB of memory; report in {args.output / REPORT}"
     )
@@ -373,7 +423,6 @@ def _open(args: argparse.Namespace, scratch: Path | None):
     """Return the pipeline to calibrate, or its bare transformer, and its source."""
     from dataclasses import replace
 
-    from quantdit import work_folder
     from quantdit.models.aliases import ALIASES, transformer_config
     from quantdit.pipeline import load_pipeline
     from quantdit.random_weights import open_scratch, write_random_transformer
@@ -384,7 +433,6 @@ def _open(args: argparse.Namespace, scratch: Path | None):
     alias = ALIASES.get(args.model)
     if alias is None or not alias.hub:
         raise ValueError(f"--random-weights needs a known model that is not embedded, got {args.model!r}; see quantdit models")
-    work_folder.check_output(args.output, args.overwrite or args.resume)
     open_scratch(scratch, {"model": args.model, "seed": args.seed})
     for number, part in enumerate(alias.transformers):
         write_random_transformer(transformer_config(args.model), scratch / part, args.seed + number)
@@ -414,10 +462,10 @@ def _settings(args: argparse.Namespace, pipeline: object):
 
 
 def _prompts(path: Path) -> list[str]:
-    try:
-        prompts = [line for line in path.read_text().splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file: {error}") from error
+    from quantdit import files
+
+    # Only line ends end a prompt: str.splitlines would cut it at U+2028 and others.
+    prompts = [line for line in files.read_text(path).split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")
     return prompts

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import quantdit
-from quantdit import block_by_block, checkpoint, files, hadamard, memory, recipe, streaming, work_folder
+from quantdit import block_by_block, checkpoint, files, hadamard, memory, progress, recipe, sealed, streaming, work_folder
 from quantdit.block_by_block import Job, Made
 from quantdit.calibration import allocate, capture, sensitivity
 from quantdit.calibration import calls as call_files
@@ -33,8 +33,8 @@ from quantdit.pipeline import Source
 from quantdit.recipe import LayerPlan, Recipe
 from quantdit.sampling import Settings, conditions, sample
 from quantdit.streaming import Stream
+from quantdit.work_folder import REPORT
 
-REPORT = "calibration_report.json"
 ALREADY = "already_finished"
 DEFAULTS = Settings()
 HALF = 2  # bytes of a weight in 16 bits
@@ -89,16 +89,36 @@ def calibrate(
     output finished by a run of the same, its report is returned with ALREADY in it.
 
     Raises:
-        ValueError: output not empty, a recipe that does not fit, NaN or infinite weights or activations (the layer is named),
-            or a partial run of other settings.
+        ValueError: an output that is not to be replaced, lies where the source does, or is being written by another process; a
+            recipe that does not fit, NaN or infinite weights or activations (the layer is named), or a partial run of other
+            settings.
         OSError: the output cannot be written.
     """
+    work_folder.check_output(output, overwrite, resume)
+    if output.resolve().is_relative_to(source.folder.resolve()):
+        raise ValueError(f"output {output} lies inside the source {source.folder}; choose a folder outside")
+    work_folder.check_apart(output, {"source": work_folder.paths_of(source.folder)})
+    if not source.bare:
+        work_folder.rest_of(source.folder, _left(source))
+    with work_folder.locked(output):
+        return _calibrate(pipeline, source, plan_recipe, output, settings, resume, overwrite, target, training)
+
+
+def _calibrate(
+    pipeline: object,
+    source: Source,
+    plan_recipe: Recipe,
+    output: Path,
+    settings: Settings,
+    resume: bool,
+    overwrite: bool,
+    target: Target | None,
+    training: Training | None,
+) -> dict:
     began = time.perf_counter()
     transformers = {part: getattr(pipeline, part).eval() for part in source.parts}
     if any(checkpoint.quant_layers(t) for t in transformers.values()):
         raise ValueError(f"{source.folder} is quantized already; calibrate from the full-precision model")
-    if output.resolve().is_relative_to(source.folder.resolve()):
-        raise ValueError(f"output {output} lies inside the source {source.folder}; choose a folder outside")
     if not settings.samples:
         plan_recipe = recipe.without_data(plan_recipe)
     found = {part: adapters.adapter_for(t) for part, t in transformers.items()}
@@ -128,21 +148,23 @@ def calibrate(
         provenance["target"] = asdict(target)
     if training is not None:
         provenance["training"] = asdict(training)
-    identity = {"recipe": plan_recipe.to_dict(), "provenance": provenance}
+    identity = {"recipe": plan_recipe.to_dict(), "provenance": provenance, "source_config_sha256": _config_digest(source)}
+    partial = work_folder.partial_of(output)
     if resume and work_folder.is_finished(output, identity):
-        work_folder.publish(output.with_name(f"{output.name}.partial"), output, identity)
+        work_folder.publish(partial, output, identity)
         return files.read_json(output / REPORT)
     if any(streaming.is_streamed(t) for t in transformers.values()):
         memory.give_back_at_once()
     if resume and not overwrite and (report := _finished_before(output, source, identity)) is not None:
         return report | {ALREADY: True}
-    partial = work_folder.open_partial(output, identity, resume, overwrite)
+    work_folder.open_partial(output, identity, resume, overwrite)
     if resume and work_folder.is_finished(partial, identity):
         work_folder.publish(partial, output, identity)
         return files.read_json(output / REPORT)
 
     work = partial / work_folder.WORK
-    jobs = _jobs(pipeline, source, transformers, found, settings, work, training)
+    run = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    jobs = _jobs(pipeline, source, transformers, found, settings, work, training, run)
     captured = time.perf_counter()
     made, extra = {}, {}
     for part, job in jobs.items():
@@ -154,7 +176,7 @@ def calibrate(
     quantized = time.perf_counter()
 
     if not source.bare:
-        work_folder.copy_rest(source.folder, partial, {*source.parts, REPORT})
+        work_folder.copy_rest(source.folder, partial, _left(source))
     for part, job in jobs.items():
         read = job.stream.read if job.stream is not None else None
         scheduler = None if source.bare else checkpoint.scheduler_of(source.folder)
@@ -162,8 +184,7 @@ def calibrate(
     first = source.parts[0]
     seconds = sum((job.seconds for job in jobs.values()), Counter())
     report = {
-        "recipe": plan_recipe.to_dict(),
-        "provenance": provenance,
+        **identity,
         "sha256": files.digest(partial / first),
         "machine": {"platform": platform.platform(), "torch": torch.__version__, "diffusers": version("diffusers")},
         "seconds": {
@@ -239,6 +260,7 @@ def _jobs(
     settings: Settings,
     work: Path,
     training: Training | None,
+    run: str,
 ) -> dict[str, Job]:
     """Sample from the pipeline, and return for each transformer its calls and what is needed to work on it."""
     streams = {
@@ -274,6 +296,7 @@ def _jobs(
             streams.get(part),
             settings.tokens,
             training,
+            run,
         )
         if settings.timestep_choice == "salience" and settings.samples and settings.timesteps:
             jobs[part] = _salient(jobs[part], settings.timesteps)
@@ -360,22 +383,26 @@ def _sensitivities(job: Job, options: dict[str, dict[str, LayerPlan]]) -> dict[s
     folder = job.folder / "sensitivity"
     calls = call_files.recorded(folder / "calls") or call_files.store(sensitivity.few(job.calls), folder / "calls")
     found: dict[str, dict[str, dict]] = {}
-    for unit in block_by_block.walk(job, options, calls, folder, "sensitivity"):
-        path = folder / f"{unit.path}.json"
-        if unit.names and not path.exists():
-            stats = block_by_block.statistics_of(job, unit)
-            part = sensitivity.Part(unit.run, unit.linears, list(sensitivity.measured(unit.calls)), stats)
-            result = sensitivity.sensitivity(
-                part,
-                options,
-                job.transformer,
-                list(sensitivity.measured(calls)),
-                lambda made: QuantLinear.from_tensors(made.spec, made.tensors, made.bias),
-                job.unit_seed(unit.number),
-            )
-            files.write_json(path, result)
-        if unit.names:
-            found |= files.read_json(path)
+    with progress.bar(len(options), "measure what each layer's weight does", "layer") as bar:
+        for unit in block_by_block.walk(job, options, calls, folder):
+            path = folder / f"{unit.path}.json"
+            if unit.names and path.exists():
+                bar.update(len(unit.names))
+            elif unit.names:
+                stats = block_by_block.statistics_of(job, unit)
+                part = sensitivity.Part(unit.run, unit.linears, list(sensitivity.measured(unit.calls)), stats)
+                result = sensitivity.sensitivity(
+                    part,
+                    options,
+                    job.transformer,
+                    list(sensitivity.measured(calls)),
+                    lambda made: QuantLinear.from_tensors(made.spec, made.tensors, made.bias),
+                    job.unit_seed(unit.number),
+                    bar.update,
+                )
+                sealed.write(path, result, job.run)
+            if unit.names:
+                found |= sealed.read(path, job.run)
     return {name: found[name] for name in options}
 
 
@@ -432,6 +459,11 @@ def _bytes(linear: nn.Linear, plan: LayerPlan) -> int:
     return stored_bytes(LayerSpec(q, rotation="hadamard", block=block) if block > 1 else LayerSpec(q))
 
 
+def _left(source: Source) -> set[str]:
+    """Return what of a pipeline's folder is not copied into the output."""
+    return {*source.parts, REPORT}
+
+
 def _source_digest(source: Source) -> str:
     """Identify the source's transformers by the sha256 of their files' sha256s."""
     whole = hashlib.sha256()
@@ -439,3 +471,10 @@ def _source_digest(source: Source) -> str:
         for path in sorted(source.part(part).glob("*.safetensors")):
             whole.update(files.sha256(path).encode())
     return whole.hexdigest()
+
+
+def _config_digest(source: Source) -> str:
+    """Identify what else decides on the calls: the configs of the transformers, of the scheduler and of all other parts."""
+    found = (path.relative_to(source.folder) for pattern in ("*.json", "*/*.json") for path in source.folder.glob(pattern))
+    shown = sorted(path for path in found if not any(part.startswith(".") for part in path.parts))
+    return hashlib.sha256("\n".join(f"{path} {files.sha256(source.folder / path)}" for path in shown).encode()).hexdigest()

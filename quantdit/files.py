@@ -335,6 +335,22 @@ def _table(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return table
 
 
+def read_text(path: Path) -> str:
+    """Return what a person wrote into a text file: UTF-8, with or without a byte order mark, line ends made newlines.
+
+    Raises:
+        ValueError: not UTF-8, or no text.
+        OSError: the file cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    if "\0" in text:
+        raise ValueError(f"{path} is not UTF-8 text (it has zero bytes, as UTF-16 does); save it as UTF-8")
+    return text
+
+
 def fsync(path: Path) -> None:
     """Have the file's content on the disk before anything else is done."""
     with path.open("rb") as file:

@@ -22,6 +22,7 @@ from quantdit.streaming import is_streamed
 PARTS = ("transformer", "transformer_2")
 # A size of a sample -> what pipelines call it.
 SIZES = {"height": ("height",), "width": ("width",), "frames": ("num_frames", "video_length")}
+GIVEN = ("prompt", "class_labels", "generator", "num_inference_steps", "output_type")  # whenever a pipeline is called
 DEFAULT_MEMORY = 0.8  # of the machine's
 ANY_SIZE = 2**31  # in the config of a text encoder: its vocabulary, tokens, bases
 
@@ -283,9 +284,10 @@ def sampling_arguments(
     """Return the `prompt` or `class_labels` argument for `count` images or clips: the given ones in turn, or a spread of our own.
 
     Raises:
-        ValueError: the pipeline takes neither.
+        ValueError: the pipeline takes neither, or needs something else, such as an image.
     """
     accepted = accepted_arguments(pipeline)
+    _check_needs(pipeline)
     if "class_labels" in accepted:
         known = pipeline.transformer.config.num_embeds_ada_norm
         bad = [c for c in classes or () if not 0 <= c < known]
@@ -303,6 +305,19 @@ def sampling_arguments(
         chosen = list(prompts or getattr(pipeline, "prompts", ()) or PROMPTS)
         return {"prompt": [chosen[i % len(chosen)] for i in range(count)]}
     raise ValueError(f"{type(pipeline).__name__} takes neither class_labels nor prompt; quantdit cannot sample from it")
+
+
+def _check_needs(pipeline: object) -> None:
+    """Refuse a pipeline that cannot be called with a prompt or classes alone."""
+    _, *parameters = accepted_arguments(pipeline).values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if missing := [name for name in needed if name not in GIVEN]:
+        given = ", ".join(f"{name}=..." for name in needed)
+        raise ValueError(
+            f"{type(pipeline).__name__} needs {' and '.join(missing)}, which the command line cannot give it; in Python:"
+            f" quantdit.load(FOLDER)({given}). To quantize it: quantdit calibrate --samples 0, or"
+            f" quantdit.quantize(pipeline.transformer, 'w4a8', inputs=lambda: pipeline({given}))"
+        )
 
 
 def accepted_arguments(pipeline: object) -> Mapping[str, inspect.Parameter]:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from quantdit import files
 from quantdit.formats import FORMATS
 from quantdit.layer_spec import ACTIVATION_BITS, ACTIVATION_FORMATS, ActivationSpec, decodes_to_fp8
 
@@ -19,6 +20,7 @@ AUTO = "auto"
 GROUP_SIZES = (32, 64, 128)
 METHODS = ("gptq", "rtn", "hqq")
 ROTATIONS = ("none", "hadamard", "outlier", "ars", "auto", "regular")
+FIXED_ROTATIONS = ("none", "hadamard", "regular")  # that no data decides
 SMOOTHINGS = ("none", "rms", "absmax", "salience")
 TABLES = ("lloyd-max", "twin-log", "twin-log-paper", "gaussian")
 LARGEST_RANK = 512
@@ -229,7 +231,7 @@ def from_bits(bits: str) -> Recipe:
         return with_auto(replace(from_bits(f"w4{bits.removeprefix(AUTO) or 'a8'}"), name=bits))
     known = [f"w{x}a{y}" for x in WEIGHTS for y in ACTIVATION_BITS] + [AUTO, *(f"{AUTO}a{y}" for y in ACTIVATION_BITS)]
     if bits not in known:
-        raise ValueError(f"unknown bits {bits!r}{_near(bits, known, 0)}; known: {', '.join(known)}")
+        raise ValueError(f"unknown bits {bits!r}{_near_bits(bits, known)}; known: {', '.join(known)}")
     x, y = (int(n) for n in re.findall(r"\d+", bits))
     side = PRESETS[x]
     otherwise = "" if side == WEIGHTS[x] else WEIGHTS[x]
@@ -293,13 +295,30 @@ def without_data(recipe: Recipe, remedy: str = "calibrate with --samples of at l
             'activation_scale = "static"': rule.activation_scale == "static",
             f'smooth = "{rule.smooth}"': rule.smooth != "none",
             f"low_rank = {rule.low_rank}": rule.low_rank > 0,
-            f'rotation = "{rule.rotation}"': rule.rotation not in ("none", "hadamard", "regular"),
+            f'rotation = "{rule.rotation}"': rule.rotation not in FIXED_ROTATIONS,
         }
         if rule.weight != DENSE and (what := next((key for key, is_needed in needs.items() if is_needed), None)):
             raise ValueError(f"rule {rule.match!r}: {what} needs calibration data; {remedy}")
         method = "hqq" if rule.method == "hqq" else "rtn"
         rules.append(replace(rule, method=method, act_order=False, descent=0, bias_correction=False))
     return replace(recipe, rules=tuple(rules))
+
+
+def layer_without_data(plan: LayerPlan) -> LayerPlan:
+    """Return the plan of a layer that calibration never reached, as near to the one given as weights alone allow."""
+    rule = plan.rule
+    fixed = replace(
+        rule,
+        method="hqq" if rule.method == "hqq" else "rtn",
+        act_order=False,
+        descent=0,
+        bias_correction=False,
+        activation_scale="dynamic",
+        smooth="none",
+        low_rank=0,
+        rotation=rule.rotation if rule.rotation in FIXED_ROTATIONS else "hadamard",
+    )
+    return replace(plan, rule=fixed)
 
 
 def from_any(given: Recipe | Mapping | str | Path) -> Recipe:
@@ -332,8 +351,8 @@ def from_toml(path: Path) -> Recipe:
         OSError: the file cannot be read.
     """
     try:
-        content = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        content = tomllib.loads(files.read_text(path))
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
     return from_dict({"name": path.stem, **content}, str(path))
 
@@ -450,6 +469,14 @@ def _known_keys(table: Mapping, known: tuple[str, ...] | list[str], where: str) 
     for key in table:
         if key not in known:
             raise ValueError(f"{where}: unknown key {key!r}{_near(key, known, 0)}; known: {', '.join(known)}")
+
+
+def _near_bits(bits: str, known: list[str]) -> str:
+    """Name the bits that were meant: `4`, `w4`, `int4`, `4bit` speak of weights alone."""
+    width = re.fullmatch(r"[a-z]*[ _-]?(\d+)[ _-]?(bits?)?", bits.strip().lower())
+    if width is not None and f"w{width[1]}a16" in known:
+        return f" (did you mean w{width[1]}a16, weights alone, or w{width[1]}a8, activations too?)"
+    return f" (did you mean {bits.lower()}?)" if bits.lower() in known else _near(bits, known, 0)
 
 
 def _near(value: object, known: tuple | list, fallback: int = 12) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from quantdit import progress
 from quantdit.models.adapter import Adapter, Size
 from quantdit.models.synthetic import TRAIN_STEPS, latent_of, moved_inputs, prediction, synthetic_inputs
 from quantdit.pipeline import SIZES, BareTransformer, accepted_arguments, sample_seed, sampling_arguments, seeded_batches
@@ -94,23 +95,28 @@ def conditions(pipeline: object, settings: Settings) -> dict[str, list]:
 
 def sample(pipeline: object, settings: Settings, adapters: Mapping[str, Adapter]) -> None:
     """Let the transformers be called as they are when `settings.samples` images or clips are made; nothing is returned."""
-    from tqdm import tqdm
-
-    with tqdm(total=settings.samples, desc="sample the model", unit="sample") as bar:
-        if isinstance(pipeline, BareTransformer):
+    if isinstance(pipeline, BareTransformer):
+        with progress.bar(settings.samples * len(adapters) * settings.steps, "sample the model", "step") as bar:
             for number in range(settings.samples):
                 for part, adapter in adapters.items():
-                    trajectory(getattr(pipeline, part), adapter, settings, number)
-                bar.update(1)
-            return
-        arguments = conditions(pipeline, settings)
-        batch = 1 if getattr(pipeline, "vae", None) is not None else BATCH
-        for part in seeded_batches(arguments, settings.samples, settings.seed, batch):
+                    trajectory(getattr(pipeline, part), adapter, settings, number, bar.update)
+        return
+    arguments = conditions(pipeline, settings)
+    batch = 1 if getattr(pipeline, "vae", None) is not None else BATCH
+    parts = list(seeded_batches(arguments, settings.samples, settings.seed, batch))
+    with progress.denoising(pipeline, len(parts), settings.steps, "sample the model") as batch_done:
+        for part in parts:
             pipeline(**part, **_options(pipeline, settings), num_inference_steps=settings.steps)
-            bar.update(len(part["generator"]))
+            batch_done()
 
 
-def trajectory(transformer: nn.Module, adapter: Adapter, settings: Settings, number: int) -> Tensor:
+def trajectory(
+    transformer: nn.Module,
+    adapter: Adapter,
+    settings: Settings,
+    number: int,
+    done: Callable[[int], object] = lambda count: None,
+) -> Tensor:
     """Follow the transformer from noise to a sample under made-up conditions, both branches of guidance in one call.
 
     Args:
@@ -118,6 +124,7 @@ def trajectory(transformer: nn.Module, adapter: Adapter, settings: Settings, num
         adapter: of its class.
         settings: steps, guidance, seed and `latent`.
         number: of the sample; another one has other noise and conditions.
+        done: is told how many more steps are done.
 
     Returns:
         The sample, float32, `[1, ...]`.
@@ -142,6 +149,7 @@ def trajectory(transformer: nn.Module, adapter: Adapter, settings: Settings, num
             conditional, unconditional = predicted.chunk(2)
             predicted = unconditional + guidance * (conditional - unconditional)
         x = scheduler.step(predicted, t, x).prev_sample
+        done(1)
     return x
 
 

@@ -134,6 +134,55 @@ def test_unknown_bits_name_near_matches(cli, tmp_path: Path, pixel_dit: Path, bi
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("bits", ["4", "w4", "int4", "4bit", "4-bit", "W4", "nf4", "4 bits"])
+def test_bits_of_weights_alone_suggest_the_preset(cli, pixel_dit: Path, tmp_path: Path, bits: str):
+    ran = cli("calibrate", "--model", pixel_dit, "--bits", bits, "--output", tmp_path / "out")
+    assert ran.code == 1 and "did you mean w4a16, weights alone, or w4a8" in ran.error
+
+
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize("start", [b"", MARK])
+def test_prompts_end_at_line_ends_alone(tmp_path: Path, start: bytes, end: bytes):
+    path = tmp_path / "prompts.txt"
+    texts = ["a fox\u2028in the snow", "模型\x0b\x0c\x1c\x85", "last"]
+    path.write_bytes(start + end.join(text.encode() for text in ["", *texts, ""]))
+    assert command_line._prompts(path) == texts
+
+
+@pytest.mark.parametrize("start", [b"", MARK])
+def test_recipe_as_windows_saves_it(cli, tmp_path: Path, pixel_dit: Path, start: bytes):
+    text = '[[rule]]\nmatch = "*.attn1.to_q"\nweight = "int8"\n[[rule]]\nmatch = "*"\nweight = "dense"\n'
+    (tmp_path / "r.toml").write_bytes(start + text.replace("\n", "\r\n").encode())
+    where = ("--model", pixel_dit, "--recipe", tmp_path / "r.toml", "--output", tmp_path / "out")
+    assert cli("calibrate", *where, "--samples", "0").code == 0
+
+
+@pytest.mark.parametrize("raw", ["grün".encode("latin-1"), "a fox".encode("utf-16"), "a fox".encode("utf-16-le")])
+@pytest.mark.parametrize("option", ["--prompts", "--recipe"])
+def test_text_of_another_encoding_is_refused(cli, tmp_path: Path, pixel_dit: Path, option: str, raw: bytes):
+    (tmp_path / "text").write_bytes(raw)
+    how = () if option == "--recipe" else ("--bits", "w8a8")
+    ran = cli("calibrate", "--model", pixel_dit, *how, option, tmp_path / "text", "--output", tmp_path / "out")
+    assert ran.code == 1 and f"{tmp_path / 'text'} is not UTF-8 text" in ran.error
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_reader_that_leaves_is_no_error(pixel_dit: Path, tmp_path: Path):
+    """As `quantdit ... | head -c 0`: the pipe is closed before anything is printed."""
+    code = "import sys; from quantdit.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["calibrate", "--model", pixel_dit, "--bits", "w8a8", "--samples", "0", "--output", tmp_path / "out"]
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        printed = process.stderr.read()
+    assert process.returncode == 0 and (tmp_path / "out" / REPORT).exists()
+    assert "Broken pipe" not in printed and "Traceback" not in printed and "BrokenPipeError" not in printed
+
+
 def test_recipe_errors_are_one_line(cli, tmp_path: Path, pixel_dit: Path):
     arguments = ("calibrate", "--model", pixel_dit, "--output", tmp_path / "out", "--recipe")
     ran = cli(*arguments, tmp_path / "missing.toml")

@@ -245,6 +245,21 @@ def test_recipe_that_quantizes_nothing_leaves_nothing_unreadable(cli, pixel_dit:
         assert "dense" in ran.error
 
 
+@pytest.mark.parametrize(
+    ("bits", "more"), [("w4a8", ()), ("w2a16", ("--calibration-steps", "2")), ("auto", ("--size-budget", "0.5"))]
+)
+def test_number_of_threads_changes_nothing(cli, pixel_dit: Path, tmp_path: Path, bits: str, more: tuple[str, ...]):
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            ran = cli("calibrate", "--model", pixel_dit, "--bits", bits, "--output", tmp_path / str(threads), *QUICK, *more)
+            assert ran.code == 0 and torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert transformer_digests(tmp_path / "1") == transformer_digests(tmp_path / "2")
+
+
 # ---- interrupted runs
 
 

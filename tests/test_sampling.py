@@ -306,7 +306,7 @@ def test_prompts_for_a_model_of_classes_are_refused_before_any_work(calibrate, p
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize(("content", "word"), [(b"", "no prompt"), (b" \n\n", "no prompt"), (b"\xff\xfe", "no text file")])
+@pytest.mark.parametrize(("content", "word"), [(b"", "no prompt"), (b" \n\n", "no prompt"), (b"\xff\xfe", "not UTF-8 text")])
 @pytest.mark.parametrize("command", ["calibrate", "generate"])
 def test_prompts_file_without_prompts(calibrate, cli, pixel_dit: Path, tmp_path: Path, content: bytes, word: str, command: str):
     path = tmp_path / "prompts.txt"

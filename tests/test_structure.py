@@ -26,8 +26,8 @@ HOMES = {
 
 # A part imports itself and parts of earlier rows; parts of one row do not know each other. `""` is quantdit/__init__.py.
 ORDER = (
-    ("formats", "hadamard", "timesteps", "files", "memory", "after_import"),
-    ("qtensor", "transform", "transformers_quantizer"),
+    ("formats", "hadamard", "timesteps", "files", "memory", "after_import", "progress", "threads"),
+    ("qtensor", "transform", "transformers_quantizer", "sealed"),
     ("layer_spec",),
     ("recipe",),
     ("kernels", "models"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from quantdit import compiler, files
 from quantdit.compiler import REPORT
 from quantdit.files import WEIGHTS
+from quantdit.work_folder import STATE
 
 RECIPE = """
 [[rule]]
@@ -90,15 +93,197 @@ def test_overwrite_does_it_again(run, tmp_path: Path):
     assert files.digest(tmp_path / "out" / "transformer") == digest and times(tmp_path / "out") != before
 
 
-def test_killed_while_it_got_its_name(run, finished, tmp_path: Path):
-    """The result is there, still with its mark: it is given its last form."""
+@pytest.fixture
+def unmarked(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The result of a run that was killed while it got its name: it is there, still with its mark."""
+    unlink = Path.unlink
+
+    def kill(path: Path, **options: bool) -> None:
+        if path.name == STATE:
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", kill)
+        assert run().code == 130
+    monkeypatch.setattr(compiler, "sample", lambda *a: pytest.fail("work was begun again"))
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("name", ["out", "out.partial"])
+def test_killed_while_it_got_its_name(run, unmarked: Path, tmp_path: Path, name: str):
+    before = times(unmarked)
+    shutil.move(unmarked, tmp_path / name)
+    assert run("--resume").code == 0
+    assert times(unmarked).items() < before.items()
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "r.toml"} and not (unmarked / STATE).exists()
+
+
+@pytest.mark.parametrize("name", ["out", "out.partial"])
+@pytest.mark.parametrize(
+    "file", [f"transformer/{WEIGHTS}", "transformer/config.json", "scheduler/scheduler_config.json", REPORT, STATE]
+)
+def test_result_that_was_damaged_before_it_got_its_name(run, unmarked: Path, tmp_path: Path, name: str, file: str):
+    raw = bytearray((unmarked / file).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (unmarked / file).write_bytes(raw)
+    shutil.move(unmarked, tmp_path / name)
+    ran = run("--resume")
+    assert ran.code == 1 and str(tmp_path / name) in ran.error and "--overwrite" in ran.error
+
+
+# ---- where an output may lie
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("output", ["models", "models/dit", "models/dit/out", "part"])
+def test_source_is_never_overwritten(run, pixel_dit: Path, tmp_path: Path, output: str):
+    """Its parent, itself, a folder in it, a folder that a link in it leads to."""
+    shutil.copytree(pixel_dit, tmp_path / "models" / "dit")
+    shutil.move(tmp_path / "models" / "dit" / "transformer", tmp_path / "part")
+    (tmp_path / "models" / "dit" / "transformer").symlink_to(tmp_path / "part")
+    (tmp_path / "models" / REPORT).write_text('{"recipe": {}, "provenance": {}}')  # as if quantdit had written there
+    before = contents(tmp_path)
+    ran = run("--model", tmp_path / "models" / "dit", "--output", tmp_path / output, "--overwrite")
+    assert ran.code == 1 and str(tmp_path / output) in ran.error
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("option", ["--recipe", "--prompts", "--weights"])
+@pytest.mark.parametrize("place", ["out", "out.partial"])
+def test_what_a_run_reads_is_never_overwritten(run, cli, pixel_dit: Path, tmp_path: Path, option: str, place: str):
+    assert run().code == 0
+    (tmp_path / "out.partial").mkdir()
+    given = tmp_path / place / "mine"
+    shutil.copytree(pixel_dit, given) if option == "--weights" else given.write_text(RECIPE)
+    before = contents(tmp_path)
+    ran = run(option, given, "--overwrite")
+    assert ran.code == 1 and str(given) in ran.error and "--output" in ran.error
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("report", [None, "{}", "{", '{"recipe": {}}'])
+def test_overwrite_replaces_only_what_quantdit_wrote(run, tmp_path: Path, report: str | None):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    if report is not None:
+        (tmp_path / "out" / REPORT).write_text(report)
+    before = contents(tmp_path)
+    for more in ((), ("--resume",)):
+        ran = run("--overwrite", *more)
+        assert ran.code == 1 and "quantdit did not write" in ran.error
+    assert contents(tmp_path) == before
+
+
+def test_link_to_an_empty_folder_is_written_through(run, tmp_path: Path):
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "link").symlink_to("large disk")
+    assert run("--output", f"{tmp_path / 'link'}/").code == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "large disk" / REPORT).exists()
+    assert run("--output", tmp_path / "link", "--overwrite").code == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"link", "large disk", "r.toml"}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("dangling", "does not exist"), (".", "runs in"), ("..", "runs in"), ("x" * 250, "bytes")]
+)
+def test_output_that_cannot_get_its_name_is_refused_at_once(run, tmp_path: Path, monkeypatch, name: str, words: str):
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    if name == "..":
+        (tmp_path / REPORT).write_text('{"recipe": {}, "provenance": {}}')
+    ran = run("--overwrite", "--output", name if name.startswith(".") else tmp_path / name)
+    assert ran.code == 1 and words in ran.error and "empty name" not in ran.error
+    assert not list((tmp_path / "here").iterdir())
+
+
+@pytest.mark.parametrize("name", ["-x", "two\nlines", "模型 ü"])
+def test_output_of_an_odd_name(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.chdir(tmp_path)
+    assert run(f"--output={name}").code == 0
+    assert (tmp_path / name / REPORT).exists()
+    assert "not empty" in run(f"--output={name}").error
+
+
+def test_what_a_killed_run_moved_away_goes_with_the_next(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert run().code == 0
+
+    def kill(path: object, **options: bool) -> None:
+        if ".out.old-" in str(path):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", kill)
+        assert run("--overwrite").code == 130
+    assert any(p.name.startswith(".out.old-") for p in tmp_path.iterdir())
+    assert run("--resume").code == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "r.toml"}
+
+
+# ---- what of the source comes along
+
+
+@pytest.fixture
+def source(pixel_dit: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pixel_dit, tmp_path / "source"))
+
+
+def link(place: str, target: str):
+    return lambda source: (source / place).symlink_to(target)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        link("round", "."),
+        link("up", ".."),
+        link("scheduler/round", "."),
+        link("scheduler/up", ".."),
+        link("passwd", "/etc/passwd"),
+        link("etc", "/etc"),
+        link("scheduler/outside.json", "../../r.toml"),
+        link("nothing", "nowhere"),
+        link("self", "self"),
+        lambda source: os.mkfifo(source / "scheduler" / "fifo"),
+    ],
+    ids=["round", "up", "deep-round", "deep-up", "file", "folder", "beside", "nothing", "self", "fifo"],
+)
+def test_links_out_of_the_source_and_special_files_are_refused(run, source: Path, tmp_path: Path, change):
+    change(source)
+    ran = run("--model", source)
+    assert ran.code == 1 and str(source) in ran.error
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "r.toml"}
+
+
+def test_links_of_the_hub_cache_and_within_a_model_are_followed(run, source: Path, tmp_path: Path):
+    repository = tmp_path / "models--who--what"
+    snapshot = repository / "snapshots" / "0123"
+    (repository / "blobs").mkdir(parents=True)
+    for number, path in enumerate(sorted(p for p in source.rglob("*") if p.is_file())):
+        blob, placed = repository / "blobs" / str(number), snapshot / path.relative_to(source)
+        shutil.move(path, blob)
+        placed.parent.mkdir(parents=True, exist_ok=True)
+        placed.symlink_to(os.path.relpath(blob, placed.parent))
+    (snapshot / "scheduler_2").symlink_to("scheduler")
+    assert run("--model", snapshot).code == 0
     out = tmp_path / "out"
-    report = files.read_json(out / REPORT)
-    identity = {"recipe": report["recipe"], "provenance": report["provenance"], "finished": True}
-    files.write_json(out / "identity.json", identity)
-    assert run("--resume").code == 0
-    assert not (out / "identity.json").exists() and times(out) == finished
-    shutil.move(out, tmp_path / "out.partial")
-    files.write_json(tmp_path / "out.partial" / "identity.json", identity)
-    assert run("--resume").code == 0
-    assert times(out) == finished and not (tmp_path / "out.partial").exists()
+    assert {p.name for p in out.iterdir()} == {"model_index.json", "scheduler", "scheduler_2", "transformer", REPORT}
+    assert not any(p.is_symlink() for p in out.rglob("*"))
+
+
+def test_weights_that_the_pipeline_does_not_read_stay_behind(run, source: Path, tmp_path: Path):
+    index = files.read_json(source / "model_index.json")
+    (source / "model_index.json").write_text(json.dumps(index | {"vae": [None, None]}))
+    idle = {"whole.safetensors", "old.ckpt", "vae/model.fp16.safetensors", "vae/model.bin", "original/consolidated.pth"}
+    read = {"vae/model.safetensors", "vae/config.json", "tokenizer/spiece.model", "original/README.md"}
+    for name in idle | read:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("x")
+    ran = run("--model", source)
+    assert ran.code == 0 and ran.err.count("not copied") == 1 and "old.ckpt" in ran.err and "(and 2 more)" in ran.err
+    copied = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*")}
+    assert read <= copied and not idle & copied

@@ -174,7 +174,7 @@ def test_calls_are_read_when_they_are_asked_for_and_kept_by_nobody(tmp_path: Pat
     stored.entries[1].path.unlink()
     part, walk = stored[1:], iter(stored)
     assert next(walk).bucket == 0 and len(part) == 4
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(ValueError, match=r"000001\.safetensors is not what"):
         next(walk)
     assert same(stored[4].args[0], numbers(2) + 4)
     stored[4].args[0].zero_()
@@ -188,6 +188,23 @@ def test_folder_without_its_index_was_interrupted(tmp_path: Path):
     (tmp_path / INDEX).unlink()
     assert call_files.recorded(tmp_path) is None
     assert len(stored) == 5
+
+
+@pytest.mark.parametrize("name", ["000001.safetensors", "000001-output.safetensors", INDEX])
+def test_any_flipped_bit_is_noticed(tmp_path: Path, name: str):
+    call_files.store(some_calls(2), tmp_path)
+    raw = (tmp_path / name).read_bytes()
+    for place in range(0, len(raw), 7):
+        (tmp_path / name).write_bytes(raw[:place] + bytes([raw[place] ^ 16]) + raw[place + 1 :])
+        with pytest.raises(ValueError, match=f"{name} is .*--overwrite"):
+            list(call_files.recorded(tmp_path))
+
+
+def test_calls_of_another_run_are_refused(tmp_path: Path):
+    call_files.finish(tmp_path, {"base": "x"}, "one run")
+    assert call_files.index_of(tmp_path, "one run")["base"] == "x"
+    with pytest.raises(ValueError, match=r"another run.*--overwrite"):
+        call_files.index_of(tmp_path, "another")
 
 
 def test_forgotten_calls_leave_no_files(tmp_path: Path):

@@ -489,3 +489,44 @@ def test_a_call_tells_its_layers_the_bucket_of_its_timestep():
     assert layer.bucket == 2
     outputs = [model(x, t) for t in (999, 400, 50)]
     assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
+
+
+FEW = (
+    Rule("*", "int8", activation_bits=8, activation_scale="static"),
+    Rule("*", "table4", activation_bits=8, rotation="auto", smooth="salience"),
+    Rule("*", "int4", low_rank=8, activation_bits=4, activation_format="affine", activation_group_size=32),
+    Rule("*", "trellis2_l12"),
+    Rule("*", "vq256x4", activation_bits=8),
+    Rule("*", "ssvq256x8"),
+)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rule", FEW, ids=lambda rule: rule.weight)
+def test_few_tokens_are_enough(rule: Rule, rows: int):
+    """What an expert gets that the router hardly ever chooses: a Gram matrix of rank one."""
+    linear = nn.Linear(WIDTH, OUT, bias=False)
+    x = heavy_inputs(rows)
+    made = quantize_layer(linear.weight, None, statistics.update(statistics.init(WIDTH, 1), x, 0), plan_of(rule), 0)
+    with torch.no_grad():
+        got, wanted = QuantLinear.from_tensors(made.spec, made.tensors, None)(x), linear(x)
+    assert float((got - wanted).norm() / wanted.norm()) < 0.5
+
+
+@pytest.mark.parametrize("weight", ["int4", "table4", "vq256x4", "trellis3_l12"])
+def test_bytes_do_not_depend_on_the_number_of_threads(weight: str):
+    """Wide enough for the Cholesky factor to differ between one thread and two."""
+    width = 512
+    linear, x = nn.Linear(width, OUT), heavy_inputs(700, width)
+    stats = statistics.update(statistics.init(width, 1), x, 0)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            made = quantize_layer(linear.weight, linear.bias, stats, plan_of(Rule("*", weight, activation_bits=8), OUT, width), 0)
+            assert torch.get_num_threads() == threads
+            found.append(made)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(t, found[1].tensors[name]) for name, t in found[0].tensors.items())
+    assert torch.equal(found[0].bias, found[1].bias) and json.dumps(found[0].report) == json.dumps(found[1].report)

@@ -1,0 +1,32 @@
+"""One thread for arithmetic whose bytes must not depend on the machine: a Cholesky factor differs between one thread and two.
+
+A layer's matrices are small enough that several threads gain little, and on a busy machine they lose much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+_ALLOWED: ContextVar[int] = ContextVar("allowed")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch compute with one thread while the body runs, or the function that this decorates."""
+    before = torch.get_num_threads()
+    token = _ALLOWED.set(allowed())
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        _ALLOWED.reset(token)
+
+
+def allowed() -> int:
+    """Return how many threads may be used by work whose result does not depend on their number, inside `one_thread` as well."""
+    return _ALLOWED.get(torch.get_num_threads())
