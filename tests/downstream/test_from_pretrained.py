@@ -305,7 +305,7 @@ def change(folder: Path, **entries: object) -> None:
         ({"spec": 99, "news": [1]}, "pip install -U quantdit"),
         ({"layers": {"nowhere.to_q": {}}}, "does not exist"),
         ({"layers": None}, "table of layers"),
-        ({"timestep_edges": [1.0, 2.0]}, "falling"),
+        ({"timestep_edges": [1.0, 3.0, 2.0]}, "all fall or all rise"),
         ({"sha256": "0" * 64}, "sha256"),
     ],
 )
