@@ -135,6 +135,7 @@ class QuantDiTQuantizer(DiffusersQuantizer):
         self._own: set[str] = set()
         self._plans: dict[str, LayerPlan] = {}
         self._seeds: dict[str, int] = {}
+        self._errors: dict[str, dict[str, float]] = {}  # of layers that are quantized while the model loads
 
     @property
     def _stored(self) -> bool:
@@ -243,6 +244,7 @@ class QuantDiTQuantizer(DiffusersQuantizer):
         layer = QuantLinear.from_tensors(made.spec, {key: t.to(target_device) for key, t in made.tensors.items()}, None)
         layer.bias = linear.bias
         _put(model, name, layer)
+        self._errors[name] = {"weight_rel_rmse": made.report["weight_rel_rmse"]}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> nn.Module:
         checkpoint.set_weight_dtype(model, self._dtype)
@@ -256,6 +258,7 @@ class QuantDiTQuantizer(DiffusersQuantizer):
                 )
             config = self.quantization_config
             provenance = {"quantdit": quantdit.__version__, "calibration": {"samples": 0, "seed": config.seed}}
+            provenance["layers"] = self._errors  # what `inspect` shows
             config.state = checkpoint.describe(model, config.recipe.to_dict(), provenance)
         self.quantization_config.state["spec"] = checkpoint.SPEC  # what it would be saved as
         # from_single_file leaves it out.

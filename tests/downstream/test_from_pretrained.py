@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantdit
-from quantdit import QuantDiTConfig, checkpoint, files
+from quantdit import QuantDiTConfig, checkpoint, files, inspection
 from quantdit.checkpoint import quant_layers
 from quantdit.files import WEIGHTS, CheckpointError
 from quantdit.pipeline import load_pipeline
@@ -205,6 +205,8 @@ def test_quantized_while_loading_is_what_the_command_line_makes_without_data(
     assert torch.equal(run(loaded, made.inputs[0]), run(written, made.inputs[0]))
     loaded.save_pretrained(tmp_path / "saved", max_shard_size="50KB")
     assert same_tensors(made.cls.from_pretrained(tmp_path / "saved", torch_dtype=dtype), loaded)
+    saved, calibrated = (inspection.read(tmp_path / name).rows for name in ("saved", "out"))
+    assert [row.error for row in saved] == [row.error for row in calibrated] and all(row.error > 0 for row in saved)
 
 
 def test_modules_can_be_left_alone(made):
