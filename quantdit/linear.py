@@ -163,11 +163,12 @@ class QuantLinear(nn.Linear):
         if kind != "meta" and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
                 return self.forward(x.to(torch.get_autocast_dtype(kind)))
+        # torch's own products, of the branch, would return memory that nobody wrote to; the bias goes to an op, which looks.
+        if kind != "meta" and (away := [name for name, t in self._buffers.items() if t.device.type == "meta"]):
+            raise RuntimeError(f"{away[0]} of a QuantLinear on the meta device, inputs in memory; the layer is not loaded whole")
         tokens = x.reshape(-1, self.in_features)
         trained = torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
         y = self._with_gradient(tokens) if trained else self._of(tokens)
-        if y.device != x.device:  # what torch's own products make of tensors without memory
-            raise RuntimeError(f"inputs on {x.device}, but part of the layer on {y.device}: it is not loaded whole")
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def _with_gradient(self, tokens: Tensor) -> Tensor:

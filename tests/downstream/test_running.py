@@ -154,6 +154,20 @@ def test_attention_backends_can_be_chosen(made, model, run):
         torch.testing.assert_close(run(model, made.inputs[0]), expected, atol=0.05 * float(expected.abs().max()), rtol=0)
 
 
+def test_a_layer_that_lacks_a_tensor_raises(made):
+    """Each of its tensors alone on the meta device, where ops return memory that nobody wrote to."""
+    for name, layer in quant_layers(made.model).items():
+        x = torch.randn(2, layer.in_features)
+        layer(x)
+        for field in (*layer._buffers, *(() if layer.bias is None else ("bias",))):
+            part = copy.deepcopy(layer)
+            tensors = part._parameters if field == "bias" else part._buffers
+            tensors[field] = torch.nn.Parameter(layer.bias.to("meta"), False) if field == "bias" else tensors[field].to("meta")
+            with pytest.raises(RuntimeError, match="not loaded whole"):
+                part(x)
+                pytest.fail(f"{name}.{field}")
+
+
 # ---- copies and other processes
 
 
