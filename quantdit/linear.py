@@ -163,13 +163,20 @@ class QuantLinear(nn.Linear):
         if kind != "meta" and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
                 return self.forward(x.to(torch.get_autocast_dtype(kind)))
-        # torch's own products, of the branch, would return memory that nobody wrote to; the bias goes to an op, which looks.
-        if kind != "meta" and (away := [name for name, t in self._buffers.items() if t.device.type == "meta"]):
-            raise RuntimeError(f"{away[0]} of a QuantLinear on the meta device, inputs in memory; the layer is not loaded whole")
+        # Given tensors on the meta device torch's own operators return memory that nobody wrote to. Ours look for themselves.
+        for name in self._of_torch:
+            if (tensor := self._buffers.get(name)) is not None and tensor.device.type == "meta" != kind:
+                raise RuntimeError(f"{name} is on the meta device, inputs are in memory; the layer is not loaded whole")
         tokens = x.reshape(-1, self.in_features)
         trained = torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
         y = self._with_gradient(tokens) if trained else self._of(tokens)
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    @property
+    def _of_torch(self) -> tuple[str, ...]:
+        """Return the names of the tensors that go to torch's own operators; a layer need not have them."""
+        branch = ("up", "down") if self.layer_spec.rank else ()
+        return branch if self.layer_spec.rotation == "hadamard" else (*branch, *transform.NAMES)
 
     def _with_gradient(self, tokens: Tensor) -> Tensor:
         with torch.no_grad():
