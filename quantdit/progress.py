@@ -1,0 +1,73 @@
+"""Progress bars on stderr; where that is no terminal there are none."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+
+def bar(total: int, description: str, unit: str, leave: bool = True) -> tqdm:
+    """Return a bar that `update(1)` moves, for a `with`; it is quiet where stderr is no terminal.
+
+    Args:
+        total: what it counts up to.
+        description: what is being done.
+        unit: of what is counted, in the singular.
+        leave: it stays on the screen when it is done.
+    """
+    return tqdm(total=total, desc=description, unit=unit, leave=leave, disable=None, dynamic_ncols=True)
+
+
+def say(text: str) -> None:
+    """Print a line of ours on stderr that leaves bars whole."""
+    tqdm.write(f"quantdit: {text}", file=sys.stderr)
+
+
+@contextmanager
+def denoising(pipeline: object, batches: int, steps: int, description: str) -> Iterator[Callable[[], None]]:
+    """Show a bar that ticks with each denoising step of a pipeline; yields what to call after each batch.
+
+    The pipeline's own bar moves ours. The call after a batch brings the bar to the batch's end, whatever the pipeline counted:
+    a scheduler may take other steps than it was asked for.
+
+    Args:
+        pipeline: is called once for each batch while the body runs.
+        batches: how many.
+        steps: denoising steps of each.
+        description: what is being done.
+    """
+    with bar(batches * steps, description, "step") as shown:
+        done = 0
+
+        def tick(count: float = 1) -> None:
+            shown.update(min(count, (done + 1) * steps - shown.n))
+
+        def batch_done() -> None:
+            nonlocal done
+            done += 1
+            shown.update(done * steps - shown.n)
+
+        pipeline.progress_bar = lambda iterable=None, total=None: _Relay(iterable, total, tick)
+        try:
+            yield batch_done
+        finally:
+            del pipeline.progress_bar
+
+
+class _Relay(tqdm):
+    """Stands for a pipeline's own bar: shows nothing, and passes each step on."""
+
+    def __init__(self, iterable: Iterable | None, total: int | None, tick: Callable[[float], object]) -> None:
+        super().__init__(iterable, total=total, disable=True)
+        self._tick = tick
+
+    def __iter__(self) -> Iterator:
+        for item in self.iterable:
+            yield item
+            self._tick(1)
+
+    def update(self, n: float | None = 1) -> None:
+        self._tick(1 if n is None else n)
