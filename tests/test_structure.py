@@ -26,7 +26,7 @@ HOMES = {
 
 # A part imports itself and parts of earlier rows; parts of one row do not know each other. `""` is quantdit/__init__.py.
 ORDER = (
-    ("formats", "hadamard", "timesteps", "files", "memory", "after_import"),
+    ("formats", "hadamard", "timesteps", "files", "memory", "progress", "after_import"),
     ("qtensor", "transform", "transformers_quantizer"),
     ("layer_spec",),
     ("recipe",),
@@ -41,7 +41,7 @@ ORDER = (
     ("block_by_block",),
     ("compiler", "in_memory"),
     ("inspection", "exporters", "evaluation", "bench"),
-    ("bench_baselines", "bench_report", "bench_onnx"),
+    ("commands", "bench_baselines", "bench_report", "bench_onnx"),
     ("bench_cases",),
     ("bench_kernels",),
     ("models.train", "cli"),
@@ -49,8 +49,8 @@ ORDER = (
 # Files that only run as a script: nothing imports them.
 SCRIPTS = ("cli", "models.train")
 
-PUBLIC = ["FORMATS", "Format", "QSpec", "QTensor", "QuantDiTConfig", "Recipe", "Rule", "load", "quantize"]
-LATER = {"QuantDiTConfig", "load", "quantize"}  # imported when they are asked for
+LATER = {"QuantDiTConfig", "evaluate", "export", "gate", "generate", "load", "quantize"}  # imported when they are asked for
+PUBLIC = sorted({"FORMATS", "Format", "QSpec", "QTensor", "Recipe", "Rule"} | LATER)
 HEAVY = (
     "diffusers",
     "peft",
