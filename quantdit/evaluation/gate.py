@@ -204,7 +204,8 @@ def _checked(report: dict, baseline: dict) -> dict:
     """
     stored = baseline["report"]
     differing = [
-        f"{' '.join(key.split())}: the baseline's is {stored['identity'].get(key)!r}, the report's {report['identity'].get(key)!r}"
+        f"{' '.join(key.split())}: the baseline's is {stored['identity'].get(key)!r},"
+        f" the report's {report['identity'].get(key)!r}"
         for key in dict.fromkeys((*stored["identity"], *report["identity"]))
         if stored["identity"].get(key) != report["identity"].get(key)
     ]

@@ -32,7 +32,7 @@ def test_a_baseline_passes_itself_and_fails_once_a_layer_is_off(path: Path):
     report["probe"]["layers"][name] = [value + 9 for value in report["probe"]["layers"][name]]
     failed = gate.gate(report, baseline)
     assert failed.verdict == gate.FAIL and name in gate.summary(failed)
-    assert set(report["floor"]) == {"other seeds", "other batch", "bfloat16"}
+    assert set(report["floor"]) == {"other seeds", "other batch", "other dtype"}
 
 
 def test_the_detection_table_is_what_its_rows_say():
