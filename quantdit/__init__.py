@@ -14,11 +14,29 @@ from quantdit.qtensor import QTensor
 from quantdit.recipe import Recipe, Rule
 
 __version__ = _version("quantdit")
-__all__ = ["FORMATS", "Format", "QSpec", "QTensor", "QuantDiTConfig", "Recipe", "Rule", "load", "quantize"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "QSpec",
+    "QTensor",
+    "QuantDiTConfig",
+    "Recipe",
+    "Rule",
+    "evaluate",
+    "export",
+    "gate",
+    "generate",
+    "load",
+    "quantize",
+]
 
 # Imported when they are asked for: they bring diffusers along.
 _LATER = {
     "QuantDiTConfig": "quantdit.diffusers_quantizer",
+    "evaluate": "quantdit.evaluation.run",
+    "export": "quantdit.commands",
+    "gate": "quantdit.evaluation.gate",
+    "generate": "quantdit.commands",
     "load": "quantdit.in_memory",
     "quantize": "quantdit.in_memory",
 }

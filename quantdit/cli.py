@@ -196,9 +196,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--output", type=Path, required=True, help="PNG file; of clips .webp, .gif or .mp4, or .png for rows of their frames"
     )
-    sub.add_argument("--count", type=_positive, help="images or clips (one of each prompt given, else 40 images or 8 clips)")
+    sub.add_argument(
+        "--count", type=_positive, dest="samples", help="images or clips (one of each prompt given, else 40 images or 8 clips)"
+    )
     sub.add_argument("--columns", type=_positive, help="in a row (10 images, 4 clips)")
-    sub.add_argument("--classes", type=int, nargs="+", help="class numbers to draw, in turn (class-conditional models)")
+    sub.add_argument(
+        "--classes", type=_class, nargs="+", help="classes to draw, in turn: numbers, or names (class-conditional models)"
+    )
     what = sub.add_mutually_exclusive_group()
     what.add_argument("--prompt", nargs="+", metavar="TEXT", help="what to draw, in turn (models that take text)")
     what.add_argument("--prompts", type=Path, help="text file, one prompt a line")
@@ -318,10 +322,32 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sampling(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--steps", type=_positive, default=20, help="sampling steps (%(default)s)")
-    sub.add_argument("--guidance", type=_finite, help="guidance scale (the pipeline's own default)")
-    sub.add_argument("--seed", type=_seed, default=0, help="(%(default)s)")
-    sub.add_argument("--device", default="cpu", help="(%(default)s)")
+    group = sub.add_argument_group("sampling (what is not given is the pipeline's own)")
+    group.add_argument("--steps", type=_positive, default=20, help="sampling steps (%(default)s)")
+    group.add_argument("--guidance", type=_finite, help="guidance scale")
+    group.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
+    group.add_argument("--height", type=_positive, help="of a sample, in pixels")
+    group.add_argument("--width", type=_positive, help="of a sample, in pixels")
+    group.add_argument("--frames", type=_positive, help="of a clip")
+    group.add_argument("--seed", type=_seed, default=0, help="(%(default)s)")
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of weights and activations that are not quantized (%(default)s)",
+    )
+    group.add_argument("--device", default="cpu", help="(%(default)s)")
+
+
+# Options of the command line that are fields of pipeline.Sampling.
+_SAMPLING = ("samples", "seed", "steps", "guidance", "negative_prompt", "height", "width", "frames", "dtype", "batch", "classes")
+
+
+def _asked(args: argparse.Namespace) -> dict[str, object]:
+    """Return what is asked of a model, by the names of pipeline.Sampling."""
+    found = {key: getattr(args, key, None) for key in _SAMPLING}
+    found["prompts"] = _prompts(args.prompts) if args.prompts else getattr(args, "prompt", None)
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _models(args: argparse.Namespace) -> int:
@@ -472,38 +498,16 @@ def _prompts(path: Path) -> list[str]:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from quantdit.evaluation.clips import write_clips
-    from quantdit.evaluation.picture import side_by_side
-    from quantdit.pipeline import generate, makes_clips, sampling_arguments
+    from quantdit import progress
 
-    prompts = _prompts(args.prompts) if args.prompts else args.prompt
-    pipeline, source = _load(args.model, args.device)
-    clips = makes_clips(pipeline)
-    _check_suffix(args.output, clips)
-    for path in args.onnx or ():
-        from quantdit.exporters.onnx_session import use_graph
+    asked = _asked(args)
+    progress.say("loading diffusers")  # seconds go into it
+    from quantdit.commands import generate
 
-        use_graph(pipeline, source, path)
-    count = args.count or (len(prompts) if prompts else 8 if clips else 40)
-    samples = generate(pipeline, count, args.seed, args.steps, args.guidance, prompts=prompts, classes=args.classes)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    if clips:
-        labels = sampling_arguments(pipeline, count, prompts, args.classes)["prompt"]
-        write_clips(samples, labels, args.output, args.columns or 4)
-    else:
-        side_by_side([(f"{source.name}, seed {args.seed}, {args.steps} steps", samples)], args.columns or 10, args.output)
+    _quiet()
+    generate(args.model, args.output, args.columns, args.device, args.onnx or (), **asked)
     print(args.output)
     return 0
-
-
-def _check_suffix(output: Path, clips: bool) -> None:
-    """Refuse a suffix before minutes go into sampling."""
-    from quantdit.evaluation.clips import SUFFIXES, require_suffix
-
-    if clips:
-        require_suffix(output)
-    elif output.suffix.lower() in SUFFIXES and output.suffix.lower() != ".png":
-        raise ValueError(f"{output}: this model makes images, which are written as PNG; choose a name that ends in .png")
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -523,49 +527,36 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from quantdit.evaluation.run import Request, evaluate
+    from quantdit import progress
+
+    asked = _asked(args)
+    progress.say("loading diffusers")
+    from quantdit.evaluation.run import FOLDERS, SUMMARY, evaluate
 
     _quiet()
-    prompts = tuple(_prompts(args.prompts)) if args.prompts else None
-    request = Request(
-        args.reference,
-        args.candidate,
-        args.output,
-        samples=args.samples,
-        seeds=args.seeds,
-        seed=args.seed,
-        steps=args.steps,
-        guidance=args.guidance,
-        prompts=prompts,
-        batch=args.batch,
-        probes=args.probes,
-        device=args.device,
-        cache=args.cache,
-        noise_floor=args.noise_floor,
-        real=args.real,
-        inception_weights=args.inception_weights,
-        clip_weights=args.clip_weights,
-        vbench=args.vbench,
-        vbench_weights=args.vbench_weights,
-    )
-    print(evaluate(request))
-    print(f"\n{args.output / 'report.html'}")
+    others = {key: getattr(args, key) for key in ("seeds", "probes", "device", "noise_floor", *FOLDERS)}
+    evaluate(args.reference, args.candidate, args.output, **asked, **others)
+    print((args.output / SUMMARY).read_text())
+    print(args.output / "report.html")
     return 0
 
 
 def _gate(args: argparse.Namespace) -> int:
     from quantdit import files
     from quantdit.evaluation import gate, page
+    from quantdit.evaluation.places import require_file
 
+    for written in (args.summary, args.baseline if args.update_baseline else None):
+        if written is not None:
+            require_file(written)
     path = gate.report_in(args.report)
-    report = gate.read(path, "report")
     if args.update_baseline:
+        report = gate.read(path, "report")
         margins = gate.read(args.baseline, "baseline")["margins"] if args.baseline.exists() else None
         args.baseline.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(args.baseline, gate.make_baseline(report, margins))
         print(args.baseline)
-    baseline = gate.read(args.baseline, "baseline")
-    verdict = gate.gate(report, baseline)
+    verdict = gate.gate(path, args.baseline)
     text = gate.summary(verdict)
     if args.summary:
         args.summary.write_text(text + "\n")
@@ -613,13 +604,6 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(model: str, device: str):
-    from quantdit.pipeline import load_pipeline
-
-    _quiet()
-    return load_pipeline(model, device=device)
-
-
 def _quiet() -> None:
     """Leave the terminal to our own progress bars."""
     from diffusers.utils import logging
@@ -653,6 +637,10 @@ def _seed(text: str) -> int:
     if not 0 <= value < 2**31:
         raise argparse.ArgumentTypeError(f"a seed lies in 0..2147483647, got {value}")
     return value
+
+
+def _class(text: str) -> int | str:
+    return int(text) if re.fullmatch("-?[0-9]+", text) else text
 
 
 def _finite(text: str) -> float:

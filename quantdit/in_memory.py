@@ -22,13 +22,12 @@ from quantdit.calibration.assignments import Training
 from quantdit.calibration.calls import StoredCalls
 from quantdit.diffusers_quantizer import attach
 from quantdit.models import adapter as adapters
-from quantdit.pipeline import BareTransformer, load_pipeline
+from quantdit.pipeline import DTYPES, BareTransformer, load_pipeline
 from quantdit.recipe import Recipe
 from quantdit.sampling import Settings
 
 BUCKETS = Settings().buckets
 ERRORS = ("rel_rmse", "weight_only_rel_rmse", "rms", "weight_rel_rmse")  # of a layer's report, those that a folder keeps
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What a model raises that is called with what it does not take.
 MISFITS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
 

@@ -14,14 +14,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantdit import checkpoint, files, memory, sources, streaming
+from quantdit import checkpoint, files, memory, progress, sources, streaming
 from quantdit.models.aliases import ALIASES, locate
+from quantdit.models.class_names import class_number
 from quantdit.streaming import is_streamed
 
 # What a pipeline calls its transformers; Wan 2.2 has two experts.
 PARTS = ("transformer", "transformer_2")
 # A size of a sample -> what pipelines call it.
 SIZES = {"height": ("height",), "width": ("width",), "frames": ("num_frames", "video_length")}
+# What a call may be asked for besides its prompts, and what pipelines call it.
+OPTIONS = {"guidance": ("guidance_scale",), "negative_prompt": ("negative_prompt",)} | SIZES
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GIVEN = ("prompt", "class_labels", "generator", "num_inference_steps", "output_type")  # whenever a pipeline is called
 DEFAULT_MEMORY = 0.8  # of the machine's
 ANY_SIZE = 2**31  # in the config of a text encoder: its vocabulary, tokens, bases
@@ -67,6 +71,52 @@ class Source:
     def part(self, name: str) -> Path:
         """Return the folder of a transformer."""
         return self.folder if self.bare else self.folder / name
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a model is asked for.
+
+    Attributes:
+        samples: images or clips; sample i takes prompt i modulo their number, and noise of its own, of `sample_seed(seed, i)`.
+        seed: the first one.
+        steps: of the sampler.
+        guidance: scale; None for the pipeline's own.
+        prompts: texts, None for the pipeline's own or, of a class-conditional one, its classes.
+        batch: samples at once; changes speed, memory, and the last bits of floats.
+        classes: numbers or names, of a class-conditional model; None for a spread of them.
+        negative_prompt: what guidance leads away from; None for the pipeline's own.
+        height: of a sample, in pixels; None for the pipeline's own.
+        width: of a sample, in pixels.
+        frames: of a clip.
+        dtype: of DTYPES, that the model is loaded in.
+    """
+
+    samples: int = 64
+    seed: int = 0
+    steps: int = 20
+    guidance: float | None = None
+    prompts: tuple[str, ...] | None = None
+    batch: int = 32
+    classes: tuple[int | str, ...] | None = None
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Refuse what nothing can be sampled with.
+
+        Raises:
+            ValueError: a number below 1, or an unknown dtype.
+        """
+        for name in ("samples", "steps", "batch", *SIZES):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is unknown; use one of {', '.join(DTYPES)}")
 
 
 class BareTransformer:
@@ -279,24 +329,21 @@ def _as_diffusers_would(transformer: nn.Module, folder: Path) -> nn.Module:
 
 
 def sampling_arguments(
-    pipeline: object, count: int, prompts: Sequence[str] | None = None, classes: Sequence[int] | None = None
+    pipeline: object, count: int, prompts: Sequence[str] | None = None, classes: Sequence[int | str] | None = None
 ) -> dict:
     """Return the `prompt` or `class_labels` argument for `count` images or clips: the given ones in turn, or a spread of our own.
 
     Raises:
-        ValueError: the pipeline takes neither, or needs something else, such as an image.
+        ValueError: the pipeline takes neither, needs something else, such as an image, or has no such class.
     """
     accepted = accepted_arguments(pipeline)
     _check_needs(pipeline)
     if "class_labels" in accepted:
         known = pipeline.transformer.config.num_embeds_ada_norm
-        bad = [c for c in classes or () if not 0 <= c < known]
-        if bad:
-            raise ValueError(f"class {bad[0]} is out of range: this model knows classes 0..{known - 1}")
         if prompts:
             raise ValueError(f"{type(pipeline).__name__} draws classes and takes no prompts; use --classes")
         # Few images of many classes: evenly spaced ones, so that they differ.
-        chosen = list(classes or range(0, known, max(1, known // count)))
+        chosen = [class_number(pipeline, c) for c in classes or range(0, known, max(1, known // count))]
         return {"class_labels": [chosen[i % len(chosen)] for i in range(count)]}
     if "prompt" in accepted:
         if classes:
@@ -340,9 +387,29 @@ def sample_seed(seed: int, number: int) -> int:
     return seed * 2**20 + number
 
 
-def guided(pipeline: object, guidance: float | None) -> dict[str, float]:
-    """Return the argument of the guidance scale; empty if there is none, or the pipeline takes none."""
-    return {"guidance_scale": guidance} if guidance is not None and "guidance_scale" in accepted_arguments(pipeline) else {}
+def call_options(pipeline: object, asked: object) -> dict[str, object]:
+    """Return what a pipeline is called with besides prompts and noise: the steps, and what is asked for of OPTIONS.
+
+    Args:
+        pipeline: a `sizes` of its own, where it has one, are the only ones it takes.
+        asked: has `steps` and what it knows of OPTIONS: a Sampling, or calibration's settings. None is the pipeline's own.
+
+    Raises:
+        ValueError: the pipeline does not take one of them.
+    """
+    accepted, own = accepted_arguments(pipeline), getattr(pipeline, "sizes", {})
+    found: dict[str, object] = {"num_inference_steps": asked.steps}
+    for option, names in OPTIONS.items():
+        value, flag = getattr(asked, option, None), f"--{option.replace('_', '-')}"
+        if value is None:
+            continue
+        name = next((name for name in names if name in accepted), None)
+        if name is None:
+            raise ValueError(f"{type(pipeline).__name__} takes no {option.replace('_', ' ')}; leave out {flag}")
+        if own.get(option, value) != value:
+            raise ValueError(f"{type(pipeline).__name__} makes samples of {option} {own[option]} alone; leave out {flag}")
+        found[name] = value
+    return found
 
 
 def samples_of(output: object) -> Tensor:
@@ -370,21 +437,24 @@ def generate(
     guidance: float | None = None,
     batch: int = 32,
     prompts: Sequence[str] | None = None,
-    classes: Sequence[int] | None = None,
+    classes: Sequence[int | str] | None = None,
     description: str = "generate",
+    **options: object,
 ) -> Tensor:
     """Sample `count` images `[n, c, h, w]` or, from a video pipeline, clips `[n, f, c, h, w]`; float32 in [-1, 1].
 
-    Image or clip i does not depend on the batch it is sampled in (`seeded_batches`).
-    """
-    from tqdm import tqdm
+    Image or clip i depends on its batch in the last bits of floats alone (`seeded_batches`). `options` are Sampling's.
 
+    Raises:
+        ValueError: the pipeline does not take what is asked for.
+    """
+    asked = Sampling(count, seed, steps, guidance, prompts, batch, classes, **options)
     arguments = sampling_arguments(pipeline, count, prompts, classes)
-    extra, images = guided(pipeline, guidance), []
-    with tqdm(total=count, desc=description, unit="clip" if makes_clips(pipeline) else "image") as bar:
+    extra, images = call_options(pipeline, asked), []
+    with progress.denoising(pipeline, -(-count // batch), steps, description) as batch_done:
         for part in seeded_batches(arguments, count, seed, batch):
-            images.append(samples_of(pipeline(**part, **extra, num_inference_steps=steps, output_type="np")))
-            bar.update(len(images[-1]))
+            images.append(samples_of(pipeline(**part, **extra, output_type="np")))
+            batch_done()
     return torch.cat(images)
 
 

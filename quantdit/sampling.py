@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from quantdit import progress
 from quantdit.models.adapter import Adapter, Size
 from quantdit.models.synthetic import TRAIN_STEPS, latent_of, moved_inputs, prediction, synthetic_inputs
-from quantdit.pipeline import SIZES, BareTransformer, accepted_arguments, sample_seed, sampling_arguments, seeded_batches
+from quantdit.pipeline import (
+    SIZES,
+    BareTransformer,
+    accepted_arguments,
+    call_options,
+    sample_seed,
+    sampling_arguments,
+    seeded_batches,
+)
 
 # Images of a pipeline without an autoencoder are small; latents of one at a time are large enough.
 BATCH = 32
@@ -80,9 +88,7 @@ def conditions(pipeline: object, settings: Settings) -> dict[str, list]:
     if not settings.samples:
         return {}
     if not isinstance(pipeline, BareTransformer):
-        for name in SIZES:
-            if getattr(settings, name) is not None and not takes(pipeline, name):
-                raise ValueError(f"{type(pipeline).__name__} makes samples of one size; leave out --{name}")
+        call_options(pipeline, settings)
         return sampling_arguments(pipeline, settings.samples, settings.prompts or None)
     for name in ("prompts", "height", "width", "frames"):
         if getattr(settings, name):
@@ -106,7 +112,7 @@ def sample(pipeline: object, settings: Settings, adapters: Mapping[str, Adapter]
     parts = list(seeded_batches(arguments, settings.samples, settings.seed, batch))
     with progress.denoising(pipeline, len(parts), settings.steps, "sample the model") as batch_done:
         for part in parts:
-            pipeline(**part, **_options(pipeline, settings), num_inference_steps=settings.steps)
+            pipeline(**part, **_options(pipeline, settings))
             batch_done()
 
 
@@ -162,11 +168,6 @@ def _scheduler(kind: str):
 
 
 def _options(pipeline: object, settings: Settings) -> dict:
-    """Return the arguments that this pipeline takes: sizes, guidance, and no decoding where there is an autoencoder."""
-    wanted = {argument: getattr(settings, size) for size, arguments in SIZES.items() for argument in arguments}
-    wanted |= {
-        "guidance_scale": settings.guidance,
-        "output_type": "latent" if getattr(pipeline, "vae", None) is not None else "np",
-    }
-    accepted = accepted_arguments(pipeline)
-    return {key: value for key, value in wanted.items() if value is not None and key in accepted}
+    """Return what the pipeline is called with besides prompts and noise; nothing is decoded where there is an autoencoder."""
+    output = "latent" if getattr(pipeline, "vae", None) is not None else "np"
+    return call_options(pipeline, settings) | ({"output_type": output} if "output_type" in accepted_arguments(pipeline) else {})

@@ -42,7 +42,7 @@ ORDER = (
     ("block_by_block",),
     ("compiler", "in_memory"),
     ("inspection", "exporters", "evaluation", "bench"),
-    ("bench_baselines", "bench_report", "bench_onnx"),
+    ("commands", "bench_baselines", "bench_report", "bench_onnx"),
     ("bench_cases",),
     ("bench_kernels",),
     ("models.train", "cli"),
@@ -50,8 +50,8 @@ ORDER = (
 # Files that only run as a script: nothing imports them.
 SCRIPTS = ("cli", "models.train")
 
-PUBLIC = ["FORMATS", "Format", "QSpec", "QTensor", "QuantDiTConfig", "Recipe", "Rule", "load", "quantize"]
-LATER = {"QuantDiTConfig", "load", "quantize"}  # imported when they are asked for
+LATER = {"QuantDiTConfig", "evaluate", "export", "gate", "generate", "load", "quantize"}  # imported when they are asked for
+PUBLIC = sorted({"FORMATS", "Format", "QSpec", "QTensor", "Recipe", "Rule"} | LATER)
 HEAVY = (
     "diffusers",
     "peft",

@@ -196,3 +196,16 @@ def test_text_encoder_that_does_not_fit_stays_on_the_disk(
     assert ran.code == 0, ran.err
     for part in PARTS:
         assert files.digest(tmp_path / "resident" / part) == files.digest(tmp_path / "offloaded" / part)
+
+
+def test_a_real_pipeline_is_evaluated_at_the_size_it_was_calibrated_at(cli, tiny_wan: Path, tmp_path: Path) -> None:
+    """Sizes, frames and the negative prompt reach diffusers' own pipeline; what it refuses is one line, and no traceback."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    (tmp_path / "prompts.txt").write_text("a bat\nred bat\n")
+    ask = ("evaluate", tiny_wan, tiny_wan, "--samples", 4, "--steps", 2, "--probes", 1, "--output", tmp_path / "out")
+    ask += ("--prompts", tmp_path / "prompts.txt", "--frames", 5, "--guidance", 3, "--negative-prompt", "moving left")
+    assert "divisible by 16" in cli(*ask, "--height", 33, "--width", 32).error
+    ran = cli(*ask, "--height", 32, "--width", 32, "--dtype", "bfloat16")
+    assert ran.code == 0, ran.err
+    report = files.read_json(tmp_path / "out" / "report.json")
+    assert report["identity"]["shape"] == [5, 3, 32, 32] and report["identity"]["negative_prompt"] == "moving left"

@@ -55,22 +55,20 @@ def bar_chart(
     return _svg(title, parts, HEIGHT) + _legend(order)
 
 
-def interval_chart(estimate: float, low: float, high: float, limit: float, both: bool = False) -> str:
-    """Return a strip that shows an interval of a difference beside zero and its limit; `both`: the limit is on both sides."""
+def interval_chart(estimate: float, low: float, high: float, limit: float, lowest: float | None = None) -> str:
+    """Return a strip that shows an interval of a difference beside zero and its limit; `lowest`: the limit on the other side."""
     wide, tall = 220, 26
-    reach = 1.15 * max(abs(v) for v in (estimate, low, high, limit)) or 1.0
+    limits = [limit] if lowest is None else [lowest, limit]
+    reach = 1.15 * max(abs(v) for v in (estimate, low, high, *limits)) or 1.0
 
     def across(value: float) -> float:
         return wide / 2 + value / reach * wide / 2
 
-    limits = "".join(
-        f'<line class="limit" x1="{across(v):.1f}" x2="{across(v):.1f}" y1="2" y2="24"/>'
-        for v in ((limit, -limit) if both else (limit,))
-    )
+    marks = "".join(f'<line class="limit" x1="{across(v):.1f}" x2="{across(v):.1f}" y1="2" y2="24"/>' for v in limits)
     label = f"difference {estimate:.3g}, from {low:.3g} to {high:.3g}; limit {limit:.3g}"
     return (
         f'<svg class="strip" viewBox="0 0 {wide} {tall}" role="img" aria-label="{label}"><title>{label}</title>'
-        f'<line class="axis" x1="{wide / 2}" x2="{wide / 2}" y1="4" y2="22"/>{limits}'
+        f'<line class="axis" x1="{wide / 2}" x2="{wide / 2}" y1="4" y2="22"/>{marks}'
         f'<rect class="range" x="{across(low):.1f}" y="10" width="{max(across(high) - across(low), 1):.1f}" height="6" rx="3"/>'
         f'<circle class="point" cx="{across(estimate):.1f}" cy="13" r="5"/></svg>'
     )

@@ -1,8 +1,9 @@
 """Maximum mean discrepancy of two sets of features, over all of their samples.
 
-The squared MMD of a polynomial kernel is what KID averages over subsets (frechet.kernel_distance); with a Gaussian kernel on CLIP
-embeddings it is CMMD (Jayasumana et al. 2024, arXiv 2401.09603), which needs far fewer images than FID. On other features, the
-reference's median distance takes the place of CMMD's bandwidth, and the name of the backbone goes with the number.
+The squared MMD of a polynomial kernel is the KID; over all samples it is what its authors average over random subsets to save
+work, with less noise. With a Gaussian kernel on CLIP embeddings it is CMMD (Jayasumana et al. 2024, arXiv 2401.09603), which
+needs far fewer images than FID. On other features, the reference's median distance takes the place of CMMD's bandwidth, and the
+name of the backbone goes with the number.
 """
 
 from __future__ import annotations
@@ -55,6 +56,15 @@ def grams(a: Tensor, b: Tensor, kernel: Kernel) -> Grams:
         raise ValueError("features contain NaN or inf: look at the images they come from")
     a, b = a.double(), b.double()
     return Grams(kernel(a, a), kernel(b, b), kernel(a, b))
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """Return the KID of features `[n, d]` each: the unbiased squared MMD of all rows. It may be negative.
+
+    Raises:
+        ValueError: as `grams`.
+    """
+    return grams(a, b, polynomial).squared(torch.arange(len(a)))
 
 
 def polynomial(x: Tensor, y: Tensor) -> Tensor:

@@ -7,16 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from quantdit.evaluation.features import BACKBONE, efficientnet_lite0_features
-from quantdit.evaluation.frechet import FeatureStatistics, frechet_distance, kernel_distance, summarise
+from quantdit.evaluation.frechet import FeatureStatistics, frechet_distance, summarise
 from quantdit.evaluation.gate import markdown
-from quantdit.evaluation.measures import paired_of, six
+from quantdit.evaluation.measures import EFFICIENTNET, Backbone, paired_of, sets_of, six
 from quantdit.evaluation.paired import bootstrap_interval, capped
 from quantdit.evaluation.samples import middle_frames
 
-FD, KID = f"FD-{BACKBONE}", f"KID-{BACKBONE}"
 LEVEL = 0.95
-_SUBSETS_PER_ROUND, _ROUNDS = 8, 10
 
 
 @dataclass(frozen=True)
@@ -40,11 +37,10 @@ class DriftReport:
         identical: pairs equal in every pixel.
         ssim_mean: mean SSIM.
         ssim_interval: 95 % bootstrap interval of ssim_mean.
-        fd_drift: Frechet distance on EfficientNet-Lite0 features, candidate to reference.
+        fd_drift: Frechet distance on the backbone's features, candidate to reference.
         fd_floor: the same, other seeds to reference.
-        kid_drift: kernel distance on EfficientNet-Lite0 features, candidate to reference: mean and standard error.
+        kid_drift: kernel distance on the same features, candidate to reference, and its standard error.
         kid_floor: the same, other seeds to reference.
-        kid_subset_size: images in a subset of the kernel distances.
         fd_reference_real: Frechet distance of the reference images to the real set; None without one.
         fd_candidate_real: Frechet distance of the candidate images to the real set; None without one.
         clips: the pairs are clips.
@@ -62,11 +58,10 @@ class DriftReport:
     fd_floor: float
     kid_drift: tuple[float, float]
     kid_floor: tuple[float, float]
-    kid_subset_size: int
     fd_reference_real: float | None
     fd_candidate_real: float | None
     clips: bool = False
-    names: tuple[str, str] = (FD, KID)
+    names: tuple[str, str] = (EFFICIENTNET.frechet, EFFICIENTNET.kernel)
 
     def to_json(self) -> dict[str, object]:
         """Return plain, finite values in a fixed order, metric names with their backbone."""
@@ -87,7 +82,7 @@ class DriftReport:
             },
             "SSIM": {"mean": self.ssim_mean, "interval": list(self.ssim_interval)},
             self.names[0]: frechet,
-            self.names[1]: {"drift": kid[0], "noise_floor": kid[1], "subset_size": self.kid_subset_size},
+            self.names[1]: {"drift": kid[0], "noise_floor": kid[1]},
         }
 
 
@@ -98,8 +93,9 @@ def compare(
     real_features: torch.Tensor | FeatureStatistics | None = None,
     seed: int = 0,
     features: Sequence[torch.Tensor] | None = None,
-    names: tuple[str, str] = (FD, KID),
+    backbone: Backbone = EFFICIENTNET,
     paired: Mapping[str, torch.Tensor] | None = None,
+    sets: Mapping[str, Mapping[str, float]] | None = None,
 ) -> DriftReport:
     """Measure the drift of candidate images or clips from those of the reference.
 
@@ -107,12 +103,12 @@ def compare(
         reference: `[n, c, h, w]`, or clips `[n, f, c, h, w]`, float in [-1, 1], n >= 4, c = 1 or 3: of the original model.
         candidate: the same shape: images of the quantized model from the same seeds, labels and sampler.
         other_seeds: the same shape: images of the original model from other seeds, for the noise floor.
-        real_features: EfficientNet-Lite0 features `[m, 1280]` of real images, or their statistics (`real.load_real`).
-        seed: of bootstrap and kernel-distance subsets.
-        features: of reference, candidate and other seeds, `[n, d]` each, of the middle frames of clips; EfficientNet-Lite0's,
-            computed here, if None.
-        names: of Frechet and kernel distance on these features.
+        real_features: the backbone's features `[m, d]` of real images, or their statistics (`real.load_real`).
+        seed: of the bootstrap.
+        features: of reference, candidate and other seeds, `[n, d]` each, of the middle frames of clips; computed here if None.
+        backbone: of the features.
         paired: what `measures.paired_of` says of reference and candidate, where it is known.
+        sets: what `measures.sets_of` says of the features, where it is known; each image has a prompt of its own if None.
 
     Raises:
         ValueError: if the shapes differ, there are fewer than four images, or values are not finite.
@@ -124,16 +120,16 @@ def compare(
             "the Frechet distance depends on the number of images"
         )
     if len(reference) < 4:
-        raise ValueError(f"{len(reference)} images, expected at least 4, better 64: two disjoint subsets of two are the least")
+        raise ValueError(f"{len(reference)} images, expected at least 4, better 64")
     clips = reference.ndim == candidate.ndim == 5
     paired = paired_of(reference, candidate) if paired is None else paired
     decibels, likeness = capped(paired["psnr"]), paired["ssim"]
-    pictures = [middle_frames(x) for x in (reference, candidate, other_seeds)]
-    sets = [efficientnet_lite0_features(images) for images in pictures] if features is None else list(features)
-    ref, cand, other = [summarise(features) for features in sets]
-    subset_size = max(2, len(reference) // _SUBSETS_PER_ROUND)
-    subsets = _ROUNDS * _SUBSETS_PER_ROUND
-    to_real = [None if real_features is None else six(frechet_distance(x, real_features)) for x in (ref, cand)]
+    if features is None:
+        features = [backbone.features(middle_frames(x)) for x in (reference, candidate, other_seeds)]
+    if sets is None:
+        sets = sets_of(*features, tuple(map(str, range(len(reference)))), backbone)
+    fd, kid = sets[backbone.frechet], sets[backbone.kernel]
+    to_real = [None if real_features is None else six(frechet_distance(summarise(x), real_features)) for x in features[:2]]
     return DriftReport(
         count=len(reference),
         psnr_mean=six(decibels.mean().item()),
@@ -142,15 +138,14 @@ def compare(
         identical=int(torch.isinf(paired["psnr"]).sum()),
         ssim_mean=six(likeness.mean().item()),
         ssim_interval=_six(bootstrap_interval(likeness, seed, LEVEL)),
-        fd_drift=six(frechet_distance(cand, ref)),
-        fd_floor=six(frechet_distance(other, ref)),
-        kid_drift=_six(kernel_distance(sets[1], sets[0], subset_size, subsets, seed)),
-        kid_floor=_six(kernel_distance(sets[2], sets[0], subset_size, subsets, seed)),
-        kid_subset_size=subset_size,
+        fd_drift=fd["drift"],
+        fd_floor=fd["noise_floor"],
+        kid_drift=(kid["drift"], kid["standard_error"]),
+        kid_floor=(kid["noise_floor"], kid["noise_floor_error"]),
         fd_reference_real=to_real[0],
         fd_candidate_real=to_real[1],
         clips=clips,
-        names=names,
+        names=(backbone.frechet, backbone.kernel),
     )
 
 

@@ -1,6 +1,6 @@
-"""Distances between two sets of feature vectors: Frechet distance and kernel distance.
+"""The Frechet distance between two sets of feature vectors.
 
-Both are functions of features only; whoever reports a value names the backbone of the features (see `features.BACKBONE`).
+It is a function of features only; whoever reports a value names the backbone of the features (see `features.BACKBONE`).
 """
 
 from __future__ import annotations
@@ -70,70 +70,6 @@ def frechet_distance(a: torch.Tensor | FeatureStatistics, b: torch.Tensor | Feat
     cross = torch.linalg.svdvals(a.factor @ b.factor.T).sum()
     distance = (a.mean - b.mean).square().sum() + a.factor.square().sum() + b.factor.square().sum() - 2 * cross
     return max(0.0, distance.item())  # equal sets may round to -1e-15 of the traces
-
-
-def kernel_distance(
-    a: torch.Tensor, b: torch.Tensor, subset_size: int = 100, subsets: int = 100, seed: int = 0
-) -> tuple[float, float]:
-    r"""Kernel distance: unbiased squared maximum mean discrepancy with the kernel (x.y / d + 1)^3, averaged over subsets.
-
-    (Binkowski et al. 2018, arXiv 1801.01401, section 4.) A subset of s rows x_i of `a` and y_i of `b` gives the U-statistic
-
-        1 / (s (s - 1)) sum_{i != j} k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i)
-
-    (Gretton et al. 2012, JMLR 13, Lemma 6 with equation 4). It leaves the pairs i = i out of the mixed terms too, hence is
-    unbiased also where x_i and y_i belong together: sets of equal length are taken as such pairs (the images of one seed by
-    two models) and stay aligned. A value may be negative.
-
-    Each round deals shuffled rows into disjoint, hence independent, subsets; rounds repeat until `subsets` are reached. The
-    standard error is the deviation between subsets of a round over the root of their number: exact for one round, an upper
-    bound for more. It does not shrink with the number of rounds, which reuse the same images; subsets drawn at random and a
-    deviation divided by the root of `subsets` would pretend that.
-
-    Args:
-        a: `[n, d]` float features.
-        b: `[m, d]` float features.
-        subset_size: rows of each set in one subset, at least 2; at most half of the smaller set.
-        subsets: least number of subsets, rounded up to whole rounds.
-        seed: of the shuffles.
-
-    Returns:
-        Mean over all subsets and a standard error that is not too small.
-
-    Raises:
-        ValueError: if the widths differ, values are not finite, or the sets are too small for two disjoint subsets.
-    """
-    _same_width(a, b)
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise ValueError("features contain NaN or inf: look at the images they come from")
-    per_round = min(len(a), len(b)) // max(subset_size, 1)
-    if subset_size < 2 or per_round < 2 or subsets < 1:
-        raise ValueError(
-            f"subset_size {subset_size}, subsets {subsets}: expected subset_size >= 2, subsets >= 1 and at least two disjoint "
-            f"subsets in {min(len(a), len(b))} rows; choose a subset_size up to {min(len(a), len(b)) // 2}"
-        )
-    a, b = (x.detach().to("cpu", torch.float64) for x in (a, b))
-    generator = torch.Generator().manual_seed(seed)
-    rounds = []
-    for _ in range(math.ceil(subsets / per_round)):
-        rows_a = torch.randperm(len(a), generator=generator)
-        rows_b = rows_a if len(a) == len(b) else torch.randperm(len(b), generator=generator)
-        parts = zip(rows_a.split(subset_size)[:per_round], rows_b.split(subset_size)[:per_round], strict=True)
-        rounds.append(torch.stack([_mmd2(a[i], b[j]) for i, j in parts]))
-    values = torch.stack(rounds)  # [rounds, per_round]
-    error = (values.var(dim=1).mean() / per_round).sqrt()
-    return values.mean().item(), error.item()
-
-
-def _mmd2(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """U-statistic above for x, y `[s, d]`."""
-    size, width = x.shape
-
-    def off_diagonal(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        kernel = (u @ v.T / width + 1) ** 3
-        return kernel.sum() - kernel.diagonal().sum()
-
-    return (off_diagonal(x, x) + off_diagonal(y, y) - 2 * off_diagonal(x, y)) / (size * (size - 1))
 
 
 def _same_width(a: torch.Tensor, b: torch.Tensor) -> None:

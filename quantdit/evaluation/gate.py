@@ -14,78 +14,38 @@ many more where seeds differ from the baseline's, so they guard: they can fail a
 a probe (a model too large to run beside its original) the paired measures decide.
 
 Nothing is asked that full precision could not do: a limit below the noise floor, what full precision differs from itself by with
-another batch size or in bfloat16, is raised to it. Distances of sets may reach what other seeds of full precision give.
+another batch size or in another dtype, is raised to it. A distance between sets of images is to stay within a factor of what the
+baseline's own may be, its interval considered; where the samples are too few to tell, the finding is "not decisive".
+
+What people read is in natural units: a PSNR is a PSNR. Decibels of error stand only where it says by how much a model is worse.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from quantdit import files
+from quantdit.evaluation.gate_files import Sample, check, read, report_in
 from quantdit.evaluation.intervals import Interval, bootstrap_many, expansion
+from quantdit.evaluation.metrics import DISTANCE_MARGIN, FORMAT, LAYER_MARGIN, LAYERS, METRICS, SHARE_MARGIN, Metric, is_share
 
 PASS, FAIL, INCONCLUSIVE = "pass", "fail", "inconclusive"
 EXIT_CODES = {PASS: 0, FAIL: 1, INCONCLUSIVE: 3}
-FORMAT = 1
-REPORT = "report.json"
-CEILING_DB = 100.0  # an error of 1e-5 of its reference is no error
+NOT_DECISIVE = "not decisive"  # how an inconclusive finding reads
 MOST_TIMES = 100  # more samples than this many times those given are not worth saying
-LAYERS = "layers"
-FROM_FULL = "from full precision"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What is gated, and how.
-
-    Attributes:
-        label: as people read it.
-        margin: decibels by which the mean may be worse than the baseline's; of `equal`, how far from full precision it may be.
-        harm: of the value of one sample, in decibels, or as it is.
-        equal: neither more nor less is better: the difference from full precision itself is held against the margin.
-        decides: it must pass; 2: always, 1: where nothing better is there, 0: never.
-    """
-
-    label: str
-    margin: float
-    harm: Callable[[float], float]
-    equal: bool = False
-    decides: int = 0
-
-
-def decibels(relative: float) -> float:
-    """Return a squared error relative to its power in dB, no less than -CEILING_DB."""
-    return max(10 * math.log10(relative), -CEILING_DB) if relative > 0 else -CEILING_DB
-
-
-# By the names of a report's samples. Margins of differences are in the measure's own unit.
-METRICS = {
-    "psnr": Metric("PSNR", 2.0, lambda v: -min(v, CEILING_DB), decides=1),
-    "ssim": Metric("SSIM", 3.0, lambda v: decibels(1 - v), decides=1),
-    "perceptual": Metric("perceptual distance (proxy)", 3.0, lambda v: decibels(v * v)),
-    "latent_cosine": Metric("latent cosine", 3.0, lambda v: decibels(1 - v)),
-    "output_error": Metric("model output error", 1.5, lambda v: v, decides=2),
-    "temporal_flickering": Metric("temporal flickering", 0.01, lambda v: v, equal=True),
-    "motion_smoothness_proxy": Metric("motion smoothness (proxy)", 0.01, lambda v: v, equal=True),
-    "dynamic_degree_proxy": Metric("dynamic degree (proxy)", 0.15, lambda v: v, equal=True),
-    "consistency_proxy": Metric("subject and background consistency (proxy)", 0.02, lambda v: v, equal=True),
-    "text_alignment_proxy": Metric("text alignment (proxy)", 0.05, lambda v: v, equal=True),
-    "clip_score": Metric("CLIP score", 1.0, lambda v: v, equal=True),
-}
+SAME_NOISE = ("other batch", "other dtype")  # of the noise floor: full precision on the same seeds
 LAYER_GROWTH = "largest growth of a layer's error"
-LAYER_MARGIN = 6.0
 NOTE = (
-    "Errors in dB, larger is worse; distances of sets in their own unit. Differences are from the baseline where the measure does"
-    " not say otherwise, and limits are of them."
+    "Candidate, baseline and noise floor are means in the measure's own unit; the floor is full precision against itself, in"
+    " another dtype or batch, and of sets with other seeds. Worse by x dB: the squared error is 10^(x/10) times the baseline's, 3"
+    " dB is twice; without dB, the change in the measure's own unit. A limit with two ends holds either way."
 )
-SHARE_MARGIN = 0.1  # of precision and recall; other distances may reach those of other seeds
 
 
 @dataclass(frozen=True)
@@ -95,15 +55,17 @@ class Finding:
     Attributes:
         name: of the measure.
         verdict: PASS, FAIL or INCONCLUSIVE.
-        candidate: its mean, in the unit gated.
+        candidate: its mean, in the measure's own unit.
         baseline: the baseline's.
-        difference: candidate less baseline, positive for worse, with its interval; of `equal`, candidate less full precision.
+        difference: by how much the candidate is worse, with its interval: in dB of error, or in the measure's own unit.
         limit: of the difference.
-        floor: the worst of the noise floors, None where none was measured.
+        lowest: its other limit, where a measure may neither rise nor fall; else None.
+        floor: the worst mean of full precision against itself, None where none was measured.
+        unit: of candidate, baseline and floor.
+        decibel: the difference is in dB of error.
         more: samples that would decide, besides those there are; None if decided or hopeless.
         decides: as of Metric.
         note: what else is to be said.
-        equal: as of Metric; candidate and baseline are differences from full precision, too.
     """
 
     name: str
@@ -112,16 +74,31 @@ class Finding:
     baseline: float
     difference: Interval
     limit: float
-    floor: float | None
+    lowest: float | None = None
+    floor: float | None = None
+    unit: str = ""
+    decibel: bool = False
     more: int | None = None
     decides: int = 0
     note: str = ""
-    equal: bool = False
 
-    @property
-    def label(self) -> str:
-        """Return the name, with what its figures are differences from where that is not the baseline."""
-        return f"{self.name}, {FROM_FULL}" if self.equal else self.name
+    def cells(self) -> tuple[str, ...]:
+        """Return what people read, one text for each of COLUMNS."""
+        d, change = self.difference, "dB" if self.decibel else ""
+        low, high = number(d.low), number(d.high)
+        limit = number(self.limit, change) if self.lowest is None else f"{number(self.lowest)} to {number(self.limit)}"
+        return (
+            self.name,
+            NOT_DECISIVE if self.verdict == INCONCLUSIVE else self.verdict,
+            number(self.candidate, self.unit),
+            number(self.baseline, self.unit),
+            f"{number(d.estimate, change)} [{low}, {high}]",
+            limit,
+            "" if self.floor is None else number(self.floor, self.unit),
+        )
+
+
+COLUMNS = ("measure", "verdict", "candidate", "baseline", "worse by (dB: of error) [95 %]", "limit", "noise floor")
 
 
 @dataclass(frozen=True)
@@ -152,12 +129,14 @@ class Verdict:
         return max(needs) if needs and None not in needs else None
 
 
-def gate(report: dict, baseline: dict) -> Verdict:
-    """Hold a report (`report.json` of `quantdit evaluate`) against a baseline.
+def gate(report: dict | str | Path, baseline: dict | str | Path) -> Verdict:
+    """Hold a report of `evaluate` against a baseline: their contents, or files (of the report also its folder).
 
     Raises:
-        ValueError: the two cannot be compared; says in what they differ.
+        ValueError: one of them is damaged, or the two cannot be compared; says in what they differ.
     """
+    report = _content(report, "report")
+    baseline = _content(baseline, "baseline")
     stored = _checked(report, baseline)
     margins = baseline["margins"]
     findings = []
@@ -165,7 +144,8 @@ def gate(report: dict, baseline: dict) -> Verdict:
         mine, theirs = _values(report, name, metric), _values(stored, name, metric)
         if mine and theirs and name in margins:
             _same_prompts(mine, theirs)
-            findings.append(_of_samples(metric, mine, theirs, float(margins[name]), _floor(stored, name, metric)))
+            means = _mean(report, name, metric), _mean(stored, name, metric)
+            findings.append(_of_samples(metric, mine, theirs, means, float(margins[name]), _floor(stored, name, metric)))
     findings += _of_sets(report, stored, margins)
     if report["probe"]["layers"] and LAYERS in margins:
         findings.append(_of_layers(report["probe"], stored["probe"], float(margins[LAYERS])))
@@ -175,7 +155,14 @@ def gate(report: dict, baseline: dict) -> Verdict:
     undecided = tuple(f for f in findings if f.verdict == INCONCLUSIVE and f.decides == best)
     failed = any(f.verdict == FAIL for f in findings)
     overall = FAIL if failed else INCONCLUSIVE if undecided else PASS
-    return Verdict(overall, tuple(findings), undecided, _notes(report, stored))
+    return Verdict(overall, tuple(findings), undecided, _notes(report, stored, margins))
+
+
+def _content(given: dict | str | Path, what: str) -> dict:
+    if isinstance(given, dict):
+        check(given, what)
+        return given
+    return read(report_in(Path(given)) if what == "report" else Path(given), what)
 
 
 def make_baseline(report: dict, margins: dict | None = None) -> dict:
@@ -186,80 +173,27 @@ def make_baseline(report: dict, margins: dict | None = None) -> dict:
         margins: of an earlier baseline, which somebody may have edited; the defaults if None.
 
     Raises:
-        ValueError: the report has no noise floor.
+        ValueError: the report has no noise floor or none that can be noise, or is damaged.
     """
-    _check_report(report)
-    if "other batch" not in report["floor"] or "bfloat16" not in report["floor"]:
+    check(report, "report")
+    if not report["floor"].keys() >= {*SAME_NOISE, "other seeds"}:
         raise ValueError("this report has no noise floor, which a baseline needs; run quantdit evaluate with --noise-floor")
+    for kind in SAME_NOISE:
+        same, seeds = (report["floor"][k].get("psnr") for k in (kind, "other seeds"))
+        if same and seeds and same["harm"] >= seeds["harm"]:
+            raise ValueError(
+                f"full precision with another {kind.removeprefix('other ')} has {number(same['mean'], 'dB')} to itself, less than"
+                f" with other seeds ({number(seeds['mean'], 'dB')}): that is an error, not noise; on a CPU with AMX, try"
+                " ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
+            )
     names = {n for n in METRICS if any(n in row for row in (*report["samples"], *report["probe"]["samples"]))}
     known = {name: METRICS[name].margin for name in METRICS if name in names}
-    known |= {name: SHARE_MARGIN if name.startswith("1 -") else 0.0 for name in report["sets"]}
+    known |= {name: SHARE_MARGIN if is_share(name) else DISTANCE_MARGIN for name in report["sets"]}
     known |= {LAYERS: LAYER_MARGIN} if report["probe"]["layers"] else {}
     kept = {key: report[key] for key in ("identity", "versions", "reference", "candidate", "sampling")}
     kept |= {key: report[key] for key in ("samples", "sets", "probe", "floor")}
     edited = {k: v for k, v in (margins or {}).items() if k in known}
     return {"format": FORMAT, "margins": known | edited, "report": copy.deepcopy(kept)}
-
-
-def report_in(path: Path) -> Path:
-    """Return a report's file: the path itself, or what `quantdit evaluate` wrote into that folder.
-
-    Raises:
-        ValueError: a folder without a report.
-    """
-    if not path.is_dir():
-        return path
-    if not (path / REPORT).exists():
-        raise ValueError(f"{path}: a folder without {REPORT}; give the --output of quantdit evaluate, or the file")
-    return path / REPORT
-
-
-def read(path: Path, what: str) -> dict:
-    """Return a report or a baseline.
-
-    Raises:
-        ValueError: it is not there or not whole.
-    """
-    if path.is_dir():
-        raise ValueError(f"{path}: a folder; a {what} is a JSON file in it")
-    if not path.exists():
-        advice = "; --update-baseline makes it" if what == "baseline" else "; quantdit evaluate writes it"
-        raise ValueError(f"{path}: no such {what}{advice}")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: empty; make it again")
-    content = files.read_json(path)
-    if content.get("format") != FORMAT:
-        raise ValueError(
-            f"{path}: a {what} of format {content.get('format')!r}, expected {FORMAT}, which this version of quantdit writes;"
-            " make it again"
-        )
-    if what == "baseline":
-        margins = content.get("margins")
-        numbers = isinstance(margins, dict) and all(
-            isinstance(v, int | float) and math.isfinite(v) and v >= 0 for v in margins.values()
-        )
-        if not numbers or not isinstance(content.get("report"), dict):
-            raise ValueError(f"{path}: no baseline: it must hold `margins`, numbers of at least 0 by measure, and a `report`")
-        _check_report(content["report"], str(path))
-        known = (*METRICS, *content["report"]["sets"], LAYERS)
-        if unknown := [name for name in margins if name not in known]:
-            near = difflib.get_close_matches(unknown[0], known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"{path}: a margin for {unknown[0]!r}, which nothing measures; {hint}")
-    else:
-        _check_report(content, str(path))
-    return content
-
-
-def _check_report(report: dict, where: str = "report") -> None:
-    tables = ("identity", "versions", "reference", "candidate", "sampling", "sets", "probe", "floor")
-    good = all(isinstance(report.get(key), dict) for key in tables) and isinstance(report.get("samples"), list)
-    good = good and all(isinstance(report["probe"].get(k), t) for k, t in (("layers", dict), ("samples", list)))
-    if not good or not report["samples"] or not all(isinstance(row, dict) and "prompt" in row for row in report["samples"]):
-        raise ValueError(f"{where}: no whole report of quantdit evaluate; make it again")
-    probed = len(report["probe"]["samples"])
-    if any(len(v) != probed for v in report["probe"]["layers"].values()):
-        raise ValueError(f"{where}: its layers have other numbers of samples than its probe; make it again")
 
 
 def _checked(report: dict, baseline: dict) -> dict:
@@ -270,7 +204,8 @@ def _checked(report: dict, baseline: dict) -> dict:
     """
     stored = baseline["report"]
     differing = [
-        f"{key}: the baseline's is {stored['identity'].get(key)!r}, the report's {report['identity'].get(key)!r}"
+        f"{' '.join(key.split())}: the baseline's is {stored['identity'].get(key)!r},"
+        f" the report's {report['identity'].get(key)!r}"
         for key in dict.fromkeys((*stored["identity"], *report["identity"]))
         if stored["identity"].get(key) != report["identity"].get(key)
     ]
@@ -279,15 +214,16 @@ def _checked(report: dict, baseline: dict) -> dict:
     return stored
 
 
-def _notes(report: dict, stored: dict) -> tuple[str, ...]:
-    return tuple(
+def _notes(report: dict, stored: dict, margins: dict) -> tuple[str, ...]:
+    versions = tuple(
         f"{name} {report['versions'].get(name)} here, {version} in the baseline"
         for name, version in stored["versions"].items()
         if report["versions"].get(name) != version
     )
-
-
-Sample = tuple[str, int]
+    here = {*report["samples"][0], *report["sets"], *(name for row in report["probe"]["samples"][:1] for name in row)}
+    here |= {LAYERS} if report["probe"]["layers"] else set()
+    lacking = [METRICS[name].label if name in METRICS else name for name in margins if name not in here]
+    return (*versions, *(f"{name}: in the baseline, not measured here" for name in lacking))
 
 
 def _values(report: dict, name: str, metric: Metric) -> dict[Sample, float]:
@@ -303,30 +239,59 @@ def _same_prompts(mine: dict, theirs: dict) -> None:
         )
 
 
-def _floor(stored: dict, name: str, metric: Metric) -> float | None:
-    """Return the worst mean harm of full precision against itself with the same noise."""
-    found = [stored["floor"].get(kind, {}).get(name) for kind in ("other batch", "bfloat16")]
-    return max((abs(v) if metric.equal else v for v in found if v is not None), default=None)
+def _mean(report: dict, name: str, metric: Metric) -> float:
+    """Return the mean in the measure's own unit: where samples hold differences from full precision, the candidate's own."""
+    key = f"{name}_candidate" if metric.equal else name
+    return float(np.mean([row[key] for row in (*report["samples"], *report["probe"]["samples"]) if key in row]))
+
+
+def _floor(stored: dict, name: str, metric: Metric) -> tuple[float, float] | None:
+    """Return the worst of full precision against itself with the same noise: its harm, and its mean."""
+    found = [stored["floor"].get(kind, {}).get(name) for kind in SAME_NOISE]
+    pairs = [(abs(v["harm"]) if metric.equal else v["harm"], v["mean"]) for v in found if v is not None]
+    return max(pairs, default=None)
 
 
 def _of_samples(
-    metric: Metric, mine: dict[Sample, float], theirs: dict[Sample, float], margin: float, floor: float | None
+    metric: Metric,
+    mine: dict[Sample, float],
+    theirs: dict[Sample, float],
+    means: tuple[float, float],
+    margin: float,
+    floor: tuple[float, float] | None,
 ) -> Finding:
-    candidate, base = (float(np.mean(list(v.values()))) for v in (mine, theirs))
-    if metric.equal:
-        difference = _interval(mine, {})
-        limit = max(margin, floor or 0.0)
-        verdict = PASS if max(abs(difference.low), abs(difference.high)) <= limit else INCONCLUSIVE
-        if difference.low > limit or difference.high < -limit:
-            verdict = FAIL
-        distance = limit - abs(difference.estimate)
+    base = float(np.mean(list(theirs.values())))
+    difference = _interval(mine, theirs)
+    worst = None if floor is None else floor[0]
+    if metric.equal:  # no further from full precision than the baseline and the margin, on either side
+        margin = max(margin, worst or 0.0)
+        lowest, limit = min(0.0, base) - base - margin, max(0.0, base) - base + margin
     else:
-        difference = _interval(mine, theirs)
-        limit = margin if floor is None else max(margin, floor - base)
-        verdict = PASS if difference.high <= limit else FAIL if difference.low > limit else INCONCLUSIVE
-        distance = limit - difference.estimate
+        lowest, limit = None, margin if worst is None else max(margin, worst - base)
+    verdict = _within(difference, limit, lowest)
+    distance = min(limit - difference.estimate, math.inf if lowest is None else difference.estimate - lowest)
     more = _more(difference, distance, len(mine)) if verdict == INCONCLUSIVE else None
-    return Finding(metric.label, verdict, candidate, base, difference, limit, floor, more, metric.decides, equal=metric.equal)
+    shown = None if floor is None else floor[1]
+    return Finding(
+        metric.label,
+        verdict,
+        *means,
+        difference,
+        limit,
+        lowest,
+        shown,
+        metric.unit,
+        not metric.equal,
+        more,
+        metric.decides,
+    )
+
+
+def _within(difference: Interval, limit: float, lowest: float | None = None) -> str:
+    low = -math.inf if lowest is None else lowest
+    if low <= difference.low and difference.high <= limit:
+        return PASS
+    return FAIL if difference.low > limit or difference.high < low else INCONCLUSIVE
 
 
 def _interval(mine: dict[Sample, float], theirs: dict[Sample, float]) -> Interval:
@@ -367,20 +332,27 @@ def _folded(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _of_sets(report: dict, stored: dict, margins: dict) -> list[Finding]:
-    """Return the findings on distances between the sets of images."""
+    """Return the findings on distances between the sets of images.
+
+    A squared distance may be the margin's times as large as the upper end of what the baseline's own may be, but no larger than
+    that of other seeds of full precision; a share, larger by the margin. Either may be what full precision has in another dtype.
+    """
     findings = []
     prompts = len({row["prompt"] for row in report["samples"]})
+    wide = 1.96 * expansion(prompts if prompts > 2 else max(2, len(report["samples"])))
     for name in (n for n in report["sets"] if n in stored["sets"] and n in margins):
-        mine, theirs = report["sets"][name], stored["sets"][name]
-        error = math.hypot(mine["standard_error"], theirs["standard_error"])
-        reach = 1.96 * error * expansion(max(2, prompts))
-        change = mine["drift"] - theirs["drift"]
-        difference = Interval(change, change - reach, change + reach, error)
-        floor = theirs["noise_floor"] + 1.96 * theirs["noise_floor_error"]
-        limit = max(float(margins[name]), floor - theirs["drift"])
-        verdict = PASS if difference.high <= limit else FAIL if difference.low > limit else INCONCLUSIVE
-        more = _more(difference, limit - change, len(report["samples"])) if verdict == INCONCLUSIVE else None
-        findings.append(Finding(name, verdict, mine["drift"], theirs["drift"], difference, limit, floor, more))
+        mine, theirs, margin = report["sets"][name], stored["sets"][name], float(margins[name])
+        same = max(stored["floor"].get(kind, {}).get(name, {}).get("mean", 0.0) for kind in SAME_NOISE)
+        base, own = theirs["drift"], max(0.0, theirs["drift"]) + wide * theirs["standard_error"]
+        seeds = theirs["noise_floor"] + 1.96 * theirs["noise_floor_error"]
+        largest = max(same, base + margin if is_share(name) else max(own, min(margin * own, seeds)))
+        change, reach = mine["drift"] - base, wide * mine["standard_error"]
+        difference = Interval(change, change - reach, change + reach, mine["standard_error"])
+        verdict = _within(difference, largest - base)
+        more = _more(difference, largest - mine["drift"], len(report["samples"])) if verdict == INCONCLUSIVE else None
+        findings.append(
+            Finding(name, verdict, mine["drift"], base, difference, largest - base, floor=theirs["noise_floor"], more=more)
+        )
     return findings
 
 
@@ -413,7 +385,9 @@ def _of_layers(mine: dict, theirs: dict, margin: float) -> Finding:
     note += f"; {len(failed)} layers beyond the margin" if len(failed) > 1 else ""
     note += f"; {len(new)} layers that the baseline has not" if new else ""
     means = [float(np.mean(probe["layers"][names[place]])) for probe in (mine, theirs)]
-    return Finding(LAYER_GROWTH, verdict, *means, intervals[place], margin, None, more, 2, note)
+    return Finding(
+        LAYER_GROWTH, verdict, *means, intervals[place], margin, unit="dB", decibel=True, more=more, decides=2, note=note
+    )
 
 
 def _more(difference: Interval, distance: float, count: int) -> int | None:
@@ -422,11 +396,6 @@ def _more(difference: Interval, distance: float, count: int) -> int | None:
     if abs(distance) * MOST_TIMES**0.5 <= half:
         return None
     return max(1, math.ceil(count * ((half / abs(distance)) ** 2 - 1)))
-
-
-def meanings(row: dict) -> dict[str, str]:
-    """Return what the figures of a report's row are, by their names in it."""
-    return {name: f"{metric.label}{f', {FROM_FULL}' if metric.equal else ''}" for name, metric in METRICS.items() if name in row}
 
 
 def headline(verdict: Verdict) -> str:
@@ -441,34 +410,47 @@ def headline(verdict: Verdict) -> str:
 
 def _left_open(verdict: Verdict) -> str:
     """Return what a pass leaves open, for want of samples."""
-    names = [f.name for f in verdict.findings if f.verdict == INCONCLUSIVE]
-    return f"; too few samples to say so of {', '.join(names)}" if names else ""
+    found = [f.name + (f" (about {f.more} more)" if f.more else "") for f in verdict.findings if f.verdict == INCONCLUSIVE]
+    return f"; too few samples to say so of {', '.join(found)}" if found else ""
 
 
 def summary(verdict: Verdict) -> str:
     """Return a Markdown table fit for a pull-request comment, and readable as plain text."""
-    rows = [("measure", "verdict", "candidate", "baseline", "difference [95 %]", "limit", "noise floor")]
-    for f in sorted(verdict.findings, key=lambda f: (FAIL, INCONCLUSIVE, PASS).index(f.verdict)):
-        d = f.difference
-        floor = "" if f.floor is None else number(f.floor)
-        change = f"{number(d.estimate)} [{number(d.low)}, {number(d.high)}]"
-        limit = f"{'±' if f.equal else ''}{number(f.limit)}"
-        rows.append((f.label, f.verdict, number(f.candidate), number(f.baseline), change, limit, floor))
-    lines = [f"**{verdict.verdict.upper()}**: {headline(verdict)}", "", *markdown(rows), ""]
-    lines += [f"- {f.name}: {f.note}" for f in verdict.findings if f.note]
-    lines += [f"- note: {note}" for note in verdict.notes]
+    rows = [COLUMNS, *(f.cells() for f in worst_first(verdict))]
+    lines = [f"**{verdict.verdict.upper()}**: {escaped(headline(verdict))}", "", *markdown(rows), ""]
+    lines += [f"- {escaped(f'{f.name}: {f.note}')}" for f in verdict.findings if f.note]
+    lines += [f"- note: {escaped(note)}" for note in verdict.notes]
     lines += [""] if lines[-1] else []  # else the last item of the list would take the next line in
     lines.append(NOTE)
     return "\n".join(lines)
 
 
-def number(value: float) -> str:
-    """Return a number as people read it: four digits of small ones, two places of others."""
-    return f"{value:.4g}" if abs(value) < 1 else f"{value:.2f}"
+def worst_first(verdict: Verdict) -> list[Finding]:
+    """Return the findings: those that failed, then those that are open, then those that passed."""
+    return sorted(verdict.findings, key=lambda f: (FAIL, INCONCLUSIVE, PASS).index(f.verdict))
+
+
+def number(value: float, unit: str = "") -> str:
+    """Return a number as people read it: four digits of small ones, two places of others; just below 1, what it lacks of it."""
+    value = 0.0 if abs(value) < 1e-9 else value  # rounding; nor "-0"
+    lack = 1 - value
+    if 0 < lack < 0.001:
+        text = f"{value:.{min(9, 1 - math.floor(math.log10(lack)))}f}"
+    else:
+        text = f"{value:.4g}" if abs(value) < 1 else f"{value:.2f}"
+    return f"{text} {unit}".rstrip()
+
+
+def escaped(text: str) -> str:
+    """Return text that is not ours as a line of Markdown: no table cell, code, link, emphasis or HTML begins or ends in it."""
+    line = " ".join(text.split())
+    line = line.replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([|`*]|(?<=\])\()", r"\\\1", line)
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table, columns padded; the first row is its head."""
+    """Return the lines of a Markdown table, cells escaped and columns padded; the first row is its head."""
+    rows = [[escaped(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")

@@ -12,8 +12,8 @@ from torch import Tensor
 from quantdit.evaluation.discrepancy import cmmd, gaussian, grams, median_distance, polynomial
 from quantdit.evaluation.features import BACKBONE, efficientnet_lite0_features
 from quantdit.evaluation.frechet import frechet_distance
-from quantdit.evaluation.gate import METRICS, decibels
 from quantdit.evaluation.intervals import jackknife
+from quantdit.evaluation.metrics import METRICS, decibels
 from quantdit.evaluation.paired import capped, cosine, perceptual_distance, psnr, ssim
 from quantdit.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from quantdit.evaluation.probe import Probe
@@ -143,19 +143,29 @@ def sets_of(reference: Tensor, candidate: Tensor, other: Tensor, prompts: tuple[
         prompts: of each sample.
         backbone: of the features.
     """
+    drift, floor = (_statistics(reference, x, backbone) for x in (candidate, other))
+    return {name: distance(drift[name], floor[name], prompts) for name in drift}
+
+
+def distances_of(reference: Tensor, candidate: Tensor, backbone: Backbone) -> dict[str, float]:
+    """Return the `drift` of `sets_of` alone, without its error."""
+    every = np.arange(len(reference))
+    return {name: six(statistic(every)) for name, statistic in _statistics(reference, candidate, backbone).items()}
+
+
+def _statistics(reference: Tensor, candidate: Tensor, backbone: Backbone) -> dict[str, Statistic]:
+    """Return each distance of a set to the reference, as a function of the samples that are taken of both."""
     kernels = {backbone.kernel: polynomial, f"MMD-{backbone.name}": gaussian(median_distance(reference))}
-    found: dict[str, list[Statistic]] = {
-        backbone.frechet: [lambda rows, x=x: frechet_distance(x[rows], reference[rows]) for x in (candidate, other)]
-    }
+    found: dict[str, Statistic] = {backbone.frechet: lambda rows: frechet_distance(candidate[rows], reference[rows])}
     for name, kernel in kernels.items():
-        both = [grams(x, reference, kernel) for x in (candidate, other)]
-        found[name] = [lambda rows, g=g: g.squared(torch.from_numpy(rows)) for g in both]
+        both = grams(candidate, reference, kernel)
+        found[name] = lambda rows, both=both: both.squared(torch.from_numpy(rows))
     if len(reference) >= LEAST_PRECISION_RECALL:
         for i, name in enumerate(("1 - precision", "1 - recall")):
-            found[f"{name} (k = {NEIGHBOURS}, {backbone.name})"] = [
-                lambda rows, x=x, i=i: 1 - precision_recall(x[rows], reference[rows])[i] for x in (candidate, other)
-            ]
-    return {name: distance(*pair, prompts) for name, pair in found.items()}
+            found[f"{name} (k = {NEIGHBOURS}, {backbone.name})"] = lambda rows, i=i: (
+                1 - precision_recall(candidate[rows], reference[rows])[i]
+            )
+    return found
 
 
 def cmmd_of(reference: Tensor, candidate: Tensor, other: Tensor, prompts: tuple[str, ...]) -> dict:
@@ -211,10 +221,16 @@ def drift_over_steps(reference: Samples, candidate: Samples) -> dict[str, list[f
     }
 
 
-def mean_harm(rows: list[dict]) -> dict[str, float]:
-    """Return the mean of each measure in the unit that is gated."""
-    names = [name for name in METRICS if any(name in row for row in rows)]
-    return {name: six(float(np.mean([METRICS[name].harm(row[name]) for row in rows if name in row]))) for name in names}
+def means_of(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """Return the mean of each measure: `mean` in its own unit, of the candidate's where it is a difference; `harm` as gated."""
+    found = {}
+    for name, metric in METRICS.items():
+        having = [row for row in rows if name in row]
+        if having:
+            own = [row[f"{name}_candidate"] if metric.equal else row[name] for row in having]
+            harms = [metric.harm(row[name]) for row in having]
+            found[name] = {"mean": six(float(np.mean(own))), "harm": six(float(np.mean(harms)))}
+    return found
 
 
 def features_of(images: Tensor, backbone: Backbone) -> Tensor:

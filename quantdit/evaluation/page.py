@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from quantdit.evaluation.charts import bar_chart, interval_chart, line_chart
-from quantdit.evaluation.gate import FAIL, INCONCLUSIVE, METRICS, NOTE, PASS, Finding, Verdict, headline, number
+from quantdit.evaluation.gate import COLUMNS, NOTE, Finding, Verdict, headline, number, worst_first
+from quantdit.evaluation.metrics import METRICS
 from quantdit.evaluation.picture import GAIN
 from quantdit.evaluation.samples import Samples
 
@@ -94,8 +95,8 @@ def _banner(verdict: Verdict) -> str:
 
 
 def _findings(verdict: Verdict) -> str:
-    head = ("measure", "verdict", "candidate", "baseline", "difference [95 %]", "against its limit", "limit", "noise floor")
-    rows = [_finding(f) for f in sorted(verdict.findings, key=lambda f: (FAIL, INCONCLUSIVE, PASS).index(f.verdict))]
+    head = (*COLUMNS[:5], "against its limit", *COLUMNS[5:])
+    rows = [_finding(f) for f in worst_first(verdict)]
     cells = "".join(f"<th scope='col'>{h}</th>" for h in head)
     note = f"<p class='soft'>{NOTE} The dashed line is the limit, the grey line zero.</p>"
     return f"<div class='scroll'><table><thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{note}"
@@ -103,15 +104,11 @@ def _findings(verdict: Verdict) -> str:
 
 def _finding(f: Finding) -> str:
     d = f.difference
-    cells = [
-        f"<th scope='row'>{html.escape(f.label)}</th>",
-        f"<td class='{f.verdict}'>{f.verdict}</td>",
-        f"<td>{number(f.candidate)}</td><td>{number(f.baseline)}</td>",
-        f"<td>{number(d.estimate)} [{number(d.low)}, {number(d.high)}]</td>",
-        f"<td>{interval_chart(d.estimate, d.low, d.high, f.limit, f.equal)}</td>",
-        f"<td>{'±' if f.equal else ''}{number(f.limit)}</td><td>{'' if f.floor is None else number(f.floor)}</td>",
-    ]
-    note = f"<tr><td class='note' colspan='{len(cells) + 3}'>{html.escape(f.note)}</td></tr>" if f.note else ""
+    name, verdict, *figures, limit, floor = (html.escape(cell) for cell in f.cells())
+    chart = interval_chart(d.estimate, d.low, d.high, f.limit, f.lowest)
+    cells = [f"<th scope='row'>{name}</th>", f"<td class='{f.verdict}'>{verdict}</td>"]
+    cells += [f"<td>{cell}</td>" for cell in (*figures, chart, limit, floor)]
+    note = f"<tr><td class='note' colspan='{len(cells)}'>{html.escape(f.note)}</td></tr>" if f.note else ""
     return f"<tr>{''.join(cells)}</tr>{note}"
 
 
@@ -168,23 +165,29 @@ def _data_uri(picture: Tensor) -> str:
 
 
 def _measures(report: dict) -> str:
-    rows = report["samples"]
+    """Return the table of measures, every figure in the measure's own unit."""
+    rows = (*report["samples"], *report["probe"]["samples"])
     lines = []
     for name, metric in METRICS.items():
-        values = [row[name] for row in (*rows, *report["probe"]["samples"]) if name in row]
+        values = [row[f"{name}_candidate" if metric.equal else name] for row in rows if name in row]
         if not values:
             continue
-        shown = f"{number(float(np.mean(values)))}"
-        if metric.equal:
-            sides = [float(np.mean([row[f"{name}_{side}"] for row in rows])) for side in ("reference", "candidate")]
-            shown = f"{number(sides[1])}, full precision {number(sides[0])}"
-        floors = ", ".join(f"{kind} {number(entry[name])}" for kind, entry in report["floor"].items() if name in entry)
-        lines.append((metric.label, shown, f"{number(min(values))} to {number(max(values))}", floors))
+        full = [row[f"{name}_reference"] for row in rows if metric.equal and name in row]
+        floors = {kind: entry[name]["mean"] for kind, entry in report["floor"].items() if name in entry}
+        lines.append(
+            (
+                metric.label,
+                number(float(np.mean(values)), metric.unit),
+                number(float(np.mean(full)), metric.unit) if full else "",
+                f"{number(min(values))} to {number(max(values))}",
+                ", ".join(f"{kind} {number(mean, metric.unit)}" for kind, mean in floors.items()),
+            )
+        )
     lines += [
-        (n, f"{number(e['drift'])} ± {number(e['standard_error'])}", "", f"other seeds {number(e['noise_floor'])}")
+        (n, f"{number(e['drift'])} ± {number(e['standard_error'])}", "", "", f"other seeds {number(e['noise_floor'])}")
         for n, e in report["sets"].items()
     ]
-    head = ("measure", "mean", "range of the samples", "noise floor, as gated: errors in dB, larger is worse")
+    head = ("measure", "candidate", "full precision", "range of the candidate's samples", "noise floor")
     return _table(head, lines)
 
 

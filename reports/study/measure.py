@@ -33,7 +33,6 @@ WORK = Path(tempfile.gettempdir()) / "quantdit-study"
 CAPTURE_SEED, CAPTURE_IMAGES, CAPTURE_ROWS = 100, 20, 2048
 
 # As `quantdit evaluate` has it: subsets of an eighth of the images, ten rounds of them.
-KID_SUBSET, KID_SUBSETS = SAMPLES // 8, 80
 
 METRICS = ("psnr", "ssim", "fd", "kid", "class_accuracy")
 
@@ -69,7 +68,8 @@ def measure(reference: Tensor, candidate: Tensor, reference_features: Tensor | N
     Raises:
         ValueError: the shapes differ, values are not finite, or the images are not `seeds` equal parts.
     """
-    from quantdit.evaluation.frechet import frechet_distance, kernel_distance
+    from quantdit.evaluation.discrepancy import kernel_distance
+    from quantdit.evaluation.frechet import frechet_distance
     from quantdit.evaluation.paired import capped, psnr, ssim
     from quantdit.models.train.fashion_classifier import recognised
 
@@ -79,17 +79,12 @@ def measure(reference: Tensor, candidate: Tensor, reference_features: Tensor | N
     decibels, similarity = capped(psnr(reference, candidate)), ssim(reference, candidate)
     features = [_features(reference) if reference_features is None else reference_features, _features(candidate)]
     labels = torch.arange(each).repeat(seeds) % 10
-    subset = min(KID_SUBSET, each // 2)
-
-    def kid(a: Tensor, b: Tensor) -> float:
-        return kernel_distance(b, a, subset, KID_SUBSETS)[0]
-
     parts = [x.split(each) for x in features]
     found = {
         "psnr": ([x.mean().item() for x in decibels.split(each)], decibels.mean().item()),
         "ssim": ([x.mean().item() for x in similarity.split(each)], similarity.mean().item()),
         "fd": ([frechet_distance(b, a) for a, b in zip(*parts, strict=True)], frechet_distance(features[1], features[0])),
-        "kid": ([kid(a, b) for a, b in zip(*parts, strict=True)], kid(*features)),
+        "kid": ([kernel_distance(b, a) for a, b in zip(*parts, strict=True)], kernel_distance(features[1], features[0])),
         "class_accuracy": (
             [recognised(x, y) for x, y in zip(candidate.split(each), labels.split(each), strict=True)],
             recognised(candidate, labels),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,11 @@ from quantdit.compiler import Settings, calibrate
 from quantdit.evaluation import gate
 from quantdit.evaluation.gate import FAIL, INCONCLUSIVE, PASS
 from quantdit.evaluation.intervals import bootstrap, bootstrap_many, jackknife
+from quantdit.evaluation.metrics import FORMAT, decibels, meanings
 from quantdit.pipeline import load_pipeline
 
 PROMPTS, SEEDS = 8, 3
+FLOORS = {"other seeds": 12.0, "other batch": 90.0, "other dtype": 60.0}
 
 
 def made_up(seed: int, psnr: float = 40.0, layer: float = -30.0, layers: int = 20, first: int = 0, spread: float = 2.0) -> dict:
@@ -31,7 +35,7 @@ def made_up(seed: int, psnr: float = 40.0, layer: float = -30.0, layers: int = 2
     errors = draw.normal(-30, 0.5, (layers, len(names)))
     errors[-1] += layer + 30
     return {
-        "format": 1,
+        "format": FORMAT,
         "identity": {"quantdit": "1", "backbone": "b", "steps": 4},
         "versions": {"torch": "2"},
         "reference": {},
@@ -39,7 +43,7 @@ def made_up(seed: int, psnr: float = 40.0, layer: float = -30.0, layers: int = 2
         "sampling": {},
         "samples": rows,
         "sets": {"FD-b": {"drift": 10.0, "standard_error": 1.0, "noise_floor": 100.0, "noise_floor_error": 5.0}},
-        "floor": {"other batch": {"psnr": -90.0}, "bfloat16": {"psnr": -60.0}},
+        "floor": {kind: {"psnr": {"mean": db, "harm": -db}} for kind, db in FLOORS.items()},
         "probe": {
             "samples": [{"prompt": p, "seed": s, "output_error": -35.0 + draw.normal(0, 0.7)} for p, s in names],
             "layers": {f"l{i}": errors[i].tolist() for i in range(layers)},
@@ -106,26 +110,49 @@ def test_where_no_layer_grew_none_is_named(baseline: dict):
     assert f"- {gate.LAYER_GROWTH}: no layer's error grew\n" in text and "grew most" not in text
 
 
-def test_a_difference_from_full_precision_says_so(baseline: dict):
-    """The candidate's 0.03 less than full precision is the difference; the baseline's own 0.01 is not taken off it."""
-    base, report = copy.deepcopy(baseline), made_up(1)
-    base["margins"]["text_alignment_proxy"] = 0.05
-    for rows, value in ((base["report"]["samples"], -0.01), (report["samples"], -0.03)):
-        for row in rows:
-            row["text_alignment_proxy"] = value
-    verdict = gate.gate(report, base)
+def with_alignment(report: dict, full: float, own: float) -> dict:
+    """Give every sample a text alignment, of full precision and its own."""
+    given = {"text_alignment_proxy": own - full, "text_alignment_proxy_reference": full, "text_alignment_proxy_candidate": own}
+    return report | {"samples": [row | given for row in report["samples"]]}
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"), [(0.77, PASS), (0.735, PASS), (0.845, PASS), (0.72, FAIL), (0.86, FAIL)], ids=lambda v: str(v)
+)
+def test_what_may_change_neither_way_is_held_to_full_precision_and_the_baseline(own: float, expected: str):
+    """Full precision has 0.80, the baseline 0.78: from 0.05 below the baseline's to 0.05 above full precision's is as good."""
+    base = gate.make_baseline(with_alignment(made_up(0), 0.8, 0.78))
+    verdict = gate.gate(with_alignment(made_up(1), 0.8, own), base)
     found = next(f for f in verdict.findings if f.name == "text alignment (proxy)")
-    assert (found.difference.estimate, found.equal) == (pytest.approx(-0.03), True)
-    line = next(line for line in gate.summary(verdict).splitlines() if "text alignment" in line)
-    assert "text alignment (proxy), from full precision" in line and "-0.03 [-0.03, -0.03]" in line and "±0.05" in line
-    assert gate.NOTE in gate.summary(verdict)
-    of_psnr = next(line for line in gate.summary(verdict).splitlines() if line.startswith("| PSNR"))
-    assert "full precision" not in of_psnr and "±" not in of_psnr
-    assert gate.meanings(report["samples"][0])["text_alignment_proxy"] == found.label
+    assert found.verdict == expected
+    # All of one kind: means of the candidate and of the baseline, and what lies between them.
+    assert (found.candidate, found.baseline, found.difference.estimate) == pytest.approx((own, 0.78, own - 0.78))
+    assert found.cells()[5] == "-0.05 to 0.07"
+    label = meanings(verdict_row := with_alignment(made_up(1), 0.8, own)["samples"][0])["text_alignment_proxy"]
+    assert label == "text alignment (proxy), less full precision's" and "psnr" in verdict_row
+
+
+def test_people_read_natural_units(baseline: dict):
+    """A PSNR is a PSNR; decibels of error stand only where it says by how much a model is worse."""
+    report = made_up(1, psnr=38.5, first=100)
+    for rows, loss in ((report["samples"], 0.02), (baseline["report"]["samples"], 0.01)):
+        for row in rows:
+            row |= {"ssim": 1 - loss, "perceptual": 10 * loss, "latent_cosine": 1 - loss / 1000}
+    baseline = baseline | {"margins": baseline["margins"] | {"ssim": 3.0, "perceptual": 3.0, "latent_cosine": 3.0}}
+    text = gate.summary(gate.gate(report, baseline))
+    rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[3:7]] for line in text.splitlines() if "| " in line}
+    assert rows["measure"][2] == "worse by (dB: of error) [95 %]"
+    mean, stored = (np.mean([row["psnr"] for row in r["samples"]]) for r in (report, baseline["report"]))
+    assert rows["PSNR"][:2] == [f"{mean:.2f} dB", f"{stored:.2f} dB"]
+    assert rows["SSIM"][:3] == ["0.98", "0.99", "3.01 dB [3.01, 3.01]"]
+    assert rows["perceptual distance (proxy)"][:3] == ["0.2", "0.1", "6.02 dB [6.02, 6.02]"]
+    assert rows["latent cosine"][:2] == ["0.999980", "0.9999900"]
+    assert "-" not in "".join("".join(cells[:2]) for name, cells in rows.items() if name in ("PSNR", "SSIM"))
+    assert gate.NOTE in text
 
 
 def test_a_better_model_passes(baseline: dict):
-    best = made_up(1, psnr=99.0, layer=-80.0, first=100)
+    best = made_up(1, psnr=80.0, layer=-80.0, first=100)
     assert gate.gate(best, baseline).verdict == PASS
     nothing = made_up(2)
     nothing["samples"] = [row | {"psnr": 100.0} for row in nothing["samples"]]
@@ -135,7 +162,7 @@ def test_a_better_model_passes(baseline: dict):
 
 def test_the_same_samples_are_compared_pair_by_pair(baseline: dict):
     """A change of 0.5 dB of every sample is known to the last digit, though the samples differ by 3 dB."""
-    worse = copy.deepcopy(baseline["report"]) | {"format": 1}
+    worse = copy.deepcopy(baseline["report"]) | {"format": FORMAT}
     for row in worse["samples"]:
         row["psnr"] -= 0.5
     difference = next(f for f in gate.gate(worse, baseline).findings if f.name == "PSNR").difference
@@ -145,28 +172,43 @@ def test_the_same_samples_are_compared_pair_by_pair(baseline: dict):
 def test_the_limit_never_lies_below_the_noise_floor(baseline: dict):
     """Full precision in bfloat16 has 36 dB: a candidate of 37 dB cannot be called worse than it."""
     noisy = copy.deepcopy(baseline)
-    noisy["report"]["floor"]["bfloat16"]["psnr"] = -30.0
+    noisy["report"]["floor"]["other dtype"]["psnr"] = {"mean": 30.0, "harm": -30.0}
     worse = made_up(1, psnr=34.0, first=100)
     assert verdicts(worse, baseline)["PSNR"] == FAIL and verdicts(worse, noisy)["PSNR"] == PASS
 
 
-def test_distances_of_sets_may_reach_those_of_other_seeds(baseline: dict):
+def set_verdict(drift: float, error: float, base: tuple[float, float] = (10.0, 1.0), floor: float = 100.0) -> gate.Finding:
+    """The finding on a distance of `drift` ± `error`, of a baseline's `base` and another seed's `floor`."""
+    report, stored = made_up(1), made_up(0)
+    report["sets"]["FD-b"] |= {"drift": drift, "standard_error": error}
+    stored["sets"]["FD-b"] |= {"drift": base[0], "standard_error": base[1], "noise_floor": floor}
+    found = gate.gate(report, gate.make_baseline(stored))
+    assert found.verdict == (FAIL if any(f.verdict == FAIL for f in found.findings) else PASS)
+    return next(f for f in found.findings if f.name == "FD-b")
+
+
+def test_a_distance_of_sets_is_held_to_twice_the_baselines_own():
+    """10 ± 1 of eight prompts may be as much as 12.5, twice of which is 25; far below the 100 of other seeds."""
+    reach = 12.5
+    assert set_verdict(11.0, 1.0).verdict == PASS and set_verdict(11.0, 0.0).limit + 10 == pytest.approx(2 * reach, abs=0.1)
+    # Eleven times the baseline's distance, which other seeds would not even reach.
+    assert set_verdict(80.0, 10.0).verdict == FAIL
+    unsure = set_verdict(22.0, 10.0)
+    assert unsure.verdict == INCONCLUSIVE and unsure.cells()[1] == "not decisive" and unsure.more > 0
+    # No larger than other seeds', where the baseline's own is smaller than theirs; never smaller than the baseline's own.
+    assert set_verdict(21.0, 0.0, floor=5.0).verdict == FAIL and set_verdict(14.0, 0.0, floor=5.0).verdict == PASS
+    # An unbiased distance may be negative: its interval is what counts.
+    assert set_verdict(0.001, 0.002, (-0.001, 0.002)).verdict == PASS
+    assert set_verdict(0.2, 0.01, (-0.001, 0.002)).verdict == FAIL
+
+
+def test_an_undecided_distance_is_no_green_pass_and_says_how_many_samples():
     report = made_up(1)
-    report["sets"]["FD-b"]["drift"] = 80.0
-    assert verdicts(report, baseline)["FD-b"] == PASS
-    report["sets"]["FD-b"]["drift"] = 300.0
-    assert verdicts(report, baseline)["FD-b"] == FAIL
-
-
-def test_dynamic_degree_may_neither_rise_nor_fall(baseline: dict):
-    for change, expected in ((0.0, PASS), (0.6, FAIL), (-0.6, FAIL)):
-        base, report = copy.deepcopy(baseline), made_up(1)
-        base["margins"]["dynamic_degree_proxy"] = 0.15
-        for row in (*base["report"]["samples"], *report["samples"]):
-            row["dynamic_degree_proxy"] = 0.0
-        for row in report["samples"]:
-            row["dynamic_degree_proxy"] = change
-        assert verdicts(report, base)["dynamic degree (proxy)"] == expected
+    report["sets"]["FD-b"] |= {"drift": 22.0, "standard_error": 10.0}
+    verdict = gate.gate(report, gate.make_baseline(made_up(0)))
+    more = next(f.more for f in verdict.findings if f.name == "FD-b")
+    assert f"too few samples to say so of FD-b (about {more} more)" in gate.headline(verdict)
+    assert "| not decisive |" in next(line for line in gate.summary(verdict).splitlines() if "FD-b" in line and "|" in line)
 
 
 @pytest.mark.parametrize("key", ["quantdit", "backbone", "steps"])
@@ -186,9 +228,13 @@ def test_other_prompts_are_refused(baseline: dict):
 
 def test_a_baseline_needs_a_noise_floor_and_keeps_edited_margins():
     report = made_up(0)
+    wrong = copy.deepcopy(report)
+    wrong["floor"]["other dtype"]["psnr"] = {"mean": 10.0, "harm": -10.0}
+    with pytest.raises(ValueError, match=r"another dtype has 10\.00 dB to itself, less than with other seeds"):
+        gate.make_baseline(wrong)
     edited = gate.make_baseline(report, {"psnr": 0.25, "of another model": 1.0})["margins"]
     assert edited["psnr"] == 0.25 and "of another model" not in edited
-    del report["floor"]["bfloat16"]
+    del report["floor"]["other dtype"]
     with pytest.raises(ValueError, match="--noise-floor"):
         gate.make_baseline(report)
 
@@ -198,11 +244,10 @@ def test_a_baseline_needs_a_noise_floor_and_keeps_edited_margins():
     [
         ("[]", "report", "JSON object"),
         ("", "report", "empty"),
-        ("{}", "report", "format None"),
-        ('{"format": 2}', "report", "of format 2, expected 1, which this version of quantdit writes"),
-        ('{"format": 1}', "report", "no whole report"),
-        ('{"format": 1, "margins": {"psnr": "1"}, "report": {}}', "baseline", "numbers of at least 0"),
-        ('{"format": 1, "margins": {"psnr": 1}, "report": {"samples": []}}', "baseline", "no whole report"),
+        ("{}", "report", "format missing"),
+        ('{"format": 1}', "report", "of format 1, expected 2, which this version of quantdit writes"),
+        ('{"format": 2}', "report", "identity is missing, expected an object"),
+        ('{"format": 2, "margins": {}, "report": []}', "baseline", "report is a list, expected an object"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, content: str, what: str, words: str):
@@ -212,6 +257,97 @@ def test_damaged_files_are_refused(tmp_path: Path, content: str, what: str, word
         gate.read(path, what)
     with pytest.raises(ValueError, match="no such"):
         gate.read(tmp_path / "none.json", what)
+
+
+NUMBERS = (
+    ("samples", 3, "psnr"),
+    ("sets", "FD-b", "drift"),
+    ("sets", "FD-b", "standard_error"),
+    ("floor", "other dtype", "psnr", "harm"),
+    ("probe", "samples", 0, "output_error"),
+    ("probe", "layers", "l3", 5),
+)
+
+
+@pytest.mark.parametrize("keys", NUMBERS, ids=lambda keys: ".".join(map(str, keys)))
+@pytest.mark.parametrize("what", ["report", "baseline"])
+def test_what_is_no_number_never_passes(tmp_path: Path, cli, what: str, keys: tuple):
+    """NaN and infinity, words, yes, nothing, lists, and 1e308, whose sums overflow: one line that names file and key."""
+    good = {"report": made_up(0), "baseline": gate.make_baseline(made_up(0))}
+    paths = {name: tmp_path / f"{name}.json" for name in good}
+    for value in (math.nan, math.inf, -math.inf, "1.0", True, None, [1.0], {}, 1e308, 10**400):
+        content = copy.deepcopy(good)
+        place = content["report"] if what == "report" else content["baseline"]["report"]
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+        for name, path in paths.items():
+            path.write_text(json.dumps(content[name]))
+        ran = cli("gate", paths["report"], "--baseline", paths["baseline"])
+        assert ran.code == 1 and str(paths[what]) in ran.error and str(keys[-1]) in ran.error, (value, ran)
+
+
+@pytest.mark.parametrize("margin", [math.nan, -1.0, "2", True, math.inf])
+def test_a_margin_is_a_number(tmp_path: Path, margin: object):
+    baseline = gate.make_baseline(made_up(0))
+    baseline["margins"]["psnr"] = margin
+    with pytest.raises(ValueError, match=r"margins\['psnr'\] is .*, expected a number from 0"):
+        gate.gate(made_up(0), baseline)
+    baseline["margins"] |= {"psnr": 2.0, "FD-b": 0.5}
+    with pytest.raises(ValueError, match=r"margins\['FD-b'\] is 0.5, expected a number from 1"):
+        gate.gate(made_up(0), baseline)
+
+
+def test_an_error_that_is_no_number_is_not_perfect():
+    assert decibels(0.0) == decibels(-1e-9) == -100.0
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="is no number"):
+            decibels(value)
+
+
+def test_rows_that_do_not_fit_together_are_refused(baseline: dict):
+    report = made_up(1)
+    report["samples"][4] = dict(report["samples"][3])
+    with pytest.raises(ValueError, match=r"samples\[4\] has the prompt and seed of an earlier row"):
+        gate.gate(report, baseline)
+    del report["samples"][4]["psnr"]
+    report["samples"][4]["seed"] = 99
+    with pytest.raises(ValueError, match=r"samples\[4\] holds other measures than samples\[0\]"):
+        gate.gate(report, baseline)
+    report = made_up(1)
+    report["probe"]["layers"]["l3"].pop()
+    with pytest.raises(ValueError, match=r"layers\['l3'\] has 23 numbers, expected one for each of 24"):
+        gate.gate(report, baseline)
+
+
+def test_what_the_report_lacks_is_said(baseline: dict):
+    assert "model output error: in the baseline, not measured here" in gate.gate(without_probe(made_up(1)), baseline).notes
+
+
+def test_hostile_names_stay_text_in_the_summary():
+    """A name that would end a table's cell, make HTML, a link or code, or begin a new line does none of it."""
+    name = "a|b\n# `c` <img src=x> [d](http://e) *f*"
+    report = made_up(0)
+    report["sets"] = {name: report["sets"]["FD-b"]}
+    report["probe"]["layers"] = {name: report["probe"]["layers"]["l0"]}
+    stored = gate.make_baseline(report)
+    worse = copy.deepcopy(report)
+    worse["probe"]["layers"][name] = [v + 20 for v in worse["probe"]["layers"][name]]
+    worse["versions"] = {"torch": "<b>|2"}
+    text = gate.summary(gate.gate(worse, stored))
+    assert "<img" not in text and "<b>" not in text and "\n#" not in text and "](http" not in text
+    assert r"a\|b # \`c\` &lt;img src=x&gt; [d]\(http://e) \*f\*" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+
+
+def test_files_and_contents_are_taken_alike(tmp_path: Path, baseline: dict):
+    import quantdit
+
+    (tmp_path / "report.json").write_text(json.dumps(made_up(1)))
+    (tmp_path / "base.json").write_text(json.dumps(baseline))
+    verdicts = [quantdit.gate(r, b) for r, b in ((tmp_path, tmp_path / "base.json"), (made_up(1), baseline))]
+    assert verdicts[0] == verdicts[1]
 
 
 def test_a_misspelt_margin_is_refused(tmp_path: Path):

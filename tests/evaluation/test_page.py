@@ -15,7 +15,8 @@ from PIL import Image
 from quantdit.evaluation import gate, page
 from quantdit.evaluation.charts import bar_chart, interval_chart, line_chart, ticks_of
 from quantdit.evaluation.drift import compare, table
-from quantdit.evaluation.measures import EFFICIENTNET, alone_of, drift_over_steps, features_of, mean_harm, rows_of, sets_of
+from quantdit.evaluation.measures import EFFICIENTNET, alone_of, drift_over_steps, features_of, means_of, rows_of, sets_of
+from quantdit.evaluation.metrics import FORMAT
 from quantdit.evaluation.samples import Samples
 
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome", "chrome") if shutil.which(b)), None)
@@ -42,12 +43,12 @@ def made(clips: bool) -> tuple[dict, Samples, Samples]:
     drift = compare(reference.images, candidate.images, other.images, features=features)
     alone = [alone_of(s, f) for s, f in zip((reference, candidate), features, strict=False)]
     rows = rows_of(reference, candidate, features[:2], alone)
-    floor = mean_harm(rows_of(reference, reference, [features[0]] * 2, [alone[0]] * 2))
+    floor = means_of(rows_of(reference, reference, [features[0]] * 2, [alone[0]] * 2))
     layers = {f"blocks.{i}.to_<q>": [-30.0 + i - j % 3 for j in range(8)] for i in range(6)}
     probed = [{"prompt": row["prompt"], "seed": row["seed"], "output_error": -35.0 - i % 2} for i, row in enumerate(rows)]
     side = {"file_bytes": 10_000_000, "bits_per_weight": 16.0}
     report = {
-        "format": gate.FORMAT,
+        "format": FORMAT,
         "identity": {"quantdit": "0", "backbone": EFFICIENTNET.name},
         "versions": {"torch": "2"},
         "reference": side | {"name": "original"},
@@ -55,7 +56,7 @@ def made(clips: bool) -> tuple[dict, Samples, Samples]:
         "sampling": {"seed": 0, "steps": 3, "guidance": None, "prompts": list(NAMES)},
         "drift": drift.to_json(),
         "sets": sets_of(*features, reference.prompts, EFFICIENTNET),
-        "floor": {"other seeds": floor, "other batch": floor, "bfloat16": floor},
+        "floor": {"other seeds": floor | {"psnr": {"mean": 12.0, "harm": -12.0}}, "other batch": floor, "other dtype": floor},
         "probe": {"timesteps": [1000.0, 250.0], "samples": probed, "by_timestep": [[-40.0, -30.0]] * 8, "layers": layers},
         "over_steps": drift_over_steps(reference, candidate),
         "layers": {name: {"format": f"int{4 + 2 * (i % 2)}", "bits": 4.25, "weights": 4096} for i, name in enumerate(layers)},
@@ -115,7 +116,7 @@ def test_page_is_whole_takes_nothing_from_outside_and_runs_no_name(tmp_path: Pat
 
 
 def test_page_and_table_show_the_same_intervals(tmp_path: Path):
-    """Both from one computation, to the same digits; a difference from full precision is called that."""
+    """Both from one computation, to the same digits; what may change neither way has two limits."""
     report, reference, candidate = made(False)
     features = [features_of(s.images, EFFICIENTNET) for s in (reference, candidate, sampled(1, False))]
     drift = compare(reference.images, candidate.images, sampled(1, False).images, features=features)
@@ -124,8 +125,8 @@ def test_page_and_table_show_the_same_intervals(tmp_path: Path):
     for name in ("PSNR, dB", "SSIM"):
         mean, _, rest = cells[cells.index(name) + 1].partition(" ")
         assert f"<b>{mean}</b><span class='soft'>{rest}</span>" in text
-    row = written(tmp_path, True).read_text().split("temporal flickering, from full precision</th>")[1]
-    assert "<td>±" in row.split("</tr>")[0]
+    row = written(tmp_path, True).read_text().split("temporal flickering</th>")[1]
+    assert "<td>-0.01 to 0.01" in row.split("</tr>")[0]
 
 
 def test_worst_come_first(tmp_path: Path):

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from quantdit import recipe
+import quantdit
+from quantdit import files, recipe
 from quantdit.compiler import Settings, calibrate
+from quantdit.evaluation import gate, run
+from quantdit.evaluation.samples import Sampling, sample
 from quantdit.pipeline import load_pipeline
 
 SAMPLES, STEPS = 4, 2
@@ -54,6 +61,12 @@ def test_evaluate_writes_numbers_table_page_and_picture(pair: tuple[Path, Path],
         "guidance": None,
         "prompts": ["class 0", "class 1", "class 2"],
         "batch": 32,
+        "classes": None,
+        "negative_prompt": None,
+        "height": None,
+        "width": None,
+        "frames": None,
+        "dtype": "float32",
     }
     assert set(result["drift"]) >= {"PSNR", "SSIM", "FD-EffNetLite0", "KID-EffNetLite0"}
     assert "reference_to_real" not in result["drift"]["FD-EffNetLite0"]  # the real set is another model's
@@ -94,13 +107,13 @@ def test_kept_samples_are_used_and_damaged_ones_made_again(pair: tuple[Path, Pat
     cache = tmp_path / "kept"
     ask = ("evaluate", *pair, "--samples", SAMPLES, "--steps", STEPS, "--cache", cache, "--output")
     assert cli(*ask, tmp_path / "a").code == 0
-    files = {path: path.stat().st_mtime_ns for path in cache.glob("*.safetensors")}
-    assert len(files) == 3 * SAMPLES  # reference, its other seeds, candidate
-    cut = sorted(files)[0]
+    times = {path: path.stat().st_mtime_ns for path in cache.glob("*.safetensors")}
+    assert len(times) == 3 * SAMPLES  # reference, its other seeds, candidate
+    cut = sorted(times)[0]
     cut.write_bytes(cut.read_bytes()[:100])
     assert cli(*ask, tmp_path / "b").code == 0
     after = {path: path.stat().st_mtime_ns for path in cache.glob("*")}
-    assert {path for path in after if after[path] != files.get(path)} == {cut} and cut.stat().st_size > 100
+    assert {path for path in after if after[path] != times.get(path)} == {cut} and cut.stat().st_size > 100
     first, second = (json.loads((tmp_path / name / "report.json").read_text()) for name in "ab")
     # Made alone rather than in its batch, the one sample differs in its last bits.
     pairs = zip(first["samples"], second["samples"], strict=True)
@@ -110,9 +123,90 @@ def test_kept_samples_are_used_and_damaged_ones_made_again(pair: tuple[Path, Pat
     assert len(list(cache.glob("*"))) == 6 * SAMPLES
 
 
-def test_models_of_different_shapes_are_refused(pair: tuple[Path, Path], plain_dit: Path, tmp_path: Path, cli) -> None:
-    ran = cli("evaluate", pair[0], plain_dit, "--samples", SAMPLES, "--steps", 1, "--output", tmp_path)
-    assert ran.code == 1 and "compare models of one kind" in ran.error
+def _other_file(path: Path, other: Path) -> None:
+    path.write_bytes(other.read_bytes())
+
+
+def _one_bit(path: Path, other: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def _negated(path: Path, other: Path) -> None:
+    with safe_open(path, "pt") as file:
+        made, said = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(made | {"image": -made["image"]}, path, said)
+
+
+@pytest.mark.parametrize("damage", [_other_file, _one_bit, _negated])
+def test_a_kept_sample_that_is_not_what_was_written_is_made_again(pair: tuple[Path, Path], tmp_path: Path, damage) -> None:
+    pipeline, source = load_pipeline(str(pair[0]))
+    asked = Sampling(SAMPLES, 0, STEPS, batch=1)  # made alone as before, it is the same to the last bit
+    first = sample(pipeline, source, asked, tmp_path)
+    paths = sorted(tmp_path.glob("*"))
+    whole = paths[0].read_bytes()
+    damage(*paths[:2])
+    assert paths[0].read_bytes() != whole
+    with pytest.warns(files.Advice, match=f"1 of {SAMPLES} kept samples are not what was written .*sampled again"):
+        again = sample(pipeline, source, asked, tmp_path)
+    assert torch.equal(first.images, again.images) and paths[0].read_bytes() == whole
+    assert sorted(tmp_path.glob("*")) == paths
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is_sampled(
+    pair: tuple[Path, Path], plain_dit: Path, pixel_dit: Path, tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr(run, "sample", none)
+    (tmp_path / "file").write_text("precious")
+    out = ("--output", tmp_path / "out")
+    for arguments, words in (
+        ((pair[0], plain_dit, *out), "compare models of one kind"),
+        ((pixel_dit, pixel_dit, *out), "SSIM needs at least 11 x 11"),
+        ((*pair, *out, "--samples", 3), "at least 4"),
+        ((*pair, *out, "--real", tmp_path / "none"), "none"),
+        ((*pair, "--output", tmp_path / "file"), "is a file"),
+        ((*pair, "--output", tmp_path / "file" / "deeper"), "is a file"),
+        ((*pair, *out, "--cache", tmp_path / "file"), "is a file"),
+        ((*pair, *out, "--frames", 5), "takes no frames; leave out --frames"),
+        ((*pair, *out, "--height", 32), "makes samples of height 16 alone; leave out --height"),
+        ((*pair, *out, "--negative-prompt", "blurred"), "takes no negative prompt; leave out --negative-prompt"),
+    ):
+        assert words in cli("evaluate", *arguments).error, arguments
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    assert "pip install" in cli("evaluate", tmp_path / "not even a model", pair[1], *out).error
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_bfloat16_is_what_both_models_are_loaded_in_and_the_report_says_so(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    ask = {"samples": SAMPLES, "steps": STEPS, "probes": 2, "cache": tmp_path / "kept", "height": 16}
+    reports = {d: quantdit.evaluate(*pair, tmp_path / d, dtype=d, **ask) for d in ("float32", "bfloat16")}
+    for dtype, report in reports.items():
+        assert report["sampling"]["dtype"] == report["identity"]["dtype"] == dtype
+        assert json.loads((tmp_path / dtype / "report.json").read_text()) == report
+    assert reports["float32"]["samples"] != reports["bfloat16"]["samples"]
+    assert len(list((tmp_path / "kept").glob("*"))) == 2 * 3 * SAMPLES, "neither takes the other's samples"
+    assert "text_alignment_proxy" not in reports["float32"]["samples"][0], "classes are no text"
+    with pytest.raises(ValueError, match="float8"):
+        quantdit.evaluate(*pair, tmp_path / "out", dtype="float8")
+
+
+def test_one_run_says_one_value_of_each_measure(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """The drift table, the sets, the rows and the gate agree to the last digit."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    report = quantdit.evaluate(*pair, tmp_path, samples=8, steps=STEPS, noise_floor=True)
+    drift, sets = report["drift"], report["sets"]
+    kid, fd = sets["KID-EffNetLite0"], sets["FD-EffNetLite0"]
+    assert drift["KID-EffNetLite0"]["drift"] == {"mean": kid["drift"], "standard_error": kid["standard_error"]}
+    assert drift["FD-EffNetLite0"]["drift"] == fd["drift"]
+    found = {f.name: f for f in gate.gate(report, gate.make_baseline(report)).findings}
+    assert found["SSIM"].candidate == pytest.approx(drift["SSIM"]["mean"], rel=1e-5)
+    assert found["PSNR"].candidate == pytest.approx(drift["PSNR"]["mean"], rel=1e-5)
+    assert found["KID-EffNetLite0"].candidate == kid["drift"]
 
 
 def test_a_single_image_is_no_distribution(pixel_dit: Path, tmp_path: Path, cli) -> None:

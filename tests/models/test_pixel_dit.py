@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantdit.pipeline import load_pipeline
+from quantdit.models.pixel_dit import PixelDiTPipeline
+from quantdit.pipeline import generate, load_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +75,41 @@ def test_a_label_out_of_range_is_refused(pipeline) -> None:
 def test_generators_must_match_the_images(pipeline) -> None:
     with pytest.raises(ValueError, match="got 1 generators for 2 images"):
         pipeline([0, 1], generator=noise(1))
+
+
+def test_a_class_goes_by_its_name_too(pixel_dit: Path, pipeline, tmp_path: Path) -> None:
+    """The names are kept in the folder; without names, a name is refused in words."""
+    with pytest.raises(ValueError, match=r"no class 'sneaker'; this model knows classes by number, 0\.\.2"):
+        pipeline("sneaker")
+    named = PixelDiTPipeline(pipeline.transformer, pipeline.scheduler, ["boot", "bag", "sneaker"])
+    named.save_pretrained(tmp_path)
+    again = load_pipeline(str(tmp_path))[0]
+    options = {"num_inference_steps": 1, "output_type": "pt"}
+    for label in ("sneaker", ["sneaker"], 2):
+        assert torch.equal(
+            again(label, generator=noise(1), **options).images, pipeline([2], generator=noise(1), **options).images
+        )
+    assert torch.equal(generate(again, 2, 0, 1, classes=["bag", 0]), generate(again, 2, 0, 1, classes=[1, 0]))
+    with pytest.raises(ValueError, match="no class 'sneker'; this model's are boot, bag, sneaker"):
+        again("sneker")
+    assert load_pipeline("fashion-dit")[0].config.class_names[7] == "sneaker"
+
+
+def test_it_is_of_one_size(pipeline) -> None:
+    assert pipeline([0], height=8, width=8, num_inference_steps=1, output_type="pt").images.shape == (1, 1, 8, 8)
+    with pytest.raises(ValueError, match="height is 16, but this model makes 8 x 8 pixels and nothing else"):
+        pipeline([0], height=16)
+
+
+def test_a_callback_sees_every_step_and_may_change_the_latents(pipeline) -> None:
+    seen = []
+
+    def black(pipe, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        seen.append((pipe is pipeline, step, float(timestep), tensors["latents"].shape))
+        return {"latents": torch.full_like(tensors["latents"], -1.0)}
+
+    image = pipeline([0], num_inference_steps=3, callback_on_step_end=black, output_type="pt").images
+    assert [(mine, step, shape) for mine, step, _, shape in seen] == [(True, i, (1, 1, 8, 8)) for i in range(3)]
+    assert seen[0][2] > seen[1][2] > seen[2][2] and float(image.abs().max()) == 0
+    with pytest.raises(ValueError, match="has 'prompt_embeds'; there is latents"):
+        pipeline([0], callback_on_step_end=black, callback_on_step_end_tensor_inputs=["prompt_embeds"])

@@ -194,3 +194,41 @@ def test_the_command_line_writes_moving_and_still_pictures(cli, folder: Path, tm
 def test_the_command_line_refuses_other_suffixes_before_sampling(cli, folder: Path, pixel_dit: Path, tmp_path: Path) -> None:
     assert "clips are written as .webp, .gif, .mp4, .png" in cli("generate", folder, "--output", tmp_path / "a.avi").error
     assert "makes images, which are written as PNG" in cli("generate", pixel_dit, "--output", tmp_path / "a.gif").error
+
+
+def test_a_callback_sees_every_step_and_sizes_are_the_model_s_own(pipeline) -> None:
+    seen = []
+
+    def watch(pipe, step: int, timestep: torch.Tensor, tensors: dict) -> None:
+        seen.append((step, tensors.keys(), tensors["latents"].shape))
+
+    names = ["latents", "prompt_embeds"]
+    options = {"num_inference_steps": 2, "callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": names}
+    pipeline(BAT, height=SIZE, width=SIZE, output_type="pt", **options)
+    assert seen == [(i, dict.fromkeys(names).keys(), (1, 3, FRAMES, SIZE, SIZE)) for i in range(2)]
+    with pytest.raises(ValueError, match="width is 64, but this model makes 16 x 16 pixels and nothing else"):
+        pipeline(BAT, width=64)
+
+
+def test_adapters_are_loaded_as_into_diffusers_own_pipelines(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from peft import LoraConfig
+
+    pipeline, again = (load_pipeline(str(folder))[0] for _ in range(2))
+    pipeline.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False))
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(pipeline.transformer))
+    again.load_lora_weights(tmp_path)
+    options = {"num_inference_steps": 1, "output_type": "pt"}
+    mine, theirs = (p(BAT, generator=noise(1), **options).frames for p in (pipeline, again))
+    assert torch.equal(mine, theirs)
+
+
+def test_generate_takes_frames_and_a_negative_prompt(cli, folder: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    ask = ("generate", folder, "--prompt", BAT, "--steps", 1, "--output", tmp_path / "a.gif")
+    assert cli(*ask, "--frames", 6, "--negative-prompt", FOX, "--guidance", 2, "--dtype", "float16").code == 0
+    assert Image.open(tmp_path / "a.gif").n_frames == 6
+    assert "makes samples of height 16 alone; leave out --height" in cli(*ask, "--height", 32).error

@@ -12,6 +12,7 @@ import pytest
 
 from quantdit.cli import _parser
 from quantdit.evaluation import gate
+from quantdit.evaluation.metrics import FORMAT
 
 ROOT = Path(__file__).resolve().parents[2]
 BASELINES = sorted((ROOT / "reports" / "baselines").glob("*.json"))
@@ -25,13 +26,13 @@ def test_both_embedded_models_have_a_baseline():
 @pytest.mark.parametrize("path", BASELINES, ids=lambda p: p.stem)
 def test_a_baseline_passes_itself_and_fails_once_a_layer_is_off(path: Path):
     baseline = gate.read(path, "baseline")
-    report = json.loads(path.read_text())["report"]
+    report = json.loads(path.read_text())["report"] | {"format": FORMAT}
     assert gate.gate(report, baseline).verdict == gate.PASS
     name = next(iter(report["probe"]["layers"]))
     report["probe"]["layers"][name] = [value + 9 for value in report["probe"]["layers"][name]]
     failed = gate.gate(report, baseline)
     assert failed.verdict == gate.FAIL and name in gate.summary(failed)
-    assert set(report["floor"]) == {"other seeds", "other batch", "bfloat16"}
+    assert set(report["floor"]) == {"other seeds", "other batch", "other dtype"}
 
 
 def test_the_detection_table_is_what_its_rows_say():

@@ -1,0 +1,108 @@
+"""Commands as functions: what `quantdit generate` and `quantdit export` do, for Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from quantdit import pipeline, progress
+from quantdit.evaluation.clips import SUFFIXES, require_suffix, write_clips
+from quantdit.evaluation.picture import side_by_side
+from quantdit.evaluation.places import require_file
+from quantdit.pipeline import DTYPES, load_pipeline, makes_clips, sampling_arguments
+
+IMAGES, CLIPS = 40, 8  # made where no number and no prompts are given
+IMAGE_COLUMNS, CLIP_COLUMNS = 10, 4
+
+
+def generate(
+    model: str | Path,
+    output: str | Path,
+    columns: int | None = None,
+    device: str = "cpu",
+    onnx: Sequence[str | Path] = (),
+    samples: int | None = None,
+    dtype: str = "float32",
+    **options: object,
+) -> Tensor:
+    """Sample images or clips from a model, full precision or quantized, and write a picture of them.
+
+    Args:
+        model: name, hub id or folder.
+        output: PNG file; of clips .webp, .gif or .mp4, or .png for rows of their frames.
+        columns: in a row; 10 images or 4 clips if None.
+        device: where.
+        onnx: graphs exported from the folder, which compute in the transformer's place.
+        samples: how many; one of each prompt given, else 40 images or 8 clips if None.
+        dtype: of `pipeline.DTYPES`, of what is not quantized.
+        options: of `pipeline.Sampling`: seed, steps, guidance, prompts, classes, negative_prompt, height, width, frames, batch.
+
+    Returns:
+        Images `[n, c, h, w]` or clips `[n, f, c, h, w]`, float32 in [-1, 1].
+
+    Raises:
+        ValueError: a model that cannot be loaded, a place that cannot be written, or what the pipeline does not take.
+    """
+    output = Path(output)
+    require_file(output)
+    if output.suffix.lower() not in (*SUFFIXES, ""):
+        require_suffix(output)
+    for path in map(Path, onnx):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such graph; quantdit export --to onnx writes it")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    progress.say(f"loading {model}")
+    made_by, source = load_pipeline(str(model), DTYPES[dtype], device)
+    clips = makes_clips(made_by)
+    _check_suffix(output, clips)
+    for path in onnx:
+        from quantdit.exporters.onnx_session import use_graph
+
+        use_graph(made_by, source, Path(path))
+    seed, steps = options.pop("seed", 0), options.pop("steps", 20)
+    prompts, classes = options.get("prompts"), options.get("classes")
+    count = samples or (len(prompts) if prompts else CLIPS if clips else IMAGES)
+    made = pipeline.generate(made_by, count, seed, steps, dtype=dtype, **options)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if clips:
+        labels = sampling_arguments(made_by, count, prompts, classes)["prompt"]
+        write_clips(made, labels, output, columns or CLIP_COLUMNS)
+    else:
+        side_by_side([(f"{source.name}, seed {seed}, {steps} steps", made)], columns or IMAGE_COLUMNS, output)
+    return made
+
+
+def _check_suffix(output: Path, clips: bool) -> None:
+    """Refuse a suffix before minutes go into sampling."""
+    if clips:
+        require_suffix(output)
+    elif output.suffix.lower() in SUFFIXES and output.suffix.lower() != ".png":
+        raise ValueError(f"{output}: this model makes images, which are written as PNG; choose a name that ends in .png")
+
+
+def export(folder: str | Path, to: str, output: str | Path, **options: object) -> object:
+    """Write a quantized folder in another form: `to` is `dense`, `comfyui` or `onnx`.
+
+    Args:
+        folder: as `quantdit calibrate` writes it.
+        to: the form.
+        output: folder for dense, `.safetensors` file for comfyui, `.onnx` file for onnx.
+        options: of `exporters.to_onnx.to_onnx`.
+
+    Returns:
+        What the exporter returns: for comfyui how many layers of each format, for onnx what was measured, for dense nothing.
+
+    Raises:
+        ValueError: an unknown form, or a folder that cannot be written in it.
+    """
+    from quantdit.exporters.to_comfyui import to_comfyui
+    from quantdit.exporters.to_dense import to_dense
+    from quantdit.exporters.to_onnx import to_onnx
+
+    writers = {"dense": to_dense, "comfyui": to_comfyui, "onnx": to_onnx}
+    if to not in writers:
+        raise ValueError(f"cannot export to {to!r}; use one of {', '.join(writers)}")
+    return writers[to](Path(folder), Path(output), **options)

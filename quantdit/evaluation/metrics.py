@@ -1,0 +1,83 @@
+"""What the gate judges, one table: each measure's unit, range and margin, and how a value becomes decibels of error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+FORMAT = 2
+CEILING_DB = 100.0  # an error of 1e-5 of its reference is no error
+LAYERS = "layers"
+FROM_FULL = "less full precision's"
+LARGEST = 1e12  # of a number in a report; nothing that is measured comes near
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is gated, and how.
+
+    Attributes:
+        label: as people read it.
+        margin: decibels by which the mean may be worse than the baseline's; of `equal`, how much further from full precision than
+            the baseline's it may be, in its own unit.
+        harm: of the value of one sample, in decibels, or as it is.
+        low: the least value of a sample.
+        high: the largest.
+        unit: of a value, as people read it.
+        equal: neither more nor less is better: samples hold the difference from full precision, and it may not grow either way.
+        decides: it must pass; 2: always, 1: where nothing better is there, 0: never.
+    """
+
+    label: str
+    margin: float
+    harm: Callable[[float], float]
+    low: float = -LARGEST
+    high: float = LARGEST
+    unit: str = ""
+    equal: bool = False
+    decides: int = 0
+
+
+def decibels(relative: float) -> float:
+    """Return a squared error relative to its power in dB, no less than -CEILING_DB.
+
+    Raises:
+        ValueError: NaN, or infinite.
+    """
+    if not math.isfinite(relative):
+        raise ValueError(f"an error of {relative} is no number: find the layer that overflowed")
+    return max(10 * math.log10(relative), -CEILING_DB) if relative > 0 else -CEILING_DB
+
+
+def _as_it_is(value: float) -> float:
+    return value
+
+
+# By the names of a report's samples. Margins of differences are in the measure's own unit.
+METRICS = {
+    "psnr": Metric("PSNR", 2.0, lambda v: -min(v, CEILING_DB), -1e4, CEILING_DB, "dB", decides=1),
+    "ssim": Metric("SSIM", 3.0, lambda v: decibels(1 - v), -1.001, 1.001, decides=1),
+    "perceptual": Metric("perceptual distance (proxy)", 3.0, lambda v: decibels(v * v), 0.0),
+    "latent_cosine": Metric("latent cosine", 3.0, lambda v: decibels(1 - v), -1.001, 1.001),
+    "output_error": Metric("model output error", 1.5, _as_it_is, -CEILING_DB, 1e4, "dB", decides=2),
+    "temporal_flickering": Metric("temporal flickering", 0.01, _as_it_is, equal=True),
+    "motion_smoothness_proxy": Metric("motion smoothness (proxy)", 0.01, _as_it_is, equal=True),
+    "dynamic_degree_proxy": Metric("dynamic degree (proxy)", 0.15, _as_it_is, equal=True),
+    "consistency_proxy": Metric("subject and background consistency (proxy)", 0.02, _as_it_is, equal=True),
+    "text_alignment_proxy": Metric("text alignment (proxy)", 0.05, _as_it_is, equal=True),
+    "clip_score": Metric("CLIP score", 1.0, _as_it_is, equal=True),
+}
+LAYER_MARGIN = 6.0
+SHARE_MARGIN = 0.1  # of precision and recall
+DISTANCE_MARGIN = 2.0  # of other distances: times what the baseline's may be; they are squared, so twice is 3 dB
+
+
+def is_share(name: str) -> bool:
+    """Tell a share of the samples, 1 - precision or 1 - recall, from a squared distance of sets."""
+    return name.startswith("1 -")
+
+
+def meanings(row: dict) -> dict[str, str]:
+    """Return what the figures of a report's row are, by their names in it."""
+    return {name: f"{metric.label}{f', {FROM_FULL}' if metric.equal else ''}" for name, metric in METRICS.items() if name in row}
