@@ -14,6 +14,7 @@ GOLDEN = (5**0.5 - 1) / 2
 SAMPLED_ROWS = 64  # rows kept of each update
 CHUNK = 4096  # rows added at once: what is converted and sorted out at a time
 BLOCK = 1280  # columns of the Gram matrix summed at once
+HARDLY_VARY = 1 / 16  # part of the inputs' power that is not their mean's
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,15 @@ class Stats:
         centred = torch.empty_like(self.gram)
         for rows, sums, m in zip(*(t.split(BLOCK) for t in (centred, self.gram, mean)), strict=True):
             rows.copy_(sums.double().addr_(m, mean, alpha=-self.count))
-        # What float32 lost of the sums, or inputs that hardly vary would leave a matrix that is not positive.
-        centred.diagonal().add_(2.0**-23 * float(self.gram.diagonal().sum()))
+        # What float32 lost of the sums would leave a matrix that is not positive.
+        trace = float(self.gram.diagonal().sum())
+        lost = 2.0**-23 * trace
+        diagonal = centred.diagonal().add_(lost)
+        if float(diagonal.sum()) < HARDLY_VARY * trace:
+            # Sums of nearly equal rows (the padding of short texts) lose more: each is rounded in the same way.
+            while int(torch.linalg.cholesky_ex(centred).info):
+                diagonal.add_(lost)
+                lost *= 2
         return centred
 
     @property
