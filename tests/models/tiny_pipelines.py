@@ -135,7 +135,7 @@ def _kl(scale: int, channels: int = 4, **more: object) -> nn.Module:
 
     levels = scale.bit_length()
     return AutoencoderKL(
-        block_out_channels=(4,) * levels,
+        block_out_channels=(2,) * levels,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         norm_num_groups=1,
@@ -470,7 +470,7 @@ PIPELINES: dict[str, TinyPipeline] = {
     "Flux2Pipeline": TinyPipeline(_flux2_dev),
     "FluxPipeline": TinyPipeline(_flux),
     "HunyuanVideoPipeline": TinyPipeline(_hunyuan_video, (32, 32, 5)),
-    "LTXPipeline": TinyPipeline(_ltx, (64, 64, 9)),
+    "LTXPipeline": TinyPipeline(_ltx, (32, 64, 9)),
     "LattePipeline": TinyPipeline(_latte, (32, 32, 3)),
     "Lumina2Pipeline": TinyPipeline(_lumina2),
     "MochiPipeline": TinyPipeline(_mochi, (32, 32, 7)),
