@@ -156,6 +156,8 @@ def _dynamic_flow(**more: object):
     return _flow(use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15, **more)
 
 
+# Latents are multiplied by it: random decoders of this kind otherwise draw little but their own biases.
+LATENTS_STD = [500.0] * 4
 FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 
 
@@ -168,7 +170,7 @@ def _wan(parts: int = 1, **more: object) -> dict:
         "tokenizer": _tokenizer(),
         "text_encoder": _t5("UMT5"),
         "vae": AutoencoderKLWan(
-            base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[8.0] * 4
+            base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=LATENTS_STD
         ),
         "scheduler": UniPCMultistepScheduler(**flow),
         **{name: _transformer("WanTransformer3DModel") for name in names},
@@ -343,7 +345,7 @@ def _qwen_image() -> dict:
     return {
         "scheduler": _dynamic_flow(base_image_seq_len=256, max_image_seq_len=8192, shift_terminal=0.02),
         "vae": AutoencoderKLQwenImage(
-            base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[8.0] * 4
+            base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=LATENTS_STD
         ),
         "text_encoder": Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
         "tokenizer": _tokenizer(2048),
