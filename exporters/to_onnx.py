@@ -54,7 +54,13 @@ def _(x: Tensor, layer: str, out_features: int) -> Tensor:
 
 
 def to_onnx(
-    folder: Path, output: Path, storage: str = "packed", verify: bool = True, part: str | None = None, target: str = "cpu"
+    folder: Path,
+    output: Path,
+    storage: str = "packed",
+    verify: bool = True,
+    part: str | None = None,
+    target: str = "cpu",
+    accept_config: bool = False,
 ) -> dict:
     """Write the transformer of `folder` as an ONNX graph; returns the metadata that the graph carries.
 
@@ -71,6 +77,7 @@ def to_onnx(
             `cpu-nbits`: MatMulNBits, 4-bit weights stay so in memory; 8-bit activations are rounded by ONNX Runtime, for each
             block of inputs. `cuda`: MatMulNBits with float16 activations, which is what ONNX Runtime's CUDA kernels multiply;
             8-bit ones are not rounded.
+        accept_config: as `load_pipeline` takes it.
 
     Raises:
         ValueError: no quantized folder (CheckpointError), an output that exists, a model that cannot be traced, or a graph that
@@ -79,7 +86,7 @@ def to_onnx(
         OSError: the output cannot be written.
     """
     _check(folder, output, storage, target, verify)
-    pipeline, source = load_pipeline(str(folder))
+    pipeline, source = load_pipeline(str(folder), accept_config=accept_config)
     names = source.parts
     if part is not None and part not in names:
         raise ValueError(f"{folder} has no {part}; it has {', '.join(names)}")

@@ -219,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
         "inspect", _inspect, "Show what is inside a quantized folder.", "quantdit inspect out/fashion-dit-w4a8 --plot layers.png"
     )
     sub.add_argument("folder", type=Path, metavar="DIR")
+    _accept_config(sub)
     sub.add_argument("--all", action="store_true", help="list every layer in its order, not the worst ten alone")
     sub.add_argument("--by", choices=("role", "block"), default="role", help="what layers are grouped by (%(default)s)")
     shown = sub.add_mutually_exclusive_group()
@@ -275,6 +276,7 @@ def _parser() -> argparse.ArgumentParser:
         "quantdit export out/fashion-dit-w4a8 --to dense --output out/fashion-dit-dense",
     )
     sub.add_argument("folder", type=Path, metavar="DIR")
+    _accept_config(sub)
     sub.add_argument(
         "--to",
         choices=("dense", "comfyui", "onnx"),
@@ -321,6 +323,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _accept_config(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--accept-config",
+        action="store_true",
+        help="take a quantized model whose config, or whose scheduler's, was changed since it was written",
+    )
+
+
 def _sampling(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("sampling (what is not given is the pipeline's own)")
     group.add_argument("--steps", type=_positive, default=20, help="sampling steps (%(default)s)")
@@ -330,6 +340,7 @@ def _sampling(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--width", type=_positive, help="of a sample, in pixels")
     group.add_argument("--frames", type=_positive, help="of a clip")
     group.add_argument("--seed", type=_seed, default=0, help="(%(default)s)")
+    _accept_config(group)
     group.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -505,7 +516,7 @@ def _generate(args: argparse.Namespace) -> int:
     from quantdit.commands import generate
 
     _quiet()
-    generate(args.model, args.output, args.columns, args.device, args.onnx or (), **asked)
+    generate(args.model, args.output, args.columns, args.device, args.onnx or (), accept_config=args.accept_config, **asked)
     print(args.output)
     return 0
 
@@ -513,7 +524,7 @@ def _generate(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from quantdit import inspection
 
-    found = inspection.read(args.folder)
+    found = inspection.read(args.folder, args.accept_config)
     if args.json:
         print(json.dumps(inspection.as_json(found), indent=2))
         return 0
@@ -534,7 +545,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from quantdit.evaluation.run import FOLDERS, SUMMARY, evaluate
 
     _quiet()
-    others = {key: getattr(args, key) for key in ("seeds", "probes", "device", "noise_floor", *FOLDERS)}
+    others = {key: getattr(args, key) for key in ("seeds", "probes", "device", "noise_floor", "accept_config", *FOLDERS)}
     evaluate(args.reference, args.candidate, args.output, **asked, **others)
     print((args.output / SUMMARY).read_text())
     print(args.output / "report.html")
@@ -566,20 +577,18 @@ def _gate(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from quantdit.commands import export
+    from quantdit.exporters.to_onnx import describe
+
+    _quiet()
+    of_onnx = ("storage", "verify", "part", "target") if args.to == "onnx" else ()
+    options = {key: getattr(args, key) for key in ("accept_config", *of_onnx)}
+    made = export(args.folder, args.to, args.output, **options)
     if args.to == "onnx":
-        from quantdit.exporters.to_onnx import describe, to_onnx
-
-        _quiet()
-        print(describe(args.output, to_onnx(args.folder, args.output, args.storage, args.verify, args.part, args.target)))
-        return 0
-    from quantdit.exporters.to_comfyui import to_comfyui
-    from quantdit.exporters.to_dense import to_dense
-
-    if args.to == "comfyui":
-        counts = to_comfyui(args.folder, args.output)
-        print(f"{args.output}: {', '.join(f'{count} layers as {name}' for name, count in sorted(counts.items()))}")
+        print(describe(args.output, made))
+    elif args.to == "comfyui":
+        print(f"{args.output}: {', '.join(f'{count} layers as {name}' for name, count in sorted(made.items()))}")
     else:
-        to_dense(args.folder, args.output)
         print(args.output)
     return 0
 

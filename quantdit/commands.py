@@ -25,6 +25,7 @@ def generate(
     onnx: Sequence[str | Path] = (),
     samples: int | None = None,
     dtype: str = "float32",
+    accept_config: bool = False,
     **options: object,
 ) -> Tensor:
     """Sample images or clips from a model, full precision or quantized, and write a picture of them.
@@ -37,6 +38,7 @@ def generate(
         onnx: graphs exported from the folder, which compute in the transformer's place.
         samples: how many; one of each prompt given, else 40 images or 8 clips if None.
         dtype: of `pipeline.DTYPES`, of what is not quantized.
+        accept_config: take a quantized model whose config, or whose scheduler's, was changed since it was written.
         options: of `pipeline.Sampling`: seed, steps, guidance, prompts, classes, negative_prompt, height, width, frames, batch.
 
     Returns:
@@ -55,7 +57,7 @@ def generate(
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     progress.say(f"loading {model}")
-    made_by, source = load_pipeline(str(model), DTYPES[dtype], device)
+    made_by, source = load_pipeline(str(model), DTYPES[dtype], device, accept_config=accept_config)
     clips = makes_clips(made_by)
     _check_suffix(output, clips)
     for path in onnx:
@@ -90,7 +92,7 @@ def export(folder: str | Path, to: str, output: str | Path, **options: object) -
         folder: as `quantdit calibrate` writes it.
         to: the form.
         output: folder for dense, `.safetensors` file for comfyui, `.onnx` file for onnx.
-        options: of `exporters.to_onnx.to_onnx`.
+        options: `accept_config`; for onnx those of `exporters.to_onnx.to_onnx`.
 
     Returns:
         What the exporter returns: for comfyui how many layers of each format, for onnx what was measured, for dense nothing.

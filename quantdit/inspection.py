@@ -94,8 +94,10 @@ class Column(NamedTuple):
     is_number: bool = True
 
 
-def read(folder: Path) -> Inspected:
+def read(folder: Path, accept_config: bool = False) -> Inspected:
     """Read and check a quantized pipeline's folder, or that of a transformer alone.
+
+    `accept_config`: as `checkpoint.read_transformer` takes it.
 
     Raises:
         files.CheckpointError: no quantdit checkpoint, a damaged one, or one that its report does not fit.
@@ -112,7 +114,7 @@ def read(folder: Path) -> Inspected:
     found: dict[str, dict] = {}
     sizes = []
     for part, place in quantized.items():
-        transformer = checkpoint.read_transformer(place)
+        transformer = checkpoint.read_transformer(place, accept_config=accept_config)
         sizes.append(size_of(transformer, place))
         prefix = "" if part in ("", PARTS[0]) else f"{part}."
         own = checkpoint.quant_layers(transformer)

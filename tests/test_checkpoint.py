@@ -833,3 +833,21 @@ def test_pickle_is_never_read(copied: Path, tmp_path: Path):
     shutil.copy(copied / "transformer" / "diffusion_pytorch_model.bin", weights)
     refusal(copied)
     assert not trap.exists()
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "export", "inspect"])
+def test_the_command_line_takes_a_changed_config_if_told_to(copied: Path, tmp_path: Path, cli, command: str):
+    place = copied / "transformer" / "config.json"
+    config = files.read_json(place)
+    files.write_json(place, config | {"norm_eps": 0.1})
+    arguments = {
+        "generate": (copied, "--count", "1", "--steps", "1", "--output", tmp_path / "x.png"),
+        "evaluate": (copied, copied, "--samples", "4", "--steps", "1", "--output", tmp_path / "drift"),
+        "export": (copied, "--to", "dense", "--output", tmp_path / "dense"),
+        "inspect": (copied,),
+    }[command]
+    ran = cli(command, *arguments)
+    assert ran.code == 1 and "norm_eps is 0.1, was" in ran.error and "--accept-config" in ran.error
+    ran = cli(command, *arguments, "--accept-config")
+    # The tiny model's pictures are smaller than SSIM's window: evaluate got as far as that.
+    assert ran.code == 0 or (command == "evaluate" and "SSIM needs" in ran.error), ran.err

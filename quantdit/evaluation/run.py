@@ -131,6 +131,7 @@ class Request:
         clip_weights: folder of a CLIP model.
         vbench: folder of an environment that has the vbench package.
         vbench_weights: folder of its networks.
+        accept_config: as `load_pipeline` takes it, for both models.
     """
 
     reference: str
@@ -147,6 +148,7 @@ class Request:
     clip_weights: Path | None = None
     vbench: Path | None = None
     vbench_weights: Path | None = None
+    accept_config: bool = False
 
 
 FOLDERS = ("cache", "real", "inception_weights", "clip_weights", "vbench", "vbench_weights")
@@ -183,9 +185,9 @@ def run(request: Request) -> dict:
     backbone = inception(request.inception_weights) if request.inception_weights else EFFICIENTNET
     clip = load_clip(request.clip_weights) if request.clip_weights else None
     real = torch.cat([backbone.features(x) for x in read_images(request.real)]) if request.real else None
-    candidate = open_model(request.candidate, request.device, request.sampling.dtype)
+    candidate = open_model(request.candidate, request.device, request.sampling.dtype, request.accept_config)
     sampling = _settled(request, candidate.pipeline)
-    original = open_model(request.reference, request.device, sampling.dtype)
+    original = open_model(request.reference, request.device, sampling.dtype, request.accept_config)
     _check_shapes(original, candidate, sampling, request.vbench is not None)
     cache = request.output / "samples" if request.cache is None else request.cache
     reference = sample_reference(original, sampling, cache, request.noise_floor, backbone, clip)
@@ -249,14 +251,14 @@ def _settled(request: Request, pipeline) -> Sampling:
     return replace(sampling, samples=count)
 
 
-def open_model(name: str, device: str = "cpu", dtype: str = "float32") -> Opened:
+def open_model(name: str, device: str = "cpu", dtype: str = "float32", accept_config: bool = False) -> Opened:
     """Load a model, what is not quantized in a dtype of DTYPES, and take its size.
 
     Raises:
         ValueError: as `load_pipeline`.
     """
     progress.say(f"loading {name} in {dtype}")
-    pipeline, source = load_pipeline(name, DTYPES[dtype], device)
+    pipeline, source = load_pipeline(name, DTYPES[dtype], device, accept_config=accept_config)
     accepted_arguments(pipeline)  # a transformer alone is refused
     folder = source.part("transformer")
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
