@@ -1,6 +1,6 @@
-"""The metadata of an exported graph and the digests in it: each bit of the file, and of the weights beside it, is as exported.
+"""The metadata of an exported graph. Its sha256 digests show whether the graph and the weights beside it are as exported.
 
-The digest of the graph lies in the file that it is of, so it is taken with 64 zeros in its own place.
+The graph's digest is stored in the graph itself, so it is computed with 64 zeros in its place.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def check(path: Path) -> dict:
     """Return the metadata of a graph, {} if quantdit did not export it.
 
     Raises:
-        CheckpointError: no ONNX graph; weights that lie elsewhere than beside it; a graph of ours that is not what the export
-            wrote, nor are the weights beside it.
+        CheckpointError: the file is no ONNX graph, names weights outside of its folder, or is a graph of ours that was changed
+            since its export, in itself or in the weights beside it.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -105,7 +105,7 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def _entry(digest: str) -> bytes:
-    """Return how the metadata states a digest; of an empty one, how each begins."""
+    """Return the bytes by which the metadata states a digest; for an empty one, the bytes that all of them begin with."""
     return f'"{DIGEST}": "{digest}'.encode()
 
 

@@ -77,9 +77,10 @@ _EVERYWHERE = "CompositeExplicitAutograd"
 
 
 def _shapes(name: str) -> Callable[[Callable], Callable]:
-    """Register what an op returns in shape and dtype: it runs for fake tensors, and as soon as one tensor is on the meta device.
+    """Register the function that gives an op's output shapes and dtypes.
 
-    Nobody writes to the memory of what it returns. So an op that is given tensors with and without memory raises.
+    torch calls it for fake tensors, and as soon as one argument is on the meta device. Its outputs are never written to, so with
+    some arguments on the meta device and others in memory the op raises RuntimeError.
     """
 
     def register(shapes: Callable) -> Callable:
@@ -563,7 +564,7 @@ def straight_through_reference(y: Tensor, x: Tensor, bias: Tensor | None, *layer
     """Return y. Its gradient with respect to x and bias is that of the dequantized layer, `input_gradient` and the sum of rows.
 
     So rounding and clipping count as the identity: an input beyond a static scale, or at the end of its codes, gets the gradient
-    of one that was not clipped. The stored tensors are kept for it, which costs nothing, and decoded once more.
+    of one that was not clipped. The backward pass keeps no more than the layer's stored tensors, and decodes them again.
     """
     return y.clone()
 

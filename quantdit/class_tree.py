@@ -28,10 +28,10 @@ CHANGED = "undo what changed the model, or load it anew"
 
 
 def difference(model: nn.Module) -> str | None:
-    """Return in words which tensor of a model is not one that its class builds from its config, and what to do; None for none.
+    """Return one line: a tensor that the model's class does not build from its config, and the remedy; None if all fit.
 
-    Quantized layers count as the linears that they were. What cannot be asked, a class that has no config or is not built without
-    memory, is no difference.
+    Quantized layers count as the linears that they were. Also None for a class that has no config, or that cannot be built on
+    the meta device.
     """
     expected = _built(model)
     if expected is None:
@@ -42,9 +42,9 @@ def difference(model: nn.Module) -> str | None:
         return f"{name} {what}; {remedy}"
     for name in sorted(found.keys() & expected.keys()):
         if found[name] != expected[name]:
-            return f"{name} is {found[name]}, but {expected[name]} by the config; {WIDENED}"
+            return f"{name} has shape {found[name]}, but the config gives {expected[name]}; {WIDENED}"
     for name in sorted(expected.keys() - found.keys()):
-        return f"{name} is of every {cls} with this config, but missing; {CHANGED}"
+        return f"{name} is missing, which every {cls} with this config has; {CHANGED}"
     return None
 
 

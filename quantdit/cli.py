@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--frames", type=_positive, help="of a clip")
     sub.add_argument("--device", default="cpu", help="(%(default)s)")
     sub.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
-    sub.add_argument("--overwrite", action="store_true", help="replace what is in the output folder")
+    sub.add_argument("--overwrite", action="store_true", help="replace an output folder that quantdit wrote")
 
     sub = command(
         "generate",
@@ -242,10 +242,12 @@ def _parser() -> argparse.ArgumentParser:
     number.add_argument("--seeds", type=_positive, metavar="N", help="samples of each prompt")
     number.add_argument("--samples", type=_positive, help="samples of each model, prompts in turn (64)")
     sub.add_argument("--batch", type=_positive, default=32, help="samples at once (%(default)s)")
-    sub.add_argument("--probes", type=_positive, default=16, help="samples whose inputs both are given (%(default)s)")
+    sub.add_argument("--probes", type=_positive, default=16, help="samples whose inputs both transformers get (%(default)s)")
     sub.add_argument("--cache", type=Path, metavar="DIR", help="where samples are kept for the next time (OUTPUT/samples)")
     sub.add_argument(
-        "--noise-floor", action="store_true", help="sample REF with another batch size and in bfloat16, too; a baseline needs it"
+        "--noise-floor",
+        action="store_true",
+        help="also sample REF with another batch size and in another dtype; --update-baseline needs it",
     )
     sub.add_argument("--real", type=Path, metavar="DIR", help="folder of real images to measure both sets against")
     sub.add_argument(
@@ -327,7 +329,7 @@ def _accept_config(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--accept-config",
         action="store_true",
-        help="take a quantized model whose config, or whose scheduler's, was changed since it was written",
+        help="load a quantized model although its config or its scheduler's config was changed since it was written",
     )
 
 
@@ -336,9 +338,9 @@ def _sampling(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=_positive, default=20, help="sampling steps (%(default)s)")
     group.add_argument("--guidance", type=_finite, help="guidance scale")
     group.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
-    group.add_argument("--height", type=_positive, help="of a sample, in pixels")
-    group.add_argument("--width", type=_positive, help="of a sample, in pixels")
-    group.add_argument("--frames", type=_positive, help="of a clip")
+    group.add_argument("--height", type=_positive, help="height of a sample, in pixels")
+    group.add_argument("--width", type=_positive, help="width of a sample, in pixels")
+    group.add_argument("--frames", type=_positive, help="number of frames of a clip")
     group.add_argument("--seed", type=_seed, default=0, help="(%(default)s)")
     _accept_config(group)
     group.add_argument(

@@ -32,20 +32,21 @@ def generate(
 
     Args:
         model: name, hub id or folder.
-        output: PNG file; of clips .webp, .gif or .mp4, or .png for rows of their frames.
-        columns: in a row; 10 images or 4 clips if None.
-        device: where.
-        onnx: graphs exported from the folder, which compute in the transformer's place.
-        samples: how many; one of each prompt given, else 40 images or 8 clips if None.
-        dtype: of `pipeline.DTYPES`, of what is not quantized.
-        accept_config: take a quantized model whose config, or whose scheduler's, was changed since it was written.
+        output: file to write: PNG for images; .webp, .gif or .mp4 for clips, or .png for rows of their frames.
+        columns: samples in a row; None: 10 images or 4 clips.
+        device: torch device to sample on.
+        onnx: graphs that `quantdit export --to onnx` wrote from this folder; they compute in the transformer's place.
+        samples: how many; None: one of each prompt, or 40 images or 8 clips without prompts.
+        dtype: name in `pipeline.DTYPES` of the dtype of everything that is not quantized.
+        accept_config: load a quantized model although its config or its scheduler's config was changed since it was written.
         options: of `pipeline.Sampling`: seed, steps, guidance, prompts, classes, negative_prompt, height, width, frames, batch.
 
     Returns:
         Images `[n, c, h, w]` or clips `[n, f, c, h, w]`, float32 in [-1, 1].
 
     Raises:
-        ValueError: a model that cannot be loaded, a place that cannot be written, or what the pipeline does not take.
+        ValueError: the model cannot be loaded, the output cannot be written, or the pipeline does not take an option.
+        TypeError: an option that Sampling does not have.
     """
     output = Path(output)
     require_file(output)

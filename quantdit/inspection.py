@@ -29,7 +29,7 @@ WORST = 10
 LARGEST = 1e30
 GROUPS = ("role", "block")
 EXPLAINED = {
-    WITH_DATA: "rel_rmse: error of the layer's output on calibration data, relative to what its full-precision weight adds",
+    WITH_DATA: "rel_rmse: error of the layer's output on calibration data, relative to the full-precision output without bias",
     WITHOUT_DATA: "{}: error of the weight itself, relative to it: the layer saw no calibration data",
     "J": 'J: root mean square of the layer\'s inputs (LRQ-DiT, section 4.2); rotation = "ars" chooses by it',
 }
@@ -49,8 +49,8 @@ class Row:
         transform: of the inputs.
         activations: their format.
         error: `rel_rmse` of the output, or of the weight where there was no calibration data; None if nothing is known.
-        has_data: which of the two.
-        rms: J; None without calibration data.
+        has_data: `error` is that of the output.
+        rms: J, the root mean square of the layer's inputs; None without calibration data.
     """
 
     name: str

@@ -103,10 +103,10 @@ class QuantLinear(nn.Linear):
         return dense.to(self.weight_dtype if self.bias is None else self.bias.dtype)
 
     def extend_branch(self, up: Tensor, down: Tensor) -> None:
-        """Add `up` `[out, r]` times `down` `[r, in]` float to the weight, as further columns and rows of the low-rank branch.
+        """Add the product of `up` `[out, r]` and `down` `[r, in]`, float, to the weight: the low-rank branch grows by rank r.
 
-        They are stored as bfloat16; what was there keeps its bits. A branch of more columns than the weight has would say no more
-        than one of as many: it is multiplied out into the smaller of its factors.
+        New factors are stored as bfloat16; factors that were there keep their bits. If the rank would exceed `min(out, in)`, the
+        branch becomes its own product, rounded to bfloat16, and an identity matrix.
         """
         device, smallest = self.data.device, min(self.out_features, self.in_features)
         down = transform.apply_to_weight(self.transform, down.to(device, torch.float32))

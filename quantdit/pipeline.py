@@ -392,7 +392,7 @@ def call_options(pipeline: object, asked: object) -> dict[str, object]:
 
     Args:
         pipeline: a `sizes` of its own, where it has one, are the only ones it takes.
-        asked: has `steps` and what it knows of OPTIONS: a Sampling, or calibration's settings. None is the pipeline's own.
+        asked: a Sampling or calibration's Settings: `steps`, and any of OPTIONS; None keeps the pipeline's default.
 
     Raises:
         ValueError: the pipeline does not take one of them.

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 def bar(total: int, description: str, unit: str, leave: bool = True) -> tqdm:
-    """Return a bar that `update(1)` moves, for a `with`; it is quiet where stderr is no terminal.
+    """Return a tqdm bar to use in a `with`; `update(1)` moves it. It shows nothing where stderr is no terminal.
 
     Args:
         total: what it counts up to.
@@ -28,10 +28,10 @@ def say(text: str) -> None:
 
 @contextmanager
 def denoising(pipeline: object, batches: int, steps: int, description: str) -> Iterator[Callable[[], None]]:
-    """Show a bar that ticks with each denoising step of a pipeline; yields what to call after each batch.
+    """Show a bar that ticks with each denoising step of a pipeline; yields a function to call after each batch.
 
-    The pipeline's own bar moves ours. The call after a batch brings the bar to the batch's end, whatever the pipeline counted:
-    a scheduler may take other steps than it was asked for.
+    The pipeline's own bar, replaced meanwhile, moves ours. The function moves the bar to the end of the batch, because a
+    scheduler may take more or fewer steps than it was asked for.
 
     Args:
         pipeline: is called once for each batch while the body runs.

@@ -1,4 +1,4 @@
-"""Sealed JSON: what a work folder says of itself, with a sha256 that tells damage and the files of another run.
+"""Sealed JSON: the JSON files of a work folder, each with a sha256 that exposes damage and files of another run.
 
 `{..., "seal": sha256 of the rest and of the run}`. Interrupted runs go on from such files, so a wrong one must never pass.
 """

@@ -1,7 +1,7 @@
 """What a full-precision source may hold: every way of loading one asks here before it takes a tensor for a weight.
 
-Codes that another tool wrote are no weights. Float8 weights are: plain ones as they are, and those that have a scale beside them,
-for the whole weight or for each output channel, multiplied by it (`weight_scale` of Hugging Face, `scale_weight` of ComfyUI).
+Integer codes that another tool wrote are refused. Float8 weights are read: plain ones as they are; those with a scale beside them
+(`weight_scale` of Hugging Face, `scale_weight` of ComfyUI; one for the whole weight or for each output channel) times that scale.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def check(model: nn.Module, stored: Mapping[str, Stored]) -> None:
         stored: its tensors, and perhaps scales and marks beside them.
 
     Raises:
-        CheckpointError: a tensor is missing, of another shape, no floats where the model has some, superfluous in a linear or of
-            a block that the config does not have; or a scale is of no known kind.
+        CheckpointError: a tensor is missing, has another shape, holds integers where the model has floats (or the reverse), is an
+            extra one of a linear layer, or belongs to a block that the config does not have; or `check_scales` refuses a scale.
     """
     expected = model.state_dict()
     check_scales(stored, expected)
@@ -81,12 +81,16 @@ def check(model: nn.Module, stored: Mapping[str, Stored]) -> None:
 
 
 def check_scales(stored: Mapping[str, Stored], own: Container[str] = ()) -> None:
-    """Refuse what lies beside float8 weights and is no scale for a whole weight or for each output channel.
+    """Refuse scales of float8 weights that quantdit cannot apply.
 
-    Scales of inputs are named in an Advice. `own`: names that the model has itself.
+    It applies one scale for the whole weight or one for each output channel. Scales of inputs are ignored with an Advice.
+
+    Args:
+        stored: tensors by name, scales and marks included.
+        own: names of tensors that the model itself has; they are not looked at.
 
     Raises:
-        CheckpointError: scales for blocks, of another name, or without a float8 weight.
+        CheckpointError: a scale for blocks, under an unknown name, or without a float8 weight beside it.
     """
     float8 = {key.removesuffix("weight") for key, t in stored.items() if t.dtype in FLOAT8 and key.endswith(".weight")}
     known = {"weight", "bias", *SCALES, *OF_INPUTS, *MARKS}
@@ -150,8 +154,8 @@ def _check_superfluous(model: nn.Module, stored: Mapping[str, Stored], superfluo
             )
         if isinstance(modules[owner], nn.ModuleList) and parts[owner.count(".") + 1].isdigit():
             raise CheckpointError(
-                f"{stored[key].path}: tensor {key} is of a block that config.json does not have: it says that there are"
-                f" {len(modules[owner])} in {owner}; copy both files again"
+                f"{stored[key].path}: tensor {key} is of a block that config.json does not have: config.json gives"
+                f" {len(modules[owner])} blocks in {owner}; copy both files again"
             )
         others.append(key)
     if others:

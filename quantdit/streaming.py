@@ -55,7 +55,7 @@ def _read(folder: Path, dtype: torch.dtype, all_of_it: bool) -> nn.Module:
     stream = Stream(transformer, {name: tensor.path for name, tensor in stored.items()}, dtype)
     inside, shared = _inside(transformer), tuple(f"{path}." for path in adapter_for(transformer).shared)
     for name in transformer.state_dict():
-        # Of a buffer that the class computes, what the file says counts.
+        # A buffer that the class computes is overwritten by the file's, if it has one.
         if name in stored and (all_of_it or not name.startswith(inside) or name.startswith(shared)):
             stream.put(name)
     return transformer.requires_grad_(False).eval()

@@ -28,5 +28,5 @@ def one_thread() -> Iterator[None]:
 
 
 def allowed() -> int:
-    """Return how many threads may be used by work whose result does not depend on their number, inside `one_thread` as well."""
+    """Return the number of threads for work whose result does not depend on it; in `one_thread`, the number set before it."""
     return _ALLOWED.get(torch.get_num_threads())

@@ -1,7 +1,7 @@
 """Timestep buckets: which part of the sampling trajectory a transformer call belongs to, for scales that are fixed per part.
 
-Bucket 0 is the noisiest. Times fall along a trajectory in most classes and rise in some; edges are stored in noise order, so
-whether they fall or rise says which.
+Bucket 0 is the noisiest. Along a trajectory times fall in most classes and rise in some. Edges are stored from the noisiest
+bucket to the cleanest, so falling edges mean falling times and rising edges mean rising times.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 
 class PerThread(threading.local):
-    """The bucket of the call that a thread is in, None where it has made none; a copy or a pickle of it begins anew."""
+    """The bucket of this thread's latest call; None before its first. Copies and pickles start with None."""
 
     bucket: int | None = None
 
@@ -33,7 +33,7 @@ def rising(times: Sequence[float]) -> bool:
 
 
 def bucket_of(time: float | None, edges: Sequence[float]) -> int:
-    """Return the first bucket whose edge the time reaches, else the last; the last of a call without a time.
+    """Return the first bucket whose edge the time reaches; the last bucket if it reaches none or is None.
 
     Falling edges are reached from above (`time >= edge`), rising ones from below.
     """
@@ -50,7 +50,7 @@ def edges_of(times: Sequence[tuple[float, int]], buckets: int) -> tuple[float, .
 
     Args:
         times: a time and its bucket for each call; bucket 0 is the noisiest. Without any, all edges are 0.
-        buckets: how many. An empty one takes the edge of the one before it; before the first, that of the first.
+        buckets: number of buckets. An empty bucket takes the edge of the one before it, or of the first that has calls.
     """
     if not times:
         return (0.0,) * buckets

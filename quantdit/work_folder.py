@@ -33,7 +33,7 @@ _PLAIN = re.compile(r"[^.]+\.safetensors(\.index\.json)?")
 
 
 def place_of(output: Path) -> Path:
-    """Return where an output is written: through a link, which stays, and under a name, which `.` and `..` are not."""
+    """Return the path that is written for an output: the target of a link (the link stays); `.` and `..` as absolute paths."""
     return output.resolve() if output.is_symlink() or output.name in ("", "..") else output
 
 
@@ -74,7 +74,7 @@ def check_output(output: Path, overwrite: bool, resume: bool = False) -> None:
             )
     # The result takes the folder's name, and the folder itself goes.
     if Path.cwd().is_relative_to(output.resolve()):
-        raise ValueError(f"output {output} is the folder that this command runs in, or lies around it; name a folder in it")
+        raise ValueError(f"output {output} is, or contains, the folder that this command runs in; name a folder inside it")
     if os.path.ismount(output):
         raise ValueError(f"output {output} is a mount point, which no finished folder can replace; name a folder in it")
 
@@ -191,10 +191,10 @@ def open_partial(output: Path, identity: dict, resume: bool, overwrite: bool) ->
 
 
 def is_finished(folder: Path, identity: dict) -> bool:
-    """Return whether a folder is the whole result of a run of this identity: killed before, or while, it got its name.
+    """Return whether a folder holds the complete result of a run of this identity that was killed while it was renamed.
 
     Raises:
-        ValueError: it was, and is damaged.
+        ValueError: the state file is damaged, or a file of the result was changed since.
     """
     state = folder / STATE
     if not state.exists():
@@ -268,7 +268,7 @@ def _files_in(source: Path, leave: Collection[str]) -> Iterator[Path]:
 
 
 def copy_rest(source: Path, partial: Path, leave: Collection[str]) -> None:
-    """Copy the pipeline's other parts, so that the output is whole, but for those of the names to leave and idle weights.
+    """Copy the pipeline's other parts into the output, except the names in `leave` and weights that the pipeline does not read.
 
     Raises:
         ValueError: as `rest_of`.

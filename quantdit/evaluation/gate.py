@@ -6,18 +6,18 @@ compared by an interval, never by a number alone:
 
     pass            the whole interval of the difference lies within the margin
     fail            the whole interval lies beyond it
-    inconclusive    it holds the margin: so many more samples would decide
+    inconclusive    the margin lies inside the interval; the gate estimates how many more samples would decide
 
-The whole fails if any measure does. It passes when the measures that decide pass, the errors of the transformer and of its
-layers on the reference's own inputs: those are sharp with a dozen samples. PSNR and the other measures of finished pictures need
-many more where seeds differ from the baseline's, so they guard: they can fail a model, and what they leave open is said. Without
-a probe (a model too large to run beside its original) the paired measures decide.
+The gate fails if any measure fails. It passes if the deciding measures pass: the errors of the transformer and of its layers on
+the reference's own inputs, which a dozen samples measure sharply. PSNR and the other measures of finished pictures need many more
+samples where seeds differ from the baseline's. They can fail a model, but cannot keep it from passing; the verdict names those
+that are open. Without a probe (a model too large to run beside its original) the paired measures decide.
 
-Nothing is asked that full precision could not do: a limit below the noise floor, what full precision differs from itself by with
-another batch size or in another dtype, is raised to it. A distance between sets of images is to stay within a factor of what the
-baseline's own may be, its interval considered; where the samples are too few to tell, the finding is "not decisive".
+No limit is below the noise floor, which is how far full precision is from itself with another batch size or in another dtype. A
+distance between sets of images may be a factor larger than the upper end of the baseline's interval. Where the samples are too
+few to tell, the finding is "not decisive".
 
-What people read is in natural units: a PSNR is a PSNR. Decibels of error stand only where it says by how much a model is worse.
+Values are in each measure's own unit (PSNR is PSNR). Only "worse by" is in decibels of error.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ MOST_TIMES = 100  # more samples than this many times those given are not worth 
 SAME_NOISE = ("other batch", "other dtype")  # of the noise floor: full precision on the same seeds
 LAYER_GROWTH = "largest growth of a layer's error"
 NOTE = (
-    "Candidate, baseline and noise floor are means in the measure's own unit; the floor is full precision against itself, in"
-    " another dtype or batch, and of sets with other seeds. Worse by x dB: the squared error is 10^(x/10) times the baseline's, 3"
-    " dB is twice; without dB, the change in the measure's own unit. A limit with two ends holds either way."
+    "Candidate, baseline and noise floor are means in the measure's own unit. The noise floor compares full precision with"
+    " itself: in another dtype or batch size; for distances of sets, with other seeds. Worse by x dB means that the squared error"
+    " is 10^(x/10) times the baseline's (3 dB: twice). Without dB, it is the change in the measure's own unit. A limit with two"
+    " ends allows no change beyond either."
 )
 
 
@@ -182,8 +183,8 @@ def make_baseline(report: dict, margins: dict | None = None) -> dict:
         same, seeds = (report["floor"][k].get("psnr") for k in (kind, "other seeds"))
         if same and seeds and same["harm"] >= seeds["harm"]:
             raise ValueError(
-                f"full precision with another {kind.removeprefix('other ')} has {number(same['mean'], 'dB')} to itself, less than"
-                f" with other seeds ({number(seeds['mean'], 'dB')}): that is an error, not noise; on a CPU with AMX, try"
+                f"full precision with another {kind.removeprefix('other ')} has a PSNR of {number(same['mean'], 'dB')} against"
+                f" itself, less than with other seeds ({number(seeds['mean'], 'dB')}): that is no noise; on a CPU with AMX, try"
                 " ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
             )
     names = {n for n in METRICS if any(n in row for row in (*report["samples"], *report["probe"]["samples"]))}
@@ -210,7 +211,7 @@ def _checked(report: dict, baseline: dict) -> dict:
         if stored["identity"].get(key) != report["identity"].get(key)
     ]
     if differing:
-        raise ValueError(f"this baseline was made otherwise ({'; '.join(differing)}); evaluate as it was, or --update-baseline")
+        raise ValueError(f"the baseline has other settings ({'; '.join(differing)}); evaluate with those, or --update-baseline")
     return stored
 
 

@@ -48,15 +48,15 @@ def read(path: Path, what: str) -> dict:
 
 
 def check(content: dict, what: str) -> None:
-    """Refuse a report or a baseline that is not whole; every number in it that the gate uses is finite and of its range.
+    """Refuse a report or a baseline that lacks a key, or in which a number that the gate uses is not finite or out of range.
 
     Raises:
-        ValueError: which key is what, and what was expected.
+        ValueError: naming the key, what it holds and what was expected.
     """
     if content.get("format") != FORMAT or isinstance(content["format"], bool):
         again = "remove it, and --update-baseline makes it anew" if what == "baseline" else "run quantdit evaluate again"
         raise ValueError(
-            f"a {what} of format {_short(content.get('format'))}, expected {FORMAT}, which this version of quantdit writes;"
+            f"the {what}'s format is {_short(content.get('format'))}, expected {FORMAT}, which this version of quantdit writes;"
             f" {again}"
         )
     if what == "report":

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 FORMAT = 2
-CEILING_DB = 100.0  # an error of 1e-5 of its reference is no error
+CEILING_DB = 100.0  # of PSNR, and -100 dB the least error: a squared error of 1e-10 of its reference counts as none
 LAYERS = "layers"
 FROM_FULL = "less full precision's"
 LARGEST = 1e12  # of a number in a report; nothing that is measured comes near
@@ -19,14 +19,14 @@ class Metric:
 
     Attributes:
         label: as people read it.
-        margin: decibels by which the mean may be worse than the baseline's; of `equal`, how much further from full precision than
-            the baseline's it may be, in its own unit.
-        harm: of the value of one sample, in decibels, or as it is.
-        low: the least value of a sample.
-        high: the largest.
-        unit: of a value, as people read it.
-        equal: neither more nor less is better: samples hold the difference from full precision, and it may not grow either way.
-        decides: it must pass; 2: always, 1: where nothing better is there, 0: never.
+        margin: how much worse than the baseline's the mean may be, in dB of error; with `equal`, how much further from full
+            precision, in the measure's own unit.
+        harm: maps a sample's value to its harm, larger being worse: to dB of error, or with `equal` to itself.
+        low: smallest valid value of a sample.
+        high: largest valid value.
+        unit: of a value, as printed; empty for none.
+        equal: neither more nor less is better: samples hold the difference from full precision, which may not grow either way.
+        decides: rank; an inconclusive finding keeps the gate from passing only if no finding has a higher rank.
     """
 
     label: str
@@ -70,7 +70,7 @@ METRICS = {
 }
 LAYER_MARGIN = 6.0
 SHARE_MARGIN = 0.1  # of precision and recall
-DISTANCE_MARGIN = 2.0  # of other distances: times what the baseline's may be; they are squared, so twice is 3 dB
+DISTANCE_MARGIN = 2.0  # of other distances: a factor on the baseline's; distances are squared, so 2 is 3 dB
 
 
 def is_share(name: str) -> bool:

@@ -118,14 +118,14 @@ class Request:
 
     Attributes:
         reference: name or folder of the original.
-        candidate: of the quantized one.
-        output: folder, made if need be.
+        candidate: name or folder of the quantized model.
+        output: folder, made if it is missing.
         sampling: what each model is asked for.
-        seeds: samples of each prompt; takes the place of the number of samples.
-        probes: samples whose inputs both transformers are given.
-        device: where.
+        seeds: samples of each prompt; if given, the number of samples is this times the number of prompts.
+        probes: number of samples whose inputs both transformers get.
+        device: torch device that both models run on.
         cache: folder of samples; `output`/samples if None.
-        noise_floor: measure also what the reference differs from itself by with another batch size and in another dtype.
+        noise_floor: also measure how far the reference is from itself with another batch size and in another dtype.
         real: folder of real images.
         inception_weights: of the original FID network.
         clip_weights: folder of a CLIP model.
@@ -167,9 +167,11 @@ def evaluate(reference: str | Path, candidate: str | Path, output: str | Path, *
         What report.json holds.
 
     Raises:
-        ValueError: a model, weights or images that cannot be loaded, fewer than LEAST_SAMPLES, what a pipeline does not take, or
-            models that generate different shapes; all before anything is sampled but for one sample of two steps.
-        ImportError: a package that measures need is not installed.
+        ValueError: before the models are sampled (one trial sample of two steps aside): a model, weights or images cannot be
+            loaded, fewer than 4 samples, an option that a pipeline does not take, or samples of different shapes. While they are
+            sampled: NaN or infinite pixels.
+        TypeError: an option that neither Sampling nor Request has.
+        ImportError: a package that the measures need is not installed.
     """
     of_sampling = {each.name for each in fields(Sampling)}
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}

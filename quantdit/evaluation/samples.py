@@ -127,8 +127,8 @@ def shape_of_one(pipeline, label: str, asked: Sampling) -> tuple[int, ...]:
     except (RuntimeError, TypeError, KeyError, IndexError, AttributeError, AssertionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{label}: {type(pipeline).__name__} cannot make a sample of what is asked for ({reason}); try another --height,"
-            " --width or --frames, such as the model was calibrated at"
+            f"{label}: {type(pipeline).__name__} cannot make a sample with these settings ({reason}); try another --height,"
+            " --width or --frames, such as those of the calibration"
         ) from error
 
 
@@ -138,7 +138,7 @@ def _run(pipeline, part: dict, asked: Sampling) -> list[dict[str, Tensor]]:
         images = samples_of(caller(pipeline, asked)(part))
     times = torch.tensor(list(steps), dtype=torch.float32)
     latents = torch.stack(list(steps.values()), 1)
-    # float16 keeps a pixel to 2^-11 of itself: differences of 70 dB and more are lost, and half of the disk is not.
+    # Images stay float32; latents are float16 already (`_latents`).
     return [{"image": images[i], "latents": latents[i].clone(), "timesteps": times} for i in range(count)]
 
 

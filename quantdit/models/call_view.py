@@ -28,8 +28,8 @@ class CallView:
 
     Attributes:
         latent: the noisy sample, `[batch, ...]`; a list of tensors of one shape is stacked. None if the call has none.
-        time: as the class counts it; of a call with several, that of the noisiest. None if the call has none.
-        batch: rows of the sample, 0 without one.
+        time: in the class's own units; the noisiest one if the call has several. None if the call has none.
+        batch: number of rows of the sample; 0 if the call has none.
         channels: the axis of the latent's channels where the class is known, else None.
     """
 
@@ -41,7 +41,15 @@ class CallView:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Which arguments of a class's `forward` are which; names, None for none."""
+    """Names of the arguments of a class's `forward`.
+
+    Attributes:
+        signature: of `forward`.
+        latent: name of the noisy sample.
+        time: name of the time; None if `forward` takes none.
+        rises: the time rises from noise to data; None for a class without an adapter that names its time.
+        channels: axis of the latent's channels; None if unknown.
+    """
 
     signature: inspect.Signature
     latent: str
@@ -51,7 +59,7 @@ class Arguments:
 
 
 def view(transformer: nn.Module, args: tuple, kwargs: dict) -> CallView:
-    """Return what a call `transformer(*args, **kwargs)` says; nothing of a call that its `forward` does not take."""
+    """Return what a call `transformer(*args, **kwargs)` says; an empty CallView if `forward` does not take these arguments."""
     known = arguments_of(type(transformer))
     try:
         given = known.signature.bind_partial(transformer, *args, **kwargs).arguments

@@ -230,7 +230,7 @@ def test_a_baseline_needs_a_noise_floor_and_keeps_edited_margins():
     report = made_up(0)
     wrong = copy.deepcopy(report)
     wrong["floor"]["other dtype"]["psnr"] = {"mean": 10.0, "harm": -10.0}
-    with pytest.raises(ValueError, match=r"another dtype has 10\.00 dB to itself, less than with other seeds"):
+    with pytest.raises(ValueError, match=r"another dtype has a PSNR of 10\.00 dB against itself, less than with other seeds"):
         gate.make_baseline(wrong)
     edited = gate.make_baseline(report, {"psnr": 0.25, "of another model": 1.0})["margins"]
     assert edited["psnr"] == 0.25 and "of another model" not in edited
@@ -245,7 +245,7 @@ def test_a_baseline_needs_a_noise_floor_and_keeps_edited_margins():
         ("[]", "report", "JSON object"),
         ("", "report", "empty"),
         ("{}", "report", "format missing"),
-        ('{"format": 1}', "report", "of format 1, expected 2, which this version of quantdit writes"),
+        ('{"format": 1}', "report", "format is 1, expected 2, which this version of quantdit writes"),
         ('{"format": 2}', "report", "identity is missing, expected an object"),
         ('{"format": 2, "margins": {}, "report": []}', "baseline", "report is a list, expected an object"),
     ],

@@ -22,6 +22,8 @@ ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")
 
 OUT, IN = 24, 64
+# One trellis for each width, and the largest window once: the others differ in a number that tests/formats covers.
+SOME = tuple(name for name, f in FORMATS.items() if f.window in (0, 12) or name == "trellis4_l16")
 # One code of a token on the other side of a rounding tie: 1 of 127 steps of one of 64 inputs. Everything else is float32.
 FLOAT = 2e-6
 A8, PLAIN = ActivationSpec(8), Transform()
@@ -83,7 +85,7 @@ def agree(folder: Path, layer: QuantLinear, x: torch.Tensor, storage: str = "pac
 
 @pytest.mark.parametrize("storage", ["packed", "int8"])
 @pytest.mark.parametrize("bits", [8, 16])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", SOME)
 def test_every_format(format: str, bits: int, storage: str, tmp_path: Path) -> None:
     agree(tmp_path, made_layer(format, ActivationSpec(bits)), torch.randn(2, 5, IN), storage)
 

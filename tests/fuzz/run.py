@@ -5,7 +5,7 @@ Each mutation runs in a forked process, so that a crash, a hang or a full memory
     refused     a ValueError or OSError with a message
     same        it opened, and gave what the undamaged file gives, to the bit
     other       it opened as something else, where nothing says what it should be (a model in full precision)
-    theirs      diffusers failed before we read anything
+    theirs      diffusers failed in its own code: no line of quantdit is in the traceback
     FAULT       another error, another result than the undamaged one's, a crash, 20 s of CPU time, 512 MiB more memory
 
     python tests/fuzz/run.py --count 20000 --seed 0 --output reports/fuzz.jsonl

@@ -1,8 +1,8 @@
 """What is fuzzed: undamaged folders, which of their files are damaged, how each is opened and what must hold then.
 
-`open` returns a text that stands for all that was read. Of a `strict` target damage is refused or changes nothing: what it
-returns must equal what the undamaged folder gives. Others, such as a model in full precision, hold nothing to check them by:
-they may also open as something else, but not fail with an error of our own.
+`open` returns a text that stands for all that was read. A `strict` target must refuse damage, or return the same text as for the
+undamaged folder. Other targets, such as a model in full precision, have no digest: they may also open as something else, but
+must not fail with an error that nobody wrote for a user.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from quantdit.kernels import ops
 from quantdit.qtensor import spec_fields
 
 QUANTDIT = torch.ops.quantdit
+# One trellis for each width, and the largest window once: the others differ in a number that tests/formats covers.
+SOME = tuple(name for name, f in FORMATS.items() if f.window in (0, 12) or name == "trellis4_l16")
 U32 = 2.0**-24  # unit roundoff of float32
 OUTPUT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # unit roundoff of each output dtype
 
@@ -265,7 +267,7 @@ def test_rotate_takes_smoothing_in_the_same_tensor():
     assert torch.equal(transform.apply(transform.Transform(premultiplier, 16), x), expected)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", SOME)
 def test_decode8_is_that_of_the_format(name: str):
     f = FORMATS[name]
     data, multiplier, offset, codebook, *rest = stored_weight(name, 5, 96, 32)
