@@ -268,7 +268,8 @@ def _hand_on(job: Job, links: list[Link], number: int, calls: StoredCalls, mine:
     if is_needed:
         (ends / _number(number)).mkdir(parents=True, exist_ok=True)
     block = job.transformer.get_submodule(links[number].path)
-    earlier = {j: call_files.sums_of(ends / _number(j), job.run) for j in (following.needs if replayed else ())}
+    needed = {*following.needs} - {number} if replayed else set()
+    earlier = {j: call_files.sums_of(ends / _number(j), job.run) for j in sorted(needed)}
     for i, call in enumerate(mine):
         outputs = chain.outputs_of(capture.run_block(block, call))
         if is_needed:

@@ -141,7 +141,7 @@ def scheduler_of(folder: Path) -> dict | None:
         CheckpointError: it cannot be read.
     """
     where = folder / SCHEDULER
-    return _settings(read_json(where)) if where.exists() else None
+    return _settings(read_json(where, finite=False)) if where.exists() else None
 
 
 def check_scheduler(pipeline: Path, transformer: Path) -> None:
@@ -465,8 +465,12 @@ def check_numbers(config: Mapping, tensors: int, where: Path, limit: int = MAX_N
         CheckpointError: naming the key.
     """
     for key, value in config.items():
-        most = tensors if any(word in key for word in COUNTS) else limit
-        if "theta" not in key and any(abs(number) > most for number in _numbers(value)):
+        is_count = any(word in key for word in COUNTS) and not key.startswith("max_")
+        most, numbers = tensors if is_count else limit, list(_numbers(value))
+        if any(number != number for number in numbers):
+            raise CheckpointError(f"{where}: {key} = {value!r:.80} is not a number; copy the folder again")
+        # Infinity is no size: it stands for a bound that does not hold (lambda_min_clipped of a scheduler).
+        if "theta" not in key and any(abs(number) > most for number in numbers if math.isfinite(number)):
             raise CheckpointError(
                 f"{where}: {key} = {value!r:.80} is not plausible for a file of {tensors} tensors; copy the folder again"
             )

@@ -296,8 +296,13 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(part, path)
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, finite: bool = True) -> dict:
     """Read a JSON object, strictly: no NaN, no infinite number, no key twice in a table.
+
+    Args:
+        path: of the file.
+        finite: refuse NaN and infinities. False where the caller looks at the numbers: diffusers writes -Infinity into the
+            configs of some schedulers.
 
     Raises:
         CheckpointError: missing, unreadable, or not an object.
@@ -307,7 +312,8 @@ def read_json(path: Path) -> dict:
         if path.stat().st_size > JSON_BYTES:
             raise ValueError(f"it has more than {JSON_BYTES:,} bytes")
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_table)
+        number = _finite if finite else float
+        content = json.loads(text, parse_constant=number, parse_float=number, object_pairs_hook=_table)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: this is no diffusers model folder") from error
     except CheckpointError:

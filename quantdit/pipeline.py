@@ -229,9 +229,9 @@ def _components(folder: Path, index: dict) -> dict[str, tuple[str, str]]:
             if path.name == "config.json":
                 weights = (file for file in _inside(folder / name) if file.suffix == ".safetensors")
                 limit = checkpoint.MAX_NUMBER if found[name][0] == "diffusers" else ANY_SIZE
-                checkpoint.check_numbers(files.read_json(path), sum(map(_tensors, weights)), path, limit)
+                checkpoint.check_numbers(files.read_json(path, finite=False), sum(map(_tensors, weights)), path, limit)
     if (path := folder / checkpoint.SCHEDULER).exists():
-        checkpoint.check_numbers(files.read_json(path), 0, path)
+        checkpoint.check_numbers(files.read_json(path, finite=False), 0, path)
     return found
 
 

@@ -231,6 +231,7 @@ def rest_of(source: Path, leave: Collection[str]) -> tuple[list[Path], list[Path
     """
     index = files.read_json(source / "model_index.json") if (source / "model_index.json").exists() else None
     parts = None if index is None else {name for name, entry in index.items() if isinstance(entry, list)}
+    own = () if index is None else _own_files(index.get("_class_name"))
     found = [path.relative_to(source) for path in _files_in(source, leave)]
     safe = {path.parent for path in found if path.name.endswith(".safetensors") and _PLAIN.fullmatch(path.name)}
 
@@ -238,9 +239,20 @@ def rest_of(source: Path, leave: Collection[str]) -> tuple[list[Path], list[Path
         if not _WEIGHTS.fullmatch(path.name):
             return False
         outside = len(path.parts) == 1 or (parts is not None and path.parts[0] not in parts)
-        return outside or (path.parent in safe and not _PLAIN.fullmatch(path.name))
+        if outside and own is not None:
+            return path.name not in own
+        return path.parent in safe and not _PLAIN.fullmatch(path.name)
 
     return [path for path in found if not is_idle(path)], [path for path in found if is_idle(path)]
+
+
+def _own_files(name: object) -> Collection[str] | None:
+    """Return which weights a pipeline class reads besides its components'; None if nobody knows."""
+    import diffusers
+
+    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    is_diffusers = isinstance(cls, type) and cls.__module__.startswith("diffusers.")
+    return getattr(cls, "own_files", () if is_diffusers else None)
 
 
 def _files_in(source: Path, leave: Collection[str]) -> Iterator[Path]:

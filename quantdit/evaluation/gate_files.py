@@ -39,7 +39,7 @@ def read(path: Path, what: str) -> dict:
         raise ValueError(f"{path}: no such {what}{advice}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: empty; make it again")
-    content = files.read_json(path)
+    content = files.read_json(path, finite=False)  # `check` names the key
     try:
         check(content, what)
     except ValueError as error:

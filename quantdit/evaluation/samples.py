@@ -67,14 +67,14 @@ def sample(pipeline, source: Source, asked: Sampling, cache: Path | None = None,
     names = prompts_of(pipeline, asked)
     seeds = tuple(sample_seed(asked.seed, i) for i in range(asked.samples))
     identity = _identity(pipeline, source, asked) if cache is not None else {}
-    keys = [identity | {"prompt": prompt, "seed": seed} for prompt, seed in zip(names, seeds, strict=True)]
+    # The last bits depend on how many samples are made at once, so a batch is made whole or not at all.
+    batches = [range(asked.samples)[start : start + asked.batch] for start in range(0, asked.samples, asked.batch)]
+    keys = [identity | {"prompt": names[i], "seed": seeds[i], "batch": len(batch)} for batch in batches for i in batch]
     found = _kept(cache, keys)
-    missing = [i for i in range(asked.samples) if i not in found]
-    batches = range(0, len(missing), asked.batch)
-    shown = progress.denoising(pipeline, len(batches), asked.steps, description) if missing else nullcontext()
+    missing = [batch for batch in batches if any(i not in found for i in batch)]
+    shown = progress.denoising(pipeline, len(missing), asked.steps, description) if missing else nullcontext()
     with shown as batch_done:
-        for start in batches:
-            places = missing[start : start + asked.batch]
+        for places in missing:
             part = {kind: [wanted[i] for i in places]}
             part["generator"] = [torch.Generator().manual_seed(seeds[i]) for i in places]
             for i, made in zip(places, _run(pipeline, part, asked), strict=True):
@@ -82,6 +82,8 @@ def sample(pipeline, source: Source, asked: Sampling, cache: Path | None = None,
                     raise ValueError(
                         f"{source.label}: the sample of {names[i]!r} holds NaN or infinite pixels; a layer overflowed"
                     )
+                if i in found:
+                    continue  # of a batch that lacked another
                 found[i] = made
                 if cache is not None:
                     _write(made, cache, keys[i])

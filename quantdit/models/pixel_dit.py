@@ -28,6 +28,7 @@ class PixelDiTPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer"
+    own_files = ()  # weights that it reads besides its components'
 
     _callback_tensor_inputs = ("latents",)
 

@@ -43,6 +43,7 @@ class PixelWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """
 
     model_cpu_offload_seq = "transformer"
+    own_files = (PROMPTS_FILE,)  # weights that it reads besides its components'
     _callback_tensor_inputs = ("latents", "prompt_embeds")
 
     def __init__(
