@@ -79,7 +79,8 @@ def _is_unknown(name: str) -> bool:
 def _built(model: nn.Module) -> dict[str, tuple[int, ...]] | None:
     if not hasattr(model, "from_config") or not hasattr(model, "config"):
         return None
-    config = {key: value for key, value in dict(model.config).items() if key != "quantization_config"}
+    # Not `_use_default_values`, which counts arguments that were given by position among the defaults.
+    config = {k: v for k, v in dict(model.config).items() if not k.startswith("_") and k != "quantization_config"}
     try:
         with torch.device("meta"):
             made = type(model).from_config(config)

@@ -167,7 +167,7 @@ class QuantLinear(nn.Linear):
         for name in self._of_torch:
             if (tensor := self._buffers.get(name)) is not None and tensor.device.type == "meta" != kind:
                 raise RuntimeError(f"{name} is on the meta device, inputs are in memory; the layer is not loaded whole")
-        tokens = x.reshape(-1, self.in_features)
+        tokens = x.reshape(-1, self.in_features).contiguous()  # strides decide which routine multiplies, and so the last bits
         trained = torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
         y = self._with_gradient(tokens) if trained else self._of(tokens)
         return y.reshape(*x.shape[:-1], self.out_features)

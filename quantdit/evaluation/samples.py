@@ -228,7 +228,7 @@ def _kept(cache: Path | None, keys: Sequence[dict]) -> dict[int, dict[str, Tenso
         path = _path(cache, key)
         if not path.exists():
             continue
-        kept = _read(path, key)
+        kept = _read(path, key) if path.is_file() else None  # a pipe would be waited for
         if kept is None:
             damaged.append(path.name)
         else:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 import quantdit
@@ -267,3 +269,23 @@ def test_a_weight_without_a_bias_has_the_dtype_of_the_model(aura: Path):
     for again in (model, copy.deepcopy(model), torch.load(file, weights_only=False), model.to("cpu")):
         assert dtypes_of(again) == {torch.bfloat16}
     assert dtypes_of(model.float()) == {torch.float32}
+
+
+def test_a_model_that_was_made_by_position_is_what_its_class_builds(tmp_path: Path):
+    """diffusers counts arguments given by position among the defaults."""
+    model = Placed(24, 3)
+    quantdit.quantize(model, EVERY)
+    model.save_pretrained(tmp_path / "saved")
+    assert (model.config.width, len(model.blocks)) == (24, 3)
+
+
+class Placed(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self, width: int = 8, layers: int = 1) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(width, width)) for _ in range(layers)])
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor]:
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return (hidden_states,)
