@@ -272,7 +272,7 @@ def test_a_weight_without_a_bias_has_the_dtype_of_the_model(aura: Path):
 
 
 def test_a_model_that_was_made_by_position_is_what_its_class_builds(tmp_path: Path):
-    """diffusers counts arguments given by position among the defaults."""
+    """Diffusers counts arguments given by position among the defaults."""
     model = Placed(24, 3)
     quantdit.quantize(model, EVERY)
     model.save_pretrained(tmp_path / "saved")
