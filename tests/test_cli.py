@@ -170,6 +170,15 @@ def test_text_of_another_encoding_is_refused(cli, tmp_path: Path, pixel_dit: Pat
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_file_that_cannot_be_read_is_named_and_not_the_output(cli, tmp_path: Path, pixel_dit: Path):
+    (tmp_path / "file").write_text("a fox")
+    below, output = tmp_path / "file" / "prompts.txt", tmp_path / "out"
+    ran = cli("calibrate", "--model", pixel_dit, "--bits", "w8a8", "--prompts", below, "--output", output)
+    assert ran.code == 1 and f"cannot open {below}: Not a directory" in ran.error
+    ran = cli("calibrate", "--model", pixel_dit, "--bits", "w8a8", "--output", tmp_path / "file" / "out")
+    assert ran.code == 1 and f"cannot write {tmp_path / 'file' / 'out'}: a part of the path is a file" in ran.error
+
+
 def test_reader_that_leaves_is_no_error(pixel_dit: Path, tmp_path: Path):
     """As `quantdit ... | head -c 0`: the pipe is closed before anything is printed."""
     code = "import sys; from quantdit.cli import main; sys.exit(main(sys.argv[1:]))"
