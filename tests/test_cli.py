@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import quantdit
 from quantdit import cli as command_line
 from quantdit import files
 from quantdit.checkpoint import quant_layers
@@ -466,6 +467,22 @@ def test_prompts_for_a_model_of_classes_are_not_ignored(cli, request: pytest.Fix
     arguments = ("--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "x.png", *QUICK)
     ran = cli("generate", request.getfixturevalue(model), *arguments)
     assert ran.code == 1 and "prompt" in ran.error
+
+
+def test_python_refuses_unknown_options_and_no_samples_by_name(everything, pixel_dit: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"^evaluate has no option 'step'; did you mean steps\?$"):
+        quantdit.evaluate(pixel_dit, everything.folder, out, step=4)
+    with pytest.raises(ValueError, match="evaluate has no option 'sampling'"):
+        quantdit.evaluate(pixel_dit, everything.folder, out, sampling=4)
+    with pytest.raises(ValueError, match=r"^generate has no option 'column'; did you mean columns\?$"):
+        quantdit.generate(pixel_dit, out / "x.png", column=3)
+    with pytest.raises(ValueError, match=r"^export to dense has no option 'storage'; it has dtype, accept_config$"):
+        quantdit.export(everything.folder, "dense", out, storage="int8")
+    for name in ("samples", "columns"):
+        with pytest.raises(ValueError, match=f"{name} is 0, expected at least 1"):
+            quantdit.generate(pixel_dit, out / "x.png", **{name: 0}, steps=1)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("guidance", ["nan", "inf"])
