@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import quantdit
 from quantdit import files, recipe
 from quantdit.compiler import Settings, calibrate
-from quantdit.evaluation import gate, run
+from quantdit.evaluation import gate, run, samples
 from quantdit.evaluation.samples import Sampling, sample
 from quantdit.pipeline import load_pipeline
 
@@ -219,6 +219,19 @@ def test_noise_floor_has_another_batch_and_opens_the_other_dtype_first(
     with pytest.raises(InterruptedError):
         quantdit.evaluate(changed, changed, tmp_path / "out", **ask)
     assert sampled == [(1, 0), (1, 1), (2, 0)]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_samples_of_several_shapes_are_refused(pair: tuple[Path, Path], tmp_path: Path, monkeypatch, kept: bool) -> None:
+    def several(pipeline, part: dict, asked: Sampling) -> list[dict]:
+        empty = {"latents": torch.zeros(1), "timesteps": torch.zeros(1)}
+        return [{"image": torch.zeros(1, 16, 16 + i)} | empty for i in range(asked.samples)]
+
+    monkeypatch.setattr(samples, "_run", several)
+    pipeline, source = load_pipeline(str(pair[0]))
+    words = "kept: kept samples differ in shape" if kept else "^full: its samples differ in shape"
+    with pytest.raises(ValueError, match=words):
+        sample(pipeline, source, Sampling(samples=2, steps=1), tmp_path / "kept" if kept else None)
 
 
 def test_one_run_says_one_value_of_each_measure(pair: tuple[Path, Path], tmp_path: Path) -> None:
