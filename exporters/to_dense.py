@@ -1,4 +1,4 @@
-"""Dense export: a quantized folder whose transformer becomes an ordinary diffusers one that needs no quantdit."""
+"""Dense export: a quantized folder whose transformers become ordinary diffusers ones that need no quantdit."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from quantdit import checkpoint, files
 from quantdit.compiler import REPORT
 from quantdit.linear import dense_linear
+from quantdit.pipeline import PARTS
 from quantdit.work_folder import copy_rest
 
 
 def to_dense(folder: Path, output: Path, dtype: torch.dtype = torch.bfloat16, accept_config: bool = False) -> None:
     """Write the pipeline of `folder`, or the transformer alone that lies in it, dequantized, rotations undone, as `dtype`.
 
-    Weights are quantized ones; activations are no longer quantized. `accept_config`: as `checkpoint.read_transformer` takes it.
+    Weights are quantized ones; activations are no longer quantized. Of two transformers, one that is not quantized is copied as
+    it is. `accept_config`: as `checkpoint.read_transformer` takes it.
 
     Raises:
         ValueError: `folder` is no quantdit checkpoint (CheckpointError), or `output` is not empty.
@@ -30,20 +33,20 @@ def to_dense(folder: Path, output: Path, dtype: torch.dtype = torch.bfloat16, ac
     bare = (folder / "config.json").exists()
     if not bare and not (folder / "transformer").is_dir():
         raise files.CheckpointError(f"{folder} has no transformer folder; give the folder that quantdit calibrate wrote")
-    transformer = checkpoint.read_transformer(folder if bare else folder / "transformer", accept_config=accept_config)
-    for name, layer in checkpoint.quant_layers(transformer).items():
-        parent, _, child = name.rpartition(".")
-        setattr(transformer.get_submodule(parent), child, dense_linear(layer, torch.float32))
+    parts = ("",) if bare else tuple(part for part in PARTS if (folder / part).is_dir())
+    quantized = tuple(part for part in parts if checkpoint.is_quantized(folder / part)) or parts[:1]  # which is then refused
+    transformers = {part: _dense(checkpoint.read_transformer(folder / part, accept_config=accept_config)) for part in quantized}
     output.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: OUTPUT.partial may hold an interrupted calibration.
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         partial.chmod(0o755)
         if not bare:
-            copy_rest(folder, partial, ("transformer", REPORT))
-        for parameter in transformer.parameters():
-            parameter.data = parameter.data.to(dtype)
-        transformer.save_pretrained(partial if bare else partial / "transformer")
+            copy_rest(folder, partial, (*quantized, REPORT))
+        for part, transformer in transformers.items():
+            for parameter in transformer.parameters():
+                parameter.data = parameter.data.to(dtype)
+            transformer.save_pretrained(partial / part)
         if output.exists():
             output.rmdir()
         os.replace(partial, output)
@@ -51,3 +54,10 @@ def to_dense(folder: Path, output: Path, dtype: torch.dtype = torch.bfloat16, ac
         raise OSError(f"cannot write {output}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _dense(transformer: nn.Module) -> nn.Module:
+    for name, layer in checkpoint.quant_layers(transformer).items():
+        parent, _, child = name.rpartition(".")
+        setattr(transformer.get_submodule(parent), child, dense_linear(layer, torch.float32))
+    return transformer

@@ -6,6 +6,8 @@ each leaves tensors of other names or shapes, which is how they are found.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -50,7 +52,8 @@ def difference(model: nn.Module) -> str | None:
 
 def quantized_by(model: nn.Module) -> str | None:
     """Return in words what another tool quantized a model with; None for a model in full precision, plain float8 included."""
-    config = dict(getattr(model, "config", None) or {}).get("quantization_config")
+    config = getattr(model, "config", None)
+    config = (config if isinstance(config, Mapping) else getattr(config, "__dict__", {})).get("quantization_config")
     if config is not None:
         method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
         return f"{getattr(method, 'value', method) or type(config).__name__}, as its config says"
@@ -77,7 +80,7 @@ def _is_unknown(name: str) -> bool:
 
 
 def _built(model: nn.Module) -> dict[str, tuple[int, ...]] | None:
-    if not hasattr(model, "from_config") or not hasattr(model, "config"):
+    if not hasattr(model, "from_config") or not isinstance(getattr(model, "config", None), Mapping):
         return None
     # Not `_use_default_values`, which counts arguments that were given by position among the defaults.
     config = {k: v for k, v in dict(model.config).items() if not k.startswith("_") and k != "quantization_config"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from torch import Tensor
@@ -11,7 +13,7 @@ from quantdit import pipeline, progress
 from quantdit.evaluation.clips import SUFFIXES, require_suffix, write_clips
 from quantdit.evaluation.picture import side_by_side
 from quantdit.evaluation.places import require_file
-from quantdit.pipeline import DTYPES, load_pipeline, makes_clips, sampling_arguments
+from quantdit.pipeline import Sampling, as_list, check_options, dtype_of, load_pipeline, makes_clips, sampling_arguments
 
 IMAGES, CLIPS = 40, 8  # made where no number and no prompts are given
 IMAGE_COLUMNS, CLIP_COLUMNS = 10, 4
@@ -45,9 +47,11 @@ def generate(
         Images `[n, c, h, w]` or clips `[n, f, c, h, w]`, float32 in [-1, 1].
 
     Raises:
-        ValueError: the model cannot be loaded, the output cannot be written, or the pipeline does not take an option.
-        TypeError: an option that Sampling does not have.
+        ValueError: an option that Sampling does not have, or that the pipeline does not take; the model cannot be loaded, or the
+            output cannot be written.
     """
+    *own, _ = inspect.signature(generate).parameters
+    check_options("generate", options, [*own, *(each.name for each in fields(Sampling) if each.name not in own)])
     output = Path(output)
     require_file(output)
     if output.suffix.lower() not in (*SUFFIXES, ""):
@@ -55,10 +59,11 @@ def generate(
     for path in map(Path, onnx):
         if not path.is_file():
             raise ValueError(f"{path}: no such graph; quantdit export --to onnx writes it")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    loaded_in = dtype_of(dtype)
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns is {columns}, expected at least 1")
     progress.say(f"loading {model}")
-    made_by, source = load_pipeline(str(model), DTYPES[dtype], device, accept_config=accept_config)
+    made_by, source = load_pipeline(str(model), loaded_in, device, accept_config=accept_config)
     clips = makes_clips(made_by)
     _check_suffix(output, clips)
     for path in onnx:
@@ -66,8 +71,8 @@ def generate(
 
         use_graph(made_by, source, Path(path))
     seed, steps = options.pop("seed", 0), options.pop("steps", 20)
-    prompts, classes = options.get("prompts"), options.get("classes")
-    count = samples or (len(prompts) if prompts else CLIPS if clips else IMAGES)
+    prompts, classes = as_list(options.get("prompts")), options.get("classes")
+    count = samples if samples is not None else len(prompts) if prompts else CLIPS if clips else IMAGES
     made = pipeline.generate(made_by, count, seed, steps, dtype=dtype, **options)
     output.parent.mkdir(parents=True, exist_ok=True)
     if clips:
@@ -93,13 +98,13 @@ def export(folder: str | Path, to: str, output: str | Path, **options: object) -
         folder: as `quantdit calibrate` writes it.
         to: the form.
         output: folder for dense, `.safetensors` file for comfyui, `.onnx` file for onnx.
-        options: `accept_config`; for onnx those of `exporters.to_onnx.to_onnx`.
+        options: `accept_config`; for dense a torch `dtype`; for onnx those of `exporters.to_onnx.to_onnx`.
 
     Returns:
         What the exporter returns: for comfyui how many layers of each format, for onnx what was measured, for dense nothing.
 
     Raises:
-        ValueError: an unknown form, or a folder that cannot be written in it.
+        ValueError: an unknown form, an option that its exporter does not have, or a folder that cannot be written in it.
     """
     from quantdit.exporters.to_comfyui import to_comfyui
     from quantdit.exporters.to_dense import to_dense
@@ -108,4 +113,6 @@ def export(folder: str | Path, to: str, output: str | Path, **options: object) -
     writers = {"dense": to_dense, "comfyui": to_comfyui, "onnx": to_onnx}
     if to not in writers:
         raise ValueError(f"cannot export to {to!r}; use one of {', '.join(writers)}")
+    _, _, *known = inspect.signature(writers[to]).parameters
+    check_options(f"export to {to}", options, known)
     return writers[to](Path(folder), Path(output), **options)

@@ -122,7 +122,7 @@ def read(folder: Path, accept_config: bool = False) -> Inspected:
         roles |= {f"{prefix}{name}": where for name, where in _roles(transformer).items()}
         found |= {f"{prefix}{name}": entry for name, entry in _stated_errors(place, own).items()}
     content = files.read_json(folder / REPORT) if (folder / REPORT).exists() else {}
-    report = _report(content, layers, folder / REPORT) if content or (folder / REPORT).exists() else {}
+    report = _report(content, layers, folder / REPORT) if (folder / REPORT).exists() else {}
     rows = tuple(_row(name, layer, *roles[name], (report or found).get(name, {})) for name, layer in layers.items())
     return Inspected(folder, layers, rows, report, _allocation(content, layers.keys(), folder / REPORT), added(sizes))
 

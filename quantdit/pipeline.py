@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import math
 import operator
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,9 +83,9 @@ class Sampling:
         seed: the first one.
         steps: of the sampler.
         guidance: scale; None for the pipeline's own.
-        prompts: texts, None for the pipeline's own or, of a class-conditional one, its classes.
+        prompts: texts, or one alone; None for the pipeline's own or, of a class-conditional one, its classes.
         batch: samples at once; changes speed, memory, and the last bits of floats.
-        classes: numbers or names, of a class-conditional model; None for a spread of them.
+        classes: numbers or names, or one name alone, of a class-conditional model; None for a spread of them.
         negative_prompt: what guidance leads away from; None for the pipeline's own.
         height: of a sample, in pixels; None for the pipeline's own.
         width: of a sample, in pixels.
@@ -111,12 +112,42 @@ class Sampling:
         Raises:
             ValueError: a number below 1, or an unknown dtype.
         """
+        for name in ("prompts", "classes"):
+            object.__setattr__(self, name, as_list(getattr(self, name)))
         for name in ("samples", "steps", "batch", *SIZES):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+        dtype_of(self.dtype)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype of a name in DTYPES.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is unknown; use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def as_list(given: str | Sequence | None) -> Sequence | None:
+    """Return prompts or classes as they are given, a text alone as a tuple of one: its letters are no prompts."""
+    return (given,) if isinstance(given, str) else given
+
+
+def check_options(function: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Refuse an option that a function does not have.
+
+    Raises:
+        ValueError: naming it, and the nearest that there is.
+    """
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+            raise ValueError(f"{function} has no option {name!r}; {hint}")
 
 
 class BareTransformer:
@@ -336,7 +367,7 @@ def sampling_arguments(
     Raises:
         ValueError: the pipeline takes neither, needs something else, such as an image, or has no such class.
     """
-    accepted = accepted_arguments(pipeline)
+    accepted, prompts, classes = accepted_arguments(pipeline), as_list(prompts), as_list(classes)
     _check_needs(pipeline)
     if "class_labels" in accepted:
         known = pipeline.transformer.config.num_embeds_ada_norm

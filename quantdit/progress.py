@@ -50,11 +50,16 @@ def denoising(pipeline: object, batches: int, steps: int, description: str) -> I
             done += 1
             shown.update(done * steps - shown.n)
 
+        attributes = vars(pipeline)
+        before = attributes.get("progress_bar")  # of whoever called us, or of an outer `denoising`
         pipeline.progress_bar = lambda iterable=None, total=None: _Relay(iterable, total, tick)
         try:
             yield batch_done
         finally:
-            del pipeline.progress_bar
+            if before is None:
+                del attributes["progress_bar"]
+            else:
+                attributes["progress_bar"] = before
 
 
 class _Relay(tqdm):

@@ -15,6 +15,7 @@ from quantdit.pipeline import (
     SIZES,
     BareTransformer,
     accepted_arguments,
+    as_list,
     call_options,
     sample_seed,
     sampling_arguments,
@@ -43,7 +44,7 @@ class Settings:
         height: of a sample, in pixels; None for the pipeline's own.
         width: of a sample, in pixels.
         frames: of a clip.
-        prompts: texts to sample in turn; empty for the built-in list.
+        prompts: texts to sample in turn, or one alone; empty for the built-in list.
         latent: size of the inputs made up for a transformer without a pipeline, in latent cells.
     """
 
@@ -67,6 +68,7 @@ class Settings:
         Raises:
             ValueError: an unknown choice of timesteps, or one without a number.
         """
+        object.__setattr__(self, "prompts", as_list(self.prompts))
         if self.timestep_choice not in TIMESTEP_CHOICES:
             raise ValueError(f"timestep choice {self.timestep_choice!r} is unknown; use one of {', '.join(TIMESTEP_CHOICES)}")
         if self.timestep_choice != "even" and not self.timesteps:

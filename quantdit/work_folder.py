@@ -148,10 +148,12 @@ def _hold(path: Path, output: Path) -> int:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Whoever held it before may have removed it in between; then the lock is on a file that nobody else finds.
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            if os.path.samestat(os.fstat(handle), path.stat()):
                 os.truncate(handle, 0)
                 os.pwrite(handle, str(os.getpid()).encode(), 0)
                 return handle
+        except FileNotFoundError:
+            pass
         except BlockingIOError as error:
             number = os.pread(handle, 20, 0).decode(errors="replace")
             os.close(handle)
@@ -331,10 +333,11 @@ _REMEDIES = {
 
 @contextmanager
 def clear_disk_errors(output: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into one line that says what to do.
+    """Turn the operating system's refusals to write an output into one line that says what to do.
 
     Raises:
         ValueError: no space, no permission, read-only, and the like.
+        OSError: an error of something else, such as a file that is read; it names that.
     """
     try:
         yield
@@ -342,6 +345,18 @@ def clear_disk_errors(output: Path) -> Iterator[None]:
         # safetensors and shutil.copytree keep the error number only in their text.
         found = re.search(r"(?:os error |\[Errno )(\d+)", str(error))
         number = getattr(error, "errno", None) or (int(found[1]) if found else None)
-        if number not in _REMEDIES:
+        named = [name for key in ("filename", "filename2") if (name := getattr(error, key, None)) is not None]
+        if number not in _REMEDIES or (named and not any(_is_of(output, name) for name in named)):
             raise
         raise ValueError(f"cannot write {output}: {_REMEDIES[number]}") from error
+
+
+def _is_of(output: Path, name: str | bytes) -> bool:
+    """Return whether a path is that of an output, lies in it or around it, or in what a run writes beside it."""
+    place, path = Path(os.path.realpath(output)), Path(os.path.realpath(os.fsdecode(name)))
+    if place.is_relative_to(path):
+        return True
+    if not path.is_relative_to(place.parent):
+        return False
+    beside = path.relative_to(place.parent).parts[0]
+    return beside in (place.name, f"{place.name}.partial", f"{place.name}.random") or beside.startswith(f".{place.name}.")

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import quantdit
 from quantdit import cli as command_line
 from quantdit import files
 from quantdit.checkpoint import quant_layers
@@ -168,6 +169,15 @@ def test_text_of_another_encoding_is_refused(cli, tmp_path: Path, pixel_dit: Pat
     ran = cli("calibrate", "--model", pixel_dit, *how, option, tmp_path / "text", "--output", tmp_path / "out")
     assert ran.code == 1 and f"{tmp_path / 'text'} is not UTF-8 text" in ran.error
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_file_that_cannot_be_read_is_named_and_not_the_output(cli, tmp_path: Path, pixel_dit: Path):
+    (tmp_path / "file").write_text("a fox")
+    below, output = tmp_path / "file" / "prompts.txt", tmp_path / "out"
+    ran = cli("calibrate", "--model", pixel_dit, "--bits", "w8a8", "--prompts", below, "--output", output)
+    assert ran.code == 1 and f"cannot open {below}: Not a directory" in ran.error
+    ran = cli("calibrate", "--model", pixel_dit, "--bits", "w8a8", "--output", tmp_path / "file" / "out")
+    assert ran.code == 1 and f"cannot write {tmp_path / 'file' / 'out'}: a part of the path is a file" in ran.error
 
 
 def test_reader_that_leaves_is_no_error(pixel_dit: Path, tmp_path: Path):
@@ -457,6 +467,22 @@ def test_prompts_for_a_model_of_classes_are_not_ignored(cli, request: pytest.Fix
     arguments = ("--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "x.png", *QUICK)
     ran = cli("generate", request.getfixturevalue(model), *arguments)
     assert ran.code == 1 and "prompt" in ran.error
+
+
+def test_python_refuses_unknown_options_and_no_samples_by_name(everything, pixel_dit: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"^evaluate has no option 'step'; did you mean steps\?$"):
+        quantdit.evaluate(pixel_dit, everything.folder, out, step=4)
+    with pytest.raises(ValueError, match="evaluate has no option 'sampling'"):
+        quantdit.evaluate(pixel_dit, everything.folder, out, sampling=4)
+    with pytest.raises(ValueError, match=r"^generate has no option 'column'; did you mean columns\?$"):
+        quantdit.generate(pixel_dit, out / "x.png", column=3)
+    with pytest.raises(ValueError, match=r"^export to dense has no option 'storage'; it has dtype, accept_config$"):
+        quantdit.export(everything.folder, "dense", out, storage="int8")
+    for name in ("samples", "columns"):
+        with pytest.raises(ValueError, match=f"{name} is 0, expected at least 1"):
+            quantdit.generate(pixel_dit, out / "x.png", **{name: 0}, steps=1)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("guidance", ["nan", "inf"])

@@ -53,6 +53,20 @@ def test_pipeline_draws_the_same_and_has_its_own_bar_again(pixel_dit: Path):
     assert torch.equal(got, wanted)
 
 
+def test_a_pipeline_that_had_a_bar_of_its_own_has_it_again_also_when_two_are_nested():
+    pipeline = Pipeline()
+    with progress.denoising(pipeline, 1, 1, "outer"):
+        outer = pipeline.progress_bar
+        with progress.denoising(pipeline, 1, 1, "inner"):
+            assert pipeline.progress_bar is not outer
+        assert pipeline.progress_bar is outer
+    assert not vars(pipeline)
+    pipeline.progress_bar = print
+    with progress.denoising(pipeline, 1, 1, "x"):
+        assert pipeline.progress_bar is not print
+    assert pipeline.progress_bar is print
+
+
 def test_no_terminal_no_bar(capsys: pytest.CaptureFixture[str]):
     with progress.bar(3, "x", "step") as shown:
         shown.update(1)

@@ -97,6 +97,20 @@ def test_lock_file_that_was_removed_meanwhile_is_no_lock(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+def test_lock_file_that_goes_while_it_is_looked_at_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, look = tmp_path / ".out.lock", os.fstat
+    removed: list[None] = []
+
+    def remove_first(handle: int) -> os.stat_result:
+        if not removed and path.exists():
+            removed.append(path.unlink())
+        return look(handle)
+
+    monkeypatch.setattr(os, "fstat", remove_first)
+    with work_folder.locked(tmp_path / "out"):
+        assert removed and path.read_text() == str(os.getpid())
+
+
 def test_blocks_of_another_run_are_not_taken(cli, arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The work folder of one run with the finished blocks of another, as two processes without a lock would leave it."""
     from quantdit import checkpoint

@@ -144,6 +144,20 @@ def test_transformers_without_their_pipeline(calibrate, bare: Path, tmp_path: Pa
     assert {p.name for p in (tmp_path / "out").iterdir()} == {*PARTS, REPORT}
 
 
+def test_both_are_exported_dense(calibrate, cli, bare: Path, tmp_path: Path):
+    from diffusers import WanTransformer3DModel
+
+    assert calibrate(bare, "--samples", "0").code == 0
+    shutil.rmtree(tmp_path / "out" / "transformer")
+    shutil.copytree(bare / "transformer", tmp_path / "out" / "transformer")  # the first may also be in full precision
+    for folder in (bare, tmp_path / "out"):
+        ran = cli("export", folder, "--to", "dense", "--output", tmp_path / "dense")
+        assert (ran.code == 1 and "no quantization_config" in ran.error) if folder == bare else ran.code == 0, ran.err
+    for part in PARTS:
+        plain = WanTransformer3DModel.from_pretrained(tmp_path / "dense" / part)
+        assert "quantization_config" not in plain.config and plain.blocks[0].attn1.to_q.weight.shape == (64, 64)
+
+
 def test_known_model_with_one_of_its_two_is_refused(calibrate, bare: Path, tmp_path: Path):
     """Quantizing half a model without a word would be found out much later."""
     half = tmp_path / "half"

@@ -150,8 +150,12 @@ def gate(report: dict | str | Path, baseline: dict | str | Path) -> Verdict:
     findings += _of_sets(report, stored, margins)
     if report["probe"]["layers"] and LAYERS in margins:
         findings.append(_of_layers(report["probe"], stored["probe"], float(margins[LAYERS])))
-    if not findings:
-        raise ValueError("report and baseline have no measure in common; make the baseline anew with --update-baseline")
+    if not any(f.decides for f in findings):
+        names = ", ".join([*(metric.label for metric in METRICS.values() if metric.decides), LAYER_GROWTH])
+        raise ValueError(
+            f"report and baseline have none of the measures in common that decide ({names}); make the baseline anew with"
+            " --update-baseline"
+        )
     best = max(f.decides for f in findings)
     undecided = tuple(f for f in findings if f.verdict == INCONCLUSIVE and f.decides == best)
     failed = any(f.verdict == FAIL for f in findings)
@@ -364,6 +368,7 @@ def _of_layers(mine: dict, theirs: dict, margin: float) -> Finding:
     """
     names = [name for name in mine["layers"] if name in theirs["layers"]]
     new = [name for name in mine["layers"] if name not in theirs["layers"]]
+    gone = [name for name in theirs["layers"] if name not in mine["layers"]]
     if not names:
         raise ValueError("the report's layers have other names than the baseline's; make it anew with --update-baseline")
 
@@ -385,6 +390,7 @@ def _of_layers(mine: dict, theirs: dict, margin: float) -> Finding:
     note = f"grew most: {names[place]}" if intervals[place].estimate > 0 else "no layer's error grew"
     note += f"; {len(failed)} layers beyond the margin" if len(failed) > 1 else ""
     note += f"; {len(new)} layers that the baseline has not" if new else ""
+    note += f"; {len(gone)} layers of the baseline are not in the report" if gone else ""
     means = [float(np.mean(probe["layers"][names[place]])) for probe in (mine, theirs)]
     return Finding(
         LAYER_GROWTH, verdict, *means, intervals[place], margin, unit="dB", decibel=True, more=more, decides=2, note=note

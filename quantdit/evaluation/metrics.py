@@ -26,7 +26,7 @@ class Metric:
         high: largest valid value.
         unit: of a value, as printed; empty for none.
         equal: neither more nor less is better: samples hold the difference from full precision, which may not grow either way.
-        decides: rank; an inconclusive finding keeps the gate from passing only if no finding has a higher rank.
+        decides: rank; an inconclusive finding keeps the gate from passing only if no finding has a higher rank. 0: never.
     """
 
     label: str

@@ -10,14 +10,15 @@ def require_folder(folder: Path) -> None:
     """Check that files can be written into a folder, which need not be there yet.
 
     Raises:
-        ValueError: a file is in its place or in that of a folder above, or it cannot be written.
+        ValueError: a file or a link to nothing is in its place or in that of a folder above, or it cannot be written.
     """
     place = folder.absolute()
-    while not place.exists() and place != place.parent:
+    while not os.path.lexists(place) and place != place.parent:
         place = place.parent
+    _check_link(place)
     if not place.is_dir():
         raise ValueError(f"{folder}: {place} is a file, a folder is needed there; choose another path")
-    if not os.access(place, os.W_OK | os.X_OK):
+    if not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
         raise ValueError(f"{folder}: nothing can be written into {place}; choose another path, or change its permissions")
 
 
@@ -25,8 +26,17 @@ def require_file(path: Path) -> None:
     """Check that a file can be written, its folder included.
 
     Raises:
-        ValueError: a folder is in its place, or its own cannot be written.
+        ValueError: a folder, a link to nothing or a file that cannot be written is in its place, or its folder cannot be
+            written.
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder; choose the name of a file")
     require_folder(path.parent)
+    _check_link(path)
+    if path.exists() and not os.access(path, os.W_OK, effective_ids=True):
+        raise ValueError(f"{path} cannot be written; choose another name, or change its permissions")
+
+
+def _check_link(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to {os.readlink(path)}, which does not exist; remove it, or choose another path")

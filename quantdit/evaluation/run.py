@@ -47,7 +47,16 @@ from quantdit.evaluation.samples import (
 )
 from quantdit.linear import QuantLinear, weight_bits
 from quantdit.models.aliases import EMBEDDED
-from quantdit.pipeline import DTYPES, Source, accepted_arguments, load_pipeline, makes_clips, sample_seed, sampling_arguments
+from quantdit.pipeline import (
+    DTYPES,
+    Source,
+    accepted_arguments,
+    check_options,
+    load_pipeline,
+    makes_clips,
+    sample_seed,
+    sampling_arguments,
+)
 from quantdit.streaming import is_streamed
 
 SUMMARY = "report.md"
@@ -151,6 +160,7 @@ class Request:
     accept_config: bool = False
 
 
+NO_OPTIONS = ("reference", "candidate", "output", "sampling")  # fields of Request that `evaluate` fills itself
 FOLDERS = ("cache", "real", "inception_weights", "clip_weights", "vbench", "vbench_weights")
 
 
@@ -167,13 +177,13 @@ def evaluate(reference: str | Path, candidate: str | Path, output: str | Path, *
         What report.json holds.
 
     Raises:
-        ValueError: before the models are sampled (one trial sample of two steps aside): a model, weights or images cannot be
-            loaded, fewer than 4 samples, an option that a pipeline does not take, or samples of different shapes. While they are
-            sampled: NaN or infinite pixels.
-        TypeError: an option that neither Sampling nor Request has.
+        ValueError: before the models are sampled (one trial sample of two steps aside): an unknown option, a model, weights or
+            images that cannot be loaded, fewer than 4 samples, an option that a pipeline does not take, or samples of different
+            shapes. While they are sampled: NaN or infinite pixels.
         ImportError: a package that the measures need is not installed.
     """
-    of_sampling = {each.name for each in fields(Sampling)}
+    of_sampling = [each.name for each in fields(Sampling)]
+    check_options("evaluate", options, [*of_sampling, *(each.name for each in fields(Request) if each.name not in NO_OPTIONS)])
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
     sampling = Sampling(**{key: value for key, value in given.items() if key in of_sampling})
     others = {key: value for key, value in given.items() if key not in of_sampling}
@@ -192,7 +202,7 @@ def run(request: Request) -> dict:
     original = open_model(request.reference, request.device, sampling.dtype, request.accept_config)
     _check_shapes(original, candidate, sampling, request.vbench is not None)
     cache = request.output / "samples" if request.cache is None else request.cache
-    reference = sample_reference(original, sampling, cache, request.noise_floor, backbone, clip)
+    reference = sample_reference(original, sampling, cache, request.noise_floor, backbone, clip, request.accept_config)
     made = compare_models(reference, candidate, real, request.probes)
     if request.vbench:
         both = {"reference": reference.samples, "candidate": made.samples}
@@ -277,22 +287,26 @@ def sample_reference(
     noise_floor: bool = False,
     backbone: Backbone = EFFICIENTNET,
     clip: Clip | None = None,
+    accept_config: bool = False,
 ) -> Reference:
     """Sample the reference with the seeds of the first and of the next number, and for the noise floor in other ways as well.
+
+    `accept_config`: as `load_pipeline` takes it; the noise floor loads the model once more, in another dtype.
 
     Raises:
         ValueError: a model that cannot be loaded.
     """
+    dtype = "bfloat16" if sampling.dtype == "float32" else "float32"
+    # Opened before minutes go into samples: it may be refused.
+    other_dtype = open_model(model.source.name, str(model.pipeline.device), dtype, accept_config) if noise_floor else None
     samples = sample(model.pipeline, model.source, sampling, cache, model.source.label)
     other = sample(model.pipeline, model.source, replace(sampling, seed=sampling.seed + 1), cache, "reference, other seeds")
     again = {"other seeds": other}
-    if noise_floor:
-        size = max(1, min(sampling.batch, sampling.samples) // 2)
+    if other_dtype is not None:
+        size = min(sampling.batch, sampling.samples) // 2 or 2
         again["other batch"] = sample(
             model.pipeline, model.source, replace(sampling, batch=size), cache, "reference, other batch size"
         )
-        dtype = "bfloat16" if sampling.dtype == "float32" else "float32"
-        other_dtype = open_model(model.source.name, str(model.pipeline.device), dtype)
         asked = replace(sampling, dtype=dtype)
         again["other dtype"] = sample(other_dtype.pipeline, other_dtype.source, asked, cache, f"reference in {dtype}")
     features = {kind: features_of(s.images, backbone) for kind, s in ({"": samples} | again).items()}

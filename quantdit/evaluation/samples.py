@@ -90,7 +90,9 @@ def sample(pipeline, source: Source, asked: Sampling, cache: Path | None = None,
             batch_done()
     made = [found[i] for i in range(asked.samples)]
     if len({(m["image"].shape, m["latents"].shape) for m in made}) > 1:
-        raise ValueError(f"{cache}: kept samples differ in shape; remove the folder, or give another --cache")
+        if cache is not None:
+            raise ValueError(f"{cache}: kept samples differ in shape; remove the folder, or give another --cache")
+        raise ValueError(f"{source.label}: its samples differ in shape, and cannot be compared; give a --height and a --width")
     images = torch.stack([m["image"].float() for m in made])
     latents = torch.stack([m["latents"] for m in made])
     return Samples(images, latents, tuple(made[0]["timesteps"].tolist()), names, seeds)

@@ -49,6 +49,7 @@ class Arguments:
         time: name of the time; None if `forward` takes none.
         rises: the time rises from noise to data; None for a class without an adapter that names its time.
         channels: axis of the latent's channels; None if unknown.
+        rest: name of what takes all other keywords; None if nothing does.
     """
 
     signature: inspect.Signature
@@ -56,6 +57,7 @@ class Arguments:
     time: str | None
     rises: bool | None
     channels: int | None
+    rest: str | None
 
 
 def view(transformer: nn.Module, args: tuple, kwargs: dict) -> CallView:
@@ -65,7 +67,7 @@ def view(transformer: nn.Module, args: tuple, kwargs: dict) -> CallView:
         given = known.signature.bind_partial(transformer, *args, **kwargs).arguments
     except TypeError:
         return CallView()  # forward itself says what is wrong
-    given = {**given, **given.get("kwargs", {})}
+    given = {**given, **given.get(known.rest, {})}
     latent = _stacked(given.get(known.latent))
     time = None if known.time is None else _noisiest(given.get(known.time), known.rises)
     return CallView(latent, time, 0 if latent is None else len(latent), known.channels)
@@ -94,7 +96,8 @@ def arguments_of(cls: type) -> Arguments:
 
 def _found(cls: type) -> Arguments:
     signature = inspect.signature(cls.forward)
-    names = list(signature.parameters)[1:]
+    parameters = list(signature.parameters.values())
+    names = [p.name for p in parameters[1:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     # A subclass of a known class (as FSDP makes one) is called as that one.
     adapter = next((ADAPTERS[base.__name__] for base in cls.__mro__ if base.__name__ in ADAPTERS), None)
     inputs = () if adapter is None else adapter.inputs
@@ -106,6 +109,7 @@ def _found(cls: type) -> Arguments:
         time.name if time is not None else _first(TIMES, names) or _ending(names),
         None if time is None else time.kind == "reversed_timestep",
         latent.shape.index("in_channels") if latent is not None and "in_channels" in latent.shape else None,
+        next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None),
     )
 
 
@@ -120,7 +124,7 @@ def _ending(names: list[str]) -> str | None:
 
 def _stacked(value: object) -> Tensor | None:
     if isinstance(value, Tensor):
-        return value
+        return value if value.ndim else None  # a number has no rows
     listed = isinstance(value, list | tuple) and bool(value) and all(isinstance(v, Tensor) for v in value)
     return torch.stack(list(value)) if listed and len({v.shape for v in value}) == 1 else None
 

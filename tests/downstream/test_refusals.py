@@ -291,3 +291,19 @@ def test_a_checkpoint_without_its_config_is_no_folder_of_a_model(made, tmp_path:
     folder = Path(shutil.copytree(made.folder / "one", tmp_path / "copy"))
     (folder / "config.json").write_text("{")
     assert "config.json" in refusal(lambda: quantdit.load(folder), CheckpointError)
+
+
+class Settings:
+    """Of a model: no mapping, and not diffusers'."""
+
+    hidden_size = 4
+
+
+@pytest.mark.parametrize("given", ["", "gptq"])
+def test_a_module_whose_config_is_no_mapping_is_refused_in_one_line(given: str):
+    module = nn.Sequential(nn.Linear(4, 4))
+    module.config = Settings()
+    if given:
+        module.config.quantization_config = {"quant_method": given}
+    text = refusal(lambda: quantdit.quantize(module, "w8a8", inputs=[{"input": torch.ones(1, 4)}]))
+    assert "quantized by gptq, as its config says" in text if given else "Sequential" in text

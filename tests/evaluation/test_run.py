@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 import quantdit
 from quantdit import files, recipe
 from quantdit.compiler import Settings, calibrate
-from quantdit.evaluation import gate, run
+from quantdit.evaluation import gate, run, samples
 from quantdit.evaluation.samples import Sampling, sample
 from quantdit.pipeline import load_pipeline
 
@@ -193,6 +194,44 @@ def test_bfloat16_is_what_both_models_are_loaded_in_and_the_report_says_so(pair:
     assert "text_alignment_proxy" not in reports["float32"]["samples"][0], "classes are no text"
     with pytest.raises(ValueError, match="float8"):
         quantdit.evaluate(*pair, tmp_path / "out", dtype="float8")
+
+
+def test_noise_floor_has_another_batch_and_opens_the_other_dtype_first(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference's config was changed and accepted: that holds for the other dtype, too, and is known before sampling."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    changed = Path(shutil.copytree(pair[1], tmp_path / "changed"))
+    place = changed / "transformer" / "config.json"
+    files.write_json(place, files.read_json(place) | {"norm_eps": 1e-4})
+    opened, sampled = [], []
+
+    def record(pipeline, source, asked: Sampling, *more: object) -> None:
+        sampled.append((asked.batch, asked.seed))
+        assert opened == ["float32", "float32", "bfloat16"]
+        if len(sampled) == 3:
+            raise InterruptedError
+
+    load = run.open_model
+    monkeypatch.setattr(run, "open_model", lambda *given: opened.append(given[2]) or load(*given))
+    monkeypatch.setattr(run, "sample", record)
+    ask = {"samples": SAMPLES, "steps": STEPS, "batch": 1, "noise_floor": True, "accept_config": True}
+    with pytest.raises(InterruptedError):
+        quantdit.evaluate(changed, changed, tmp_path / "out", **ask)
+    assert sampled == [(1, 0), (1, 1), (2, 0)]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_samples_of_several_shapes_are_refused(pair: tuple[Path, Path], tmp_path: Path, monkeypatch, kept: bool) -> None:
+    def several(pipeline, part: dict, asked: Sampling) -> list[dict]:
+        empty = {"latents": torch.zeros(1), "timesteps": torch.zeros(1)}
+        return [{"image": torch.zeros(1, 16, 16 + i)} | empty for i in range(asked.samples)]
+
+    monkeypatch.setattr(samples, "_run", several)
+    pipeline, source = load_pipeline(str(pair[0]))
+    words = "kept: kept samples differ in shape" if kept else "^full: its samples differ in shape"
+    with pytest.raises(ValueError, match=words):
+        sample(pipeline, source, Sampling(samples=2, steps=1), tmp_path / "kept" if kept else None)
 
 
 def test_one_run_says_one_value_of_each_measure(pair: tuple[Path, Path], tmp_path: Path) -> None:

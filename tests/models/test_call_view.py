@@ -156,6 +156,35 @@ def test_a_call_that_forward_does_not_take_says_nothing():
     assert view(Timed(), ([torch.ones(2), torch.ones(3)],), {}).latent is None
 
 
+class Scaled(nn.Module):
+    """Its first argument is no sample."""
+
+    def forward(self, scale: Tensor, x0: Tensor) -> Tensor:
+        return scale * x0
+
+
+class AnyArguments(nn.Module):
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return args[0]
+
+
+class Rest(nn.Module):
+    def forward(self, *ignored: Tensor, timestep: object = None, **more: Tensor) -> None:
+        pass
+
+
+WAN = type("WanTransformer3DModel", (Rest,), {"forward": lambda self, **more: None})
+
+
+def test_a_number_and_arguments_without_names_are_no_sample():
+    x = torch.ones(2, 3)
+    assert view(Scaled(), (torch.tensor(2.0), x), {}) == CallView()
+    assert view(AnyArguments(), (x, x), {}) == CallView()
+    assert view(Rest(), (x, x), {"timestep": 4, "other": x}) == CallView(time=4.0)
+    found = view(WAN(), (), {"hidden_states": x, "timestep": 4})  # whatever the rest of the keywords is called
+    assert found.latent is x and found.time == 4.0
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_edges_are_finite_and_find_the_bucket_again(sign: int):
     """Empty buckets in the middle, at the end and, as a choice of timesteps leaves them, at the beginning."""

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantdit.pipeline import generate, load_pipeline, makes_clips
+import quantdit
+from quantdit.pipeline import Sampling, generate, load_pipeline, makes_clips, sampling_arguments
+from quantdit.sampling import Settings
 
 BAT, FOX = "a bat moving left", "a fox spinning"
 FRAMES, SIZE = 4, 16
@@ -65,6 +67,14 @@ def test_a_clip_does_not_depend_on_its_batch(pipeline) -> None:
     assert both.shape == (2, FRAMES, 3, SIZE, SIZE)
     # Another batch size may sum in another order: three steps of float32 rounding on values of order 1.
     torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=0)
+
+
+def test_one_text_is_one_prompt(folder: Path, pipeline, tmp_path: Path) -> None:
+    one, two = (quantdit.generate(folder, tmp_path / "x.png", prompts=given, steps=1) for given in (FOX, [FOX]))
+    assert len(one) == 1 and torch.equal(one, two)
+    assert Sampling(prompts=FOX).prompts == Settings(prompts=FOX).prompts == (FOX,)
+    assert Sampling(classes="bag").classes == ("bag",)
+    assert sampling_arguments(pipeline, 3, FOX) == {"prompt": [FOX] * 3}
 
 
 @pytest.mark.parametrize("steps", [1, 4])

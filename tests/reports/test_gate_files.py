@@ -35,6 +35,17 @@ def test_a_baseline_passes_itself_and_fails_once_a_layer_is_off(path: Path):
     assert set(report["floor"]) == {"other seeds", "other batch", "other dtype"}
 
 
+def test_layers_that_the_report_lacks_are_said_and_distances_alone_decide_nothing():
+    baseline = gate.read(BASELINES[0], "baseline")
+    report = json.loads(BASELINES[0].read_text())["report"] | {"format": FORMAT}
+    layers = report["probe"]["layers"]
+    report["probe"]["layers"] = dict(list(layers.items())[3:])
+    assert "3 layers of the baseline are not in the report" in gate.summary(gate.gate(report, baseline))
+    sets = baseline | {"margins": {name: baseline["margins"][name] for name in report["sets"]}}
+    with pytest.raises(ValueError, match=r"none of the measures in common that decide \(PSNR, .*--update-baseline"):
+        gate.gate(report, sets)
+
+
 def test_the_detection_table_is_what_its_rows_say():
     home = ROOT / "reports" / "gate"
     spec = importlib.util.spec_from_file_location("detection", home / "detection.py")
