@@ -53,7 +53,7 @@ def check(content: dict, what: str) -> None:
     Raises:
         ValueError: naming the key, what it holds and what was expected.
     """
-    if content.get("format") != FORMAT or isinstance(content["format"], bool):
+    if content.get("format") != FORMAT:
         again = "remove it, and --update-baseline makes it anew" if what == "baseline" else "run quantdit evaluate again"
         raise ValueError(
             f"the {what}'s format is {_short(content.get('format'))}, expected {FORMAT}, which this version of quantdit writes;"
