@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 import operator
+import os
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -189,7 +190,12 @@ def load_pipeline(
         place = weights
     folder = place if isinstance(place, Path) else _download(model, place)
     budget = memory_budget if memory_budget is not None else int(DEFAULT_MEMORY * memory.physical())
-    index = files.read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else None
+    index = files.read_json(folder / "model_index.json") if os.path.lexists(folder / "model_index.json") else None
+    if index is None and (folder / "scheduler").is_dir() and not (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder} has a scheduler, but no model_index.json that says which pipeline it is; copy the folder again, or give"
+            " the folder of its transformer alone"
+        )
     if index is None and ((folder / "config.json").exists() or (folder / "transformer" / "config.json").exists()):
         bare = (folder / "config.json").exists()
         source = Source(model, folder, _bare_parts(folder), bare, memory_budget=memory_budget)

@@ -231,7 +231,7 @@ def rest_of(source: Path, leave: Collection[str]) -> tuple[list[Path], list[Path
     Raises:
         ValueError: a link that leads out of the model or in a circle, or what is no file.
     """
-    index = files.read_json(source / "model_index.json") if (source / "model_index.json").exists() else None
+    index = files.read_json(source / "model_index.json") if os.path.lexists(source / "model_index.json") else None
     parts = None if index is None else {name for name, entry in index.items() if isinstance(entry, list)}
     own = () if index is None else _own_files(index.get("_class_name"))
     found = [path.relative_to(source) for path in _files_in(source, leave)]

@@ -730,7 +730,7 @@ def test_a_scheduler_that_was_changed_names_what_differs(copied: Path, tmp_path:
 
 def test_a_scheduler_of_senseless_numbers_is_refused_in_a_source_too(pixel_dit: Path, tmp_path: Path):
     folder = Path(shutil.copytree(pixel_dit, tmp_path / "source"))
-    for value, words in ((10**9, "not plausible"), (float("nan"), "no finite number")):
+    for value, words in ((10**9, "not plausible"), (float("nan"), "is not a number")):
         change_scheduler(folder, num_train_timesteps=value)
         with pytest.raises(CheckpointError, match=words):
             quantdit.load(folder)
@@ -851,3 +851,14 @@ def test_the_command_line_takes_a_changed_config_if_told_to(copied: Path, tmp_pa
     ran = cli(command, *arguments, "--accept-config")
     # The tiny model's pictures are smaller than SSIM's window: evaluate got as far as that.
     assert ran.code == 0 or (command == "evaluate" and "SSIM needs" in ran.error), ran.err
+
+
+def test_a_pipeline_that_lost_its_index_is_not_taken_for_a_transformer_alone(copied: Path):
+    index = copied / "model_index.json"
+    index.unlink()
+    with pytest.raises(ValueError, match=r"no model_index.json .* transformer alone"):
+        quantdit.load(copied)
+    index.symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match="is missing"):
+        quantdit.load(copied)
+    assert type(quantdit.load(copied / "transformer")).__name__ == "DiTTransformer2DModel"

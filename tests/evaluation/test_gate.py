@@ -244,7 +244,7 @@ def test_a_baseline_needs_a_noise_floor_and_keeps_edited_margins():
     [
         ("[]", "report", "JSON object"),
         ("", "report", "empty"),
-        ("{}", "report", "format missing"),
+        ("{}", "report", "format is missing"),
         ('{"format": 1}', "report", "format is 1, expected 2, which this version of quantdit writes"),
         ('{"format": 2}', "report", "identity is missing, expected an object"),
         ('{"format": 2, "margins": {}, "report": []}', "baseline", "report is a list, expected an object"),
