@@ -45,7 +45,7 @@ def session(
 
     Raises:
         ImportError: onnxruntime is not installed.
-        ValueError: a provider that is not to be had (ONNX Runtime would run on the CPU without a word), or a graph for CPUs with
+        ValueError: this onnxruntime lacks a provider (it would run on the CPU without a word), or the graph is for CPUs with
             VNNI on one without.
         CheckpointError: no ONNX graph; one of ours that is not, or whose weights are not, what the export wrote.
     """

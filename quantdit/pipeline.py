@@ -501,7 +501,7 @@ def _check_device(device: str | torch.device) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         raise ValueError(
-            f"device {str(device)!r} is not to be had on this machine; use cpu, or cuda where there is a GPU"
+            f"device {str(device)!r} is not available on this machine; use cpu, or cuda where there is a GPU"
         ) from error
     if kind == "meta":
         raise ValueError("device 'meta' holds no numbers; use cpu, or cuda where there is a GPU")

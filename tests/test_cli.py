@@ -353,7 +353,7 @@ def test_device_that_is_not_there_is_one_line(cli, pixel_dit: Path, tmp_path: Pa
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has one")
     ran = cli("generate", pixel_dit, "--device", device, "--output", tmp_path / "x.png", *QUICK)
-    assert ran.code == 1 and f"device {device!r} is not to be had" in ran.error
+    assert ran.code == 1 and f"device {device!r} is not available" in ran.error
     assert not (tmp_path / "x.png").exists()
 
 

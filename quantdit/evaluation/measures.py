@@ -58,7 +58,7 @@ def alone_of(
         samples: of a model.
         features: of them, `[n, d]`, of the middle frames.
         alignment: to texts, where there is one.
-        clip_score: images and prompts to CLIP's score, where it is to be had.
+        clip_score: maps images and prompts to CLIP's score; None without CLIP weights.
     """
     found = {}
     if samples.images.ndim == 5:

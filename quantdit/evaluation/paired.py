@@ -77,7 +77,7 @@ def ssim(reference: torch.Tensor, candidate: torch.Tensor, data_range: float = 2
 def perceptual_distance(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
     """Relative distance of the features of each pair, `|f(y) - f(x)| / |f(x)|`: 0 for equal images.
 
-    A proxy of LPIPS, which compares features of several depths of a network that is not to be had offline.
+    A proxy of LPIPS, which compares features of several depths of a network that is not shipped.
 
     Args:
         reference: features `[n, d]` float.
