@@ -525,7 +525,10 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     from quantdit import inspection
+    from quantdit.evaluation.places import require_file
 
+    if args.plot:
+        require_file(args.plot)
     found = inspection.read(args.folder, args.accept_config)
     if args.json:
         print(json.dumps(inspection.as_json(found), indent=2))

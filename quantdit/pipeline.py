@@ -378,7 +378,7 @@ def sampling_arguments(
     if "class_labels" in accepted:
         known = pipeline.transformer.config.num_embeds_ada_norm
         if prompts:
-            raise ValueError(f"{type(pipeline).__name__} draws classes and takes no prompts; use --classes")
+            raise ValueError(f"{type(pipeline).__name__} draws classes and takes no prompts; leave out --prompts")
         # Few images of many classes: evenly spaced ones, so that they differ.
         chosen = [class_number(pipeline, c) for c in classes or range(0, known, max(1, known // count))]
         return {"class_labels": [chosen[i % len(chosen)] for i in range(count)]}

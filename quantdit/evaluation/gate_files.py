@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def check(content: dict, what: str) -> None:
         )
     if what == "report":
         _check_report(content, "")
+        _all_finite(content, "")
         return
     report = _object(content.get("report"), "report")
     _check_report(report, "report.")
@@ -71,6 +73,15 @@ def check(content: dict, what: str) -> None:
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             raise ValueError(f"a margin for {_short(name)}, which nothing measures; {hint}")
         _real(margin, f"margins[{name!r}]", 1.0 if name in report["sets"] and not is_share(name) else 0.0)
+    _all_finite(report, "report")
+
+
+def _all_finite(value: object, where: str) -> None:
+    """Refuse NaN and infinities anywhere, those that the gate does not read included: people do."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}, expected a finite number; make it again")
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        _all_finite(inner, f"{where}.{key}" if where else str(key))
 
 
 def _check_report(report: dict, at: str) -> None:

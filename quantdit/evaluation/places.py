@@ -26,13 +26,15 @@ def require_file(path: Path) -> None:
     """Check that a file can be written, its folder included.
 
     Raises:
-        ValueError: a folder, a link to nothing or a file that cannot be written is in its place, or its folder cannot be
-            written.
+        ValueError: a folder, a device, a pipe, a link to nothing or a file that cannot be written is in its place, or its folder
+            cannot be written.
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder; choose the name of a file")
     require_folder(path.parent)
     _check_link(path)
+    if path.exists() and not path.is_file():  # what is written is renamed, and would take its place
+        raise ValueError(f"{path} is no file, but a device or a pipe; choose the name of a file")
     if path.exists() and not os.access(path, os.W_OK, effective_ids=True):
         raise ValueError(f"{path} cannot be written; choose another name, or change its permissions")
 

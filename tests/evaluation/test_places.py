@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quantdit.evaluation.places import require_folder
+from quantdit.evaluation.places import require_file, require_folder
 
 
 def test_a_link_to_nothing_is_no_place(tmp_path: Path, cli) -> None:
@@ -38,3 +38,11 @@ def test_a_file_that_may_not_be_written_is_refused(cli) -> None:
             if root:
                 os.seteuid(0)
     assert ran.code == 1 and f"{summary} cannot be written" in ran.error
+
+
+def test_a_pipe_is_not_replaced(tmp_path: Path, cli):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="a device or a pipe"):
+        require_file(tmp_path / "pipe")
+    ran = cli("generate", "fashion-dit", "--output", tmp_path / "pipe")
+    assert ran.code == 1 and "a device or a pipe" in ran.error and (tmp_path / "pipe").is_fifo()
