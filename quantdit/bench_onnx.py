@@ -103,8 +103,13 @@ def peers(dense: Path, folder: Path) -> dict[str, Path]:
 
     found: dict[str, Path] = {}
 
+    def float32() -> onnx.ModelProto:
+        model = onnx.load(dense)
+        del model.metadata_props[:]  # the digest in it is of our graph, and what is made of it is another
+        return model
+
     def nbits(name: str, block: int, **options: object) -> None:
-        quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(onnx.load(dense), block_size=block, accuracy_level=4, **options)
+        quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(float32(), block_size=block, accuracy_level=4, **options)
         quantizer.process()
         path = folder / f"{len(found)}.onnx"
         onnx.save(quantizer.model.model, path, save_as_external_data=True, location=f"{path.name}.data")
@@ -114,7 +119,7 @@ def peers(dense: Path, folder: Path) -> dict[str, Path]:
     nbits("MatMulNBitsQuantizer int4 g128", 128, is_symmetric=True)
     hqq = matmul_nbits_quantizer.HQQWeightOnlyQuantConfig(block_size=128, bits=4)
     nbits("MatMulNBitsQuantizer HQQ int4 g128", 128, algo_config=hqq)
-    plain = onnx.load(dense)
+    plain = float32()
     del plain.graph.value_info[:]  # it trips over shapes that it has changed itself
     for name, kind in (("quantize_dynamic int8 per channel", QuantType.QInt8), ("quantize_dynamic uint8", QuantType.QUInt8)):
         path = folder / f"{len(found)}.onnx"
