@@ -68,10 +68,10 @@ def sample(pipeline, source: Source, asked: Sampling, cache: Path | None = None,
     seeds = tuple(sample_seed(asked.seed, i) for i in range(asked.samples))
     identity = _identity(pipeline, source, asked) if cache is not None else {}
     # The last bits depend on how many samples are made at once, so a batch is made whole or not at all.
-    batches = [range(asked.samples)[start : start + asked.batch] for start in range(0, asked.samples, asked.batch)]
-    keys = [identity | {"prompt": names[i], "seed": seeds[i], "batch": len(batch)} for batch in batches for i in batch]
+    together = [range(asked.samples)[start : start + asked.batch] for start in range(0, asked.samples, asked.batch)]
+    keys = [identity | {"prompt": names[i], "seed": seeds[i], "batch": len(batch)} for batch in together for i in batch]
     found = _kept(cache, keys)
-    missing = [batch for batch in batches if any(i not in found for i in batch)]
+    missing = [batch for batch in together if any(i not in found for i in batch)]
     shown = progress.denoising(pipeline, len(missing), asked.steps, description) if missing else nullcontext()
     with shown as batch_done:
         for places in missing:
