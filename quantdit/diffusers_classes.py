@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+from collections.abc import Callable
 from types import ModuleType
 
 from torch import nn
@@ -30,22 +31,27 @@ def register(module: ModuleType) -> None:
         module: `diffusers.models.modeling_utils`, `diffusers.pipelines.pipeline_utils` or `diffusers.loaders.peft`.
     """
     if hasattr(module, "PeftAdapterMixin"):
-        _check_before_fusing(module.PeftAdapterMixin)
+        _wrap(module.PeftAdapterMixin, "fuse_lora", _checks_before_fusing)
     elif hasattr(module, "DiffusionPipeline"):
         for name in PIPELINES:
             importlib.import_module(name)
-        _check_before_saving(module.DiffusionPipeline)
+        _wrap(module.DiffusionPipeline, "save_pretrained", _checks_before_saving)
     else:
-        _check_before_saving(module.ModelMixin)
-        _count_quantized(module.ModelMixin)
+        _wrap(module.ModelMixin, "save_pretrained", _checks_before_saving)
+        _wrap(module.ModelMixin, "num_parameters", _counts_quantized)
 
 
-def _check_before_saving(cls: type) -> None:
-    save = cls.save_pretrained
-    if hasattr(save, "quantdit"):
+def _wrap(cls: type, name: str, wrapper: Callable[[Callable], Callable]) -> None:
+    """Put `wrapper(method)` in the place of a method, once."""
+    method = getattr(cls, name)
+    if hasattr(method, "quantdit"):
         return
+    wrapped = functools.wraps(method)(wrapper(method))
+    wrapped.quantdit = True
+    setattr(cls, name, wrapped)
 
-    @functools.wraps(save)
+
+def _checks_before_saving(save: Callable) -> Callable:
     def checked(self: object, *args: object, **kwargs: object) -> object:
         given = inspect.signature(save).bind(self, *args, **kwargs).arguments
         wanted = {name: given[name] for name in ("safe_serialization", "use_flashpack") if name in given}
@@ -56,31 +62,19 @@ def _check_before_saving(cls: type) -> None:
                 quantizer.config = checkpoint.config_of(model)
         return save(self, *args, **kwargs)
 
-    checked.quantdit = True
-    cls.save_pretrained = checked
+    return checked
 
 
-def _count_quantized(cls: type) -> None:
-    count = cls.num_parameters
-    if hasattr(count, "quantdit"):
-        return
-
-    @functools.wraps(count)
+def _counts_quantized(count: Callable) -> Callable:
     def counted(self: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         # Quantized weights are no parameters to torch; they are frozen, and none is an embedding's.
         layers = () if only_trainable else (m for m in self.modules() if isinstance(m, QuantLinear))
         return count(self, only_trainable, exclude_embeddings) + sum(m.out_features * m.in_features for m in layers)
 
-    counted.quantdit = True
-    cls.num_parameters = counted
+    return counted
 
 
-def _check_before_fusing(cls: type) -> None:
-    fuse = cls.fuse_lora
-    if hasattr(fuse, "quantdit"):
-        return
-
-    @functools.wraps(fuse)
+def _checks_before_fusing(fuse: Callable) -> Callable:
     def checked(self: nn.Module, *args: object, **kwargs: object) -> object:
         if hasattr(self, "peft_config"):
             from quantdit.lora import check_fusing  # PEFT, which is there by now, is not needed by whoever loads no adapter
@@ -88,8 +82,7 @@ def _check_before_fusing(cls: type) -> None:
             check_fusing(self, inspect.signature(fuse).bind(self, *args, **kwargs).arguments.get("adapter_names"))
         return fuse(self, *args, **kwargs)
 
-    checked.quantdit = True
-    cls.fuse_lora = checked
+    return checked
 
 
 watch()
