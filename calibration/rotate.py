@@ -61,8 +61,7 @@ def build(kind: str, rows: Tensor, seed: int, factor: Tensor | None = None, step
     elif kind == "regular":
         rotation = Transform(premultiplier=hadamard.regular_sign(width, block), block=block)
     else:
-        x = rows if factor is None else rows.float() / factor.float()
-        rotation = outlier_rotation(x, block, seed, steps)
+        rotation = outlier_rotation(transform.apply(transform.smooth(Transform(), factor), rows.float()), block, seed, steps)
     return transform.smooth(rotation, factor)
 
 

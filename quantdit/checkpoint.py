@@ -40,12 +40,12 @@ from quantdit.files import (
     write_json,
     write_tensors,
 )
-from quantdit.layer_spec import LayerSpec, layer_fields
+from quantdit.layer_spec import NARROWER, LayerSpec, as_computed, as_stored, layer_fields
 from quantdit.linear import QuantLinear, follow_timesteps
 from quantdit.qtensor import FIELDS, check_values
 
-SPEC = 3
-READ = (2, SPEC)  # spec 2 has no config in the header
+SPEC = 4
+READ = (2, 3, SPEC)  # spec 2 has no config in the header; up to spec 3 a smoothed layer's premultiplier is float32
 MAX_TIMESTEP = 1e9
 METHOD = "quantdit"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
@@ -60,6 +60,8 @@ _DTYPES = {
     torch.int8: "I8",
     torch.float32: "F32",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int32: "I32",
 }
@@ -76,16 +78,6 @@ def own_keys(model: nn.Module) -> set[str]:
     return {f"{name}.{field}" for name, layer in quant_layers(model).items() for field in layer_fields(layer.layer_spec)}
 
 
-def is_scale(key: str) -> bool:
-    """Return whether a layer's tensor is its scale, float32 in memory and perhaps narrower in a file."""
-    return key.endswith(".scale")
-
-
-def in_memory(key: str, tensor: Tensor) -> Tensor:
-    """Return a copy of a quantized layer's tensor that a file holds, as the layer has it."""
-    return tensor.to(torch.float32, copy=True) if is_scale(key) else tensor.clone()
-
-
 def write_transformer(
     model: nn.Module,
     folder: Path,
@@ -96,7 +88,7 @@ def write_transformer(
 ) -> str:
     """Write a transformer with QuantLinear layers; returns the sha256 of its weights (`files.digest`).
 
-    Dense floats and scales are stored as float16 or bfloat16 where that loses nothing, else float32.
+    Dense floats and scales are stored as float16 or bfloat16 where that loses nothing, else float32; see also `as_stored`.
 
     Args:
         model: the transformer.
@@ -114,7 +106,7 @@ def write_transformer(
 
     def tensor(name: str) -> Tensor:
         value = state[name] if read is None or state[name].device.type != "meta" else read(name)
-        return value if name in own and not is_scale(name) else narrowest(value)
+        return as_stored(_field(name), value) if name in own else narrowest(value)
 
     described, config = describe(model, recipe, provenance), config_of(model)
     header = {"spec": SPEC, "recipe": recipe, "provenance": provenance, "layers_sha256": layers_digest(described)}
@@ -256,7 +248,7 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32, accept_co
                 # Copies: how a mapped tensor lies in its file decides which routine multiplies with it, and so the last bits.
                 tensor = file.get_tensor(key)
                 if key in own:
-                    state[key] = in_memory(key, tensor)
+                    state[key] = as_computed(_field(key), tensor)
                 else:
                     state[key] = tensor.to(torch.float32 if stays_float32(model, key) else dtype, copy=True)
                     check_dense(key, state[key], path)
@@ -316,7 +308,7 @@ def prepare(
             f"{where}: it says spec {quantization['spec']}, {weights} was written as spec {header.get('spec')!r:.20};"
             " copy both again"
         )
-    if config is not None and quantization["spec"] == SPEC:
+    if config is not None and quantization["spec"] > 2:
         _check_unchanged(header.get("config"), _settings(config), where)
     return edges
 
@@ -613,12 +605,22 @@ def _check_header(opened: dict, model: nn.Module, weights: Path) -> None:
     for key, tensor in expected.items():
         stored = opened[key].get_slice(key)
         shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
-        dtypes = (_DTYPES[tensor.dtype],) if key in own and not is_scale(key) else _DENSE
+        dtypes = _dtypes(_field(key), tensor.dtype) if key in own else _DENSE
         if shape != tuple(tensor.shape) or dtype not in dtypes:
             raise CheckpointError(
                 f"{weights}: tensor {key} is {dtype} {shape}, expected {' or '.join(dtypes)} {tuple(tensor.shape)}:"
                 " file and config disagree"
             )
+
+
+def _dtypes(field: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """Return the dtypes that a file may hold a layer's tensor in."""
+    narrower = NARROWER.get(field, ()) if dtype == torch.float32 else ()
+    return tuple(_DTYPES[d] for d in (dtype, *narrower))
+
+
+def _field(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def _first(names: list[str]) -> str:

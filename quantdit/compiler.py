@@ -371,7 +371,7 @@ def _quantize_to_target(job: Job, options: dict[str, dict[str, LayerPlan]], targ
 
 
 def _stored_bytes(transformer: nn.Module) -> int:
-    return sum(b.nbytes for m in checkpoint.quant_layers(transformer).values() for b in m.buffers(recurse=False))
+    return sum(stored_bytes(m.layer_spec) for m in checkpoint.quant_layers(transformer).values())
 
 
 def _sensitivities(job: Job, options: dict[str, dict[str, LayerPlan]]) -> dict[str, dict[str, dict]]:

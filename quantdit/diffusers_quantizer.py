@@ -22,7 +22,7 @@ from quantdit import recipe as recipes
 from quantdit.after_import import watch
 from quantdit.calibration.no_data import quantize_without_data, unit_seed
 from quantdit.checkpoint import METHOD, CheckpointError
-from quantdit.layer_spec import LayerSpec, layer_fields
+from quantdit.layer_spec import LayerSpec, as_computed, as_stored, layer_fields
 from quantdit.linear import QuantLinear, dense_linear
 from quantdit.models import adapter as adapters
 from quantdit.recipe import DENSE, LayerPlan, Recipe, Rule
@@ -205,7 +205,7 @@ class QuantDiTQuantizer(DiffusersQuantizer):
                 checkpoint.check_dense(key, tensor.to(self._dtype_of(key)), self._paths[0].parent)
                 continue
             name, _, field = key.rpartition(".")
-            self._model.get_submodule(name)._buffers[field] = checkpoint.in_memory(key, tensor)
+            self._model.get_submodule(name)._buffers[field] = as_computed(field, tensor)
         return dense
 
     def _weight(self, key: str, state_dict: dict[str, Tensor]) -> Tensor:
@@ -311,7 +311,7 @@ class QuantDiTQuantizer(DiffusersQuantizer):
         """Return what `save_pretrained` writes, of a model that passed `check_savable`: its tensors, and what the header says."""
         state = self.quantization_config.state
         stored = {f"{name}.{field}" for name, spec in self._layer_specs().items() for field in layer_fields(spec)}
-        state_dict = {k: files.narrowest(t) if k in stored and checkpoint.is_scale(k) else t for k, t in state_dict.items()}
+        state_dict = {k: as_stored(k.rpartition(".")[2], t) if k in stored else t for k, t in state_dict.items()}
         header = {key: state[key] for key in ("spec", "recipe", "provenance")} | {"config": self.config}
         header["tensors_sha256"] = checkpoint.tensors_digest(state_dict.items())
         header["layers_sha256"] = checkpoint.layers_digest(state)

@@ -91,11 +91,11 @@ def check_finite(name: str, tensor: Tensor) -> None:
     raise CheckpointError(f"layer {layer}: {count} values of its {kind} are NaN or infinite; the source is damaged")
 
 
-def narrowest(t: Tensor) -> Tensor:
-    """Return a float tensor in the narrowest of float16, bfloat16, float32 that holds it exactly; others as they are."""
+def narrowest(t: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)) -> Tensor:
+    """Return a float tensor in the first of `dtypes` or else float32 that holds it exactly; others as they are."""
     if not t.is_floating_point():
         return t
-    for dtype in (torch.float16, torch.bfloat16):
+    for dtype in dtypes:
         if torch.equal(t.to(dtype).to(t.dtype), t):
             return t.to(dtype)
     return t.float()
@@ -174,7 +174,8 @@ def tensors_in(paths: Iterable[Path]) -> dict[str, Path]:
     return found
 
 
-WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "BOOL": 1}
+WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+WIDTHS |= dict.fromkeys(("I8", "U8", "F8_E4M3", "F8_E5M2", "BOOL"), 1)
 
 
 @dataclass(frozen=True)

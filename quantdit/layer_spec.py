@@ -6,14 +6,17 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
+from torch import Tensor
 
-from quantdit import transform
+from quantdit import files, transform
 from quantdit.formats import FORMATS, Field, QSpec
 from quantdit.qtensor import spec_fields
 
 ACTIVATION_BITS = (4, 6, 8, 16)
 ACTIVATION_FORMATS = ("int", "affine", "fp8")
 MAX_BUCKETS = 1000
+# Tensors that a layer computes with in float32 and a file may hold in fewer bits, and in which dtypes.
+NARROWER = {"scale": (torch.float16, torch.bfloat16), "premultiplier": (transform.PREMULTIPLIER,)}
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,22 @@ def layer_fields(spec: LayerSpec) -> dict[str, Field]:
 
 
 def stored_bytes(spec: LayerSpec) -> int:
-    """Return the bytes of all tensors that a layer stores besides its bias."""
-    return sum(math.prod(field.shape) * field.dtype.itemsize for field in layer_fields(spec).values())
+    """Return the bytes of all tensors that a layer stores besides its bias, scales counted as float32."""
+    expected = layer_fields(spec)
+    if spec.smoothed:
+        expected["premultiplier"] = Field(transform.PREMULTIPLIER, expected["premultiplier"].shape)
+    return sum(math.prod(field.shape) * field.dtype.itemsize for field in expected.values())
+
+
+def as_stored(name: str, tensor: Tensor) -> Tensor:
+    """Return a layer's tensor as a file holds it: those of NARROWER in the narrowest dtype that loses nothing."""
+    return files.narrowest(tensor, NARROWER[name]) if name in NARROWER else tensor
+
+
+def as_computed(name: str, tensor: Tensor) -> Tensor:
+    """Return a copy of a layer's tensor that a file holds, as the layer computes with it."""
+    narrower = tensor.dtype in NARROWER.get(name, ())
+    return tensor.to(torch.float32, copy=True) if narrower else tensor.clone()
 
 
 def decodes_to_fp8(format: str) -> bool:

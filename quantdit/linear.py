@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import quantdit.kernels.ops  # noqa: F401 - defines torch.ops.quantdit
-from quantdit import files, transform
+from quantdit import transform
 from quantdit.kernels.cpu import version_of
 from quantdit.kernels.triton_ops import dispatch
-from quantdit.layer_spec import LayerSpec, layer_fields
+from quantdit.layer_spec import LayerSpec, as_stored, layer_fields
 from quantdit.models.call_view import view
 from quantdit.qtensor import FIELDS, QTensor
 from quantdit.timesteps import PerThread, bucket_of
@@ -291,7 +291,7 @@ class QuantLinear(nn.Linear):
 
 def weight_bits(layer: QuantLinear) -> float:
     """Return stored bits per weight of a layer: scales, codebooks, rotation and low-rank branch included, the bias not."""
-    stored = sum((files.narrowest(b) if name == "scale" else b).nbytes for name, b in layer.named_buffers(recurse=False))
+    stored = sum(as_stored(name, tensor).nbytes for name, tensor in layer.named_buffers(recurse=False))
     return 8 * stored / math.prod((layer.out_features, layer.in_features))
 
 

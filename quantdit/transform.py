@@ -20,6 +20,8 @@ from quantdit.formats import Field
 KINDS = ("none", "hadamard", "outlier")
 NAMES = ("premultiplier", "rotation1", "permutation", "rotation2")
 GRAM_ROWS = 1024  # transformed at once
+# A smoothing's premultipliers take one byte: a sign, a power of two, and 1, 1.25, 1.5 or 1.75 of it.
+PREMULTIPLIER = torch.float8_e5m2
 ORTHONORMAL_TOLERANCE = 1e-4  # of R^T R; rounding a block of 128 to float32 leaves 1e-6
 
 
@@ -30,7 +32,8 @@ class Transform:
     `Transform()` is the identity.
 
     Attributes:
-        premultiplier: `[k]`, not zero: int8 signs of a rotation alone, float32 `sign / s` of a smoothed layer; None means 1.
+        premultiplier: `[k]`, not zero: int8 signs of a rotation alone, float32 `sign / s` of a smoothed layer (rounded by
+            `smooth`); None means 1.
         block: size of the Hadamard blocks, a power of two dividing k; 1 means no Hadamard.
         rotation1: outlier rotation R1, block-diagonal, float32 `[k/b, b, b]`, each block orthogonal; or None.
         permutation: int32 `[k]`, channel `permutation[j]` of `x R1` goes to place j; with rotation1 only.
@@ -77,11 +80,16 @@ class Transform:
 
 
 def smooth(t: Transform, factor: Tensor | None) -> Transform:
-    """Return t with inputs divided by `factor` float `[k]`, positive, before anything else; None leaves t as it is."""
+    """Return t with inputs divided by `factor` float `[k]`, positive, before anything else; None leaves t as it is.
+
+    Premultipliers are rounded to the nearest normal number of PREMULTIPLIER, at most an eighth away. That loses nothing: the
+    weight is divided by what the inputs are multiplied with.
+    """
     if factor is None:
         return t
-    signs = 1.0 if t.premultiplier is None else t.premultiplier.float()
-    return replace(t, premultiplier=signs / factor.float())
+    kept = torch.finfo(PREMULTIPLIER)
+    rounded = (1 / factor.float()).clamp(kept.smallest_normal, kept.max).to(PREMULTIPLIER).float()
+    return replace(t, premultiplier=rounded if t.premultiplier is None else rounded * t.premultiplier.float())
 
 
 def kept_in(dtype: torch.dtype) -> torch.dtype:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import quantdit
 from quantdit import checkpoint, files, transform
@@ -131,7 +132,7 @@ def test_file_can_be_read_by_safetensors_alone(everything):
         header = json.loads(file.metadata()["quantdit"])
     layer = quant_layers(everything.transformer)["transformer_blocks.1.attn1.to_out.0"]
     assert torch.equal(data.float() * scale[:, None], layer.qtensor.dequantize())
-    assert header["spec"] == checkpoint.SPEC == 3 and header["recipe"] == everything.report["recipe"]
+    assert header["spec"] == checkpoint.SPEC == 4 and header["recipe"] == everything.report["recipe"]
 
 
 def test_quantized_folder_is_told_from_a_plain_one(everything, pixel_dit: Path):
@@ -259,7 +260,7 @@ def test_surplus_tensor_is_named(copied: Path):
         (f"{VALUES}.offset", "U8"),
         (f"{VALUES}.scale", "I32"),
         (f"{VALUES}.premultiplier", "U8"),
-        (f"{RICH}.premultiplier", "I32"),
+        (f"{RICH}.premultiplier", "F8_E4M3"),
         (f"{RICH}.permutation", "F32"),
         (f"{RICH}.up", "I16"),
         (f"{RICH}.static_scale", "I32"),
@@ -363,7 +364,7 @@ def test_config_without_the_right_digest(copied: Path, digest: object):
 # ---- hostile configs
 
 
-@pytest.mark.parametrize("spec", [4, 10**30, "2", 2.0, None, True, [2], 0, -1])
+@pytest.mark.parametrize("spec", [5, 10**30, "2", 2.0, None, True, [2], 0, -1])
 def test_spec_that_is_newer_or_no_number(copied: Path, spec: object):
     change_config(copied, lambda c: c["quantization_config"].update(spec=spec))
     message = refusal(copied, "config.json")
@@ -550,10 +551,9 @@ NAN, NEGATIVE, HALF = struct.pack("<f", float("nan")), struct.pack("<f", -0.5), 
 @pytest.mark.parametrize(
     ("field", "values", "word"),
     [
-        ("premultiplier", struct.pack("<f", 0.0), "premultiplier"),
-        ("premultiplier", NAN, "premultiplier"),
-        ("premultiplier", struct.pack("<f", float("inf")), "premultiplier"),
-        ("premultiplier", struct.pack("<f", 1e-42), "premultiplier"),  # its inverse is infinite
+        ("premultiplier", b"\x00", "premultiplier"),  # of float8_e5m2: zero, NaN, infinity
+        ("premultiplier", b"\xff", "premultiplier"),
+        ("premultiplier", b"\x7c", "premultiplier"),
         ("permutation", struct.pack("<2i", 5, 5), "permutation"),
         ("permutation", struct.pack("<i", -1), "permutation"),
         ("permutation", struct.pack("<i", 256), "permutation"),
@@ -736,7 +736,7 @@ def test_a_scheduler_of_senseless_numbers_is_refused_in_a_source_too(pixel_dit: 
             quantdit.load(folder)
 
 
-def test_a_folder_of_spec_2_is_read_and_saved_as_spec_3(copied: Path, tmp_path: Path):
+def test_a_folder_of_spec_2_is_read_and_saved_as_the_latest(copied: Path, tmp_path: Path):
     """It has no config in its header."""
     weights = copied / "transformer" / WEIGHTS
     header, data = split(weights)
@@ -745,12 +745,38 @@ def test_a_folder_of_spec_2_is_read_and_saved_as_spec_3(copied: Path, tmp_path: 
     header["__metadata__"]["quantdit"] = json.dumps(ours)
     join(weights, header, data)
     forgive_digest(copied)
-    assert "says spec 3" in refusal(copied, "config.json")
+    assert "says spec 4" in refusal(copied, "config.json")
     change_config(copied, lambda c: c["quantization_config"].update(spec=2))
     for number, read in enumerate((quantdit.load, DiTTransformer2DModel.from_pretrained)):
         read(copied / "transformer").save_pretrained(tmp_path / str(number))
-        assert files.read_json(tmp_path / str(number) / "config.json")["quantization_config"]["spec"] == 3
+        assert files.read_json(tmp_path / str(number) / "config.json")["quantization_config"]["spec"] == checkpoint.SPEC
         read_transformer(tmp_path / str(number))
+
+
+def rewrite(folder: Path, spec: int, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a folder's weights anew as those of a spec, with some tensors exchanged."""
+    weights = folder / "transformer" / WEIGHTS
+    with safe_open(weights, framework="pt") as file:
+        ours = json.loads(file.metadata()["quantdit"]) | {"spec": spec}
+        stored = {key: file.get_tensor(key) for key in file.keys()} | tensors  # noqa: SIM118 - not a mapping
+    save_file(stored, weights, metadata={"quantdit": json.dumps(ours)})
+    change_config(folder, lambda c: c["quantization_config"].update(spec=spec))
+    forgive_digest(folder)
+
+
+def test_smoothing_takes_a_byte_a_channel_in_a_file(copied: Path):
+    with safe_open(copied / "transformer" / WEIGHTS, framework="pt") as file:
+        assert file.get_tensor(f"{RICH}.premultiplier").dtype == torch.float8_e5m2
+    assert quant_layers(read_transformer(copied / "transformer"))[RICH].premultiplier.dtype == torch.float32
+
+
+@pytest.mark.parametrize("spec", [3, 4])
+def test_a_float32_premultiplier_of_spec_3_is_kept_to_the_bit(copied: Path, tmp_path: Path, spec: int):
+    wide = quant_layers(read_transformer(copied / "transformer"))[RICH].premultiplier * 1.1
+    rewrite(copied, spec, {f"{RICH}.premultiplier": wide})
+    for number, read in enumerate((quantdit.load, DiTTransformer2DModel.from_pretrained)):
+        read(copied / "transformer").save_pretrained(tmp_path / str(number))
+        assert torch.equal(quant_layers(read_transformer(tmp_path / str(number)))[RICH].premultiplier, wide)
 
 
 def test_a_config_that_says_an_older_spec_is_refused(copied: Path):

@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import nn
 
+from quantdit import transform
 from quantdit.formats import FORMATS, QSpec
 from quantdit.hadamard import random_sign
-from quantdit.layer_spec import ActivationSpec, LayerSpec, layer_fields
+from quantdit.layer_spec import ActivationSpec, LayerSpec, layer_fields, stored_bytes
 from quantdit.linear import QuantLinear, weight_bits
 from quantdit.qtensor import QTensor, spec_fields
+from quantdit.transform import Transform
 
 OUT, WIDTH, BLOCK = 20, 96, 16
 # One trellis for each width, and the largest window once: the others differ in a number that tests/formats covers.
@@ -270,6 +272,15 @@ def test_call_after_a_cast(name: str, activation_bits: int):
 def test_bits_per_weight(name: str, rotated: bool, expected: float):
     for bias in (False, True):  # which does not count
         assert weight_bits(layer_of(random_qtensor(name), rotated=rotated, bias=bias)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_bits_per_weight_count_a_byte_for_each_smoothed_channel():
+    q = random_qtensor("int8")
+    t = transform.smooth(Transform(), torch.linspace(0.1, 7, WIDTH))
+    spec = LayerSpec(q.spec, smoothed=True)
+    layer = QuantLinear.from_tensors(spec, q.tensors() | transform.tensors(t), None)
+    assert weight_bits(layer) == pytest.approx(8 + 32 / 96 + 8 / 20, rel=1e-12)
+    assert 8 * stored_bytes(spec) / (20 * 96) == weight_bits(layer)
 
 
 def test_the_bias_is_a_copy():

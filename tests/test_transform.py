@@ -103,6 +103,24 @@ def test_any_float_dtype_but_float16_is_kept_and_rounded_once(kind: str, smoothe
     assert bool(((y.double() - exact).abs() <= bound).all())
 
 
+def test_smoothing_takes_a_byte_a_channel_and_moves_a_factor_by_an_eighth_at_most():
+    factor = random(4096, seed=4).exp() * 3
+    t = transform.smooth(Transform(premultiplier=random_sign(4096, 3), block=128), factor)
+    assert torch.equal(t.premultiplier.to(torch.float8_e5m2).float(), t.premultiplier)
+    assert torch.equal(t.premultiplier.sign(), random_sign(4096, 3).float())
+    moved = t.premultiplier.abs() * factor
+    assert 0.11 < float((moved - 1).abs().max()) <= 0.125
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1e6, 1e30])
+def test_factors_beyond_what_a_byte_holds_become_the_nearest_it_holds(size: float):
+    t = transform.smooth(Transform(), torch.tensor([size, 1.0]))
+    kept = t.premultiplier
+    assert torch.equal(kept.to(torch.float8_e5m2).float(), kept) and float(kept[1]) == 1
+    assert transform.check_values(t) is None
+    assert float(kept[0]) == (57344 if size < 1 else 2**-14)
+
+
 def test_a_hadamard_is_that_of_hadamard_py_block_by_block():
     t = made("hadamard", 384, False)
     x = random(5, 384)
