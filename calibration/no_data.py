@@ -1,4 +1,8 @@
-"""One linear quantized from its weight alone: rotate with random signs, round to nearest. Nothing is known of its inputs."""
+"""One linear quantized from its weight alone: smooth, rotate with random signs, round to nearest. Nothing is known of its inputs.
+
+Channels that are large in the inputs tend to be small in the weight, so the weight says how to smooth: half of what would even
+out its columns.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,14 @@ import torch
 from torch import Tensor
 
 from quantdit import transform
-from quantdit.calibration import rotate
+from quantdit.calibration import rotate, smooth
 from quantdit.calibration.layer import Quantized, histogram
 from quantdit.calibration.quantize import quantize_weight
 from quantdit.layer_spec import LayerSpec
 from quantdit.recipe import LayerPlan
 from quantdit.threads import one_thread
+
+PART = 0.5  # of what evens out the columns
 
 
 @one_thread()
@@ -30,7 +36,9 @@ def quantize_without_data(weight: Tensor, bias: Tensor | None, plan: LayerPlan, 
         ValueError: NaN or infinite weights.
     """
     rule, width = plan.rule, weight.shape[1]
-    t = rotate.build(rule.rotation, torch.zeros(0, width, dtype=torch.float32), seed)
+    factor = None if rule.smooth == "none" else smooth.balanced(torch.ones(width, dtype=torch.float32), weight, 1 - PART)
+    rotation = "hadamard" if rule.rotation == "auto" else rule.rotation
+    t = rotate.build(rotation, torch.zeros(0, width, dtype=torch.float32), seed, factor)
     W = transform.apply_to_weight(t, weight.detach().float())
     known = torch.ones(width, dtype=torch.float32).diag()
     q = quantize_weight(W, known, rule.weight, plan.group_size, rule.method, rule.table, seed, table_rows=rule.table_rows)

@@ -27,7 +27,7 @@ from quantdit.calibration import calls as call_files
 from quantdit.calibration.assignments import Training
 from quantdit.calibration.calls import Call, StoredCall, StoredCalls
 from quantdit.calibration.chain import Link, Unchained
-from quantdit.calibration.layer import Quantized, quantize_layer
+from quantdit.calibration.layer import Quantized, quantize_layers
 from quantdit.calibration.no_data import quantize_without_data, unit_seed
 from quantdit.calibration.sensitivity import replaced
 from quantdit.calibration.stats import Stats
@@ -327,15 +327,14 @@ def _quantize_unit(
     linears, seed = unit.linears, job.unit_seed(unit.number)
     with job.timed("layers"):
         made = {}
-        for name, linear in linears.items():
-            if name in stats:
-                made[name] = quantize_layer(linear.weight, linear.bias, stats[name], plans[name], seed)
+        for names in _sharing(linears, stats, plans):
+            if names[0] in stats:
+                group = {name: (linears[name].weight, linears[name].bias) for name in names}
+                made |= quantize_layers(group, stats[names[0]], plans[names[0]], seed)
             else:
-                plan = layer_without_data(plans[name]) if len(unit.calls) else plans[name]
-                made[name] = quantize_without_data(linear.weight, linear.bias, plan, seed)
-                if len(unit.calls):
-                    made[name].report["calibrated"] = False
-            done(1)
+                made |= {name: _without_data(unit, name, plans[name], seed) for name in names}
+            done(len(names))
+        made = {name: made[name] for name in linears}
     if job.training is not None and job.training.mode == "block" and stats and unit.path != OUTSIDE:
         with job.timed("assignments"):
             made = _calibrated(job, unit.run, unit.calls, linears, made, stats, (unit.path,), seed)
@@ -353,6 +352,26 @@ def _quantize_unit(
     if job.stream is not None:
         job.stream.adopt(tensors_path, list(stored))
     return reports
+
+
+def _sharing(
+    linears: Mapping[str, nn.Linear], stats: Mapping[str, Stats], plans: Mapping[str, LayerPlan]
+) -> list[tuple[str, ...]]:
+    """Return the layers in groups: those of one input (q, k, v), one plan, and all with a bias or all without."""
+    groups: dict[tuple, list[str]] = {}
+    for name, linear in linears.items():
+        of_input = id(stats[name]) if name in stats else name
+        groups.setdefault((of_input, plans[name], linear.bias is None), []).append(name)
+    return [tuple(names) for names in groups.values()]
+
+
+def _without_data(unit: Unit, name: str, plan: LayerPlan, seed: int) -> Quantized:
+    """Quantize a layer from its weights; if there are calls and none reached it, its report says so."""
+    linear = unit.linears[name]
+    if not len(unit.calls):
+        return quantize_without_data(linear.weight, linear.bias, plan, seed)
+    made = quantize_without_data(linear.weight, linear.bias, layer_without_data(plan), seed)
+    return replace(made, report=made.report | {"calibrated": False})
 
 
 @one_thread()

@@ -455,7 +455,7 @@ def _check_budget(budget: int, least: int, whole: int, target: Target) -> None:
 def _bytes(linear: nn.Linear, plan: LayerPlan) -> int:
     """Return the stored bytes of a layer so planned, without what only calibration can tell (such as a rank)."""
     q = QSpec(plan.rule.weight, linear.out_features, linear.in_features, plan.group_size)
-    block = hadamard.block_size(linear.in_features) if plan.rule.rotation in ("hadamard", "regular") else 1
+    block = hadamard.block_size(linear.in_features) if plan.rule.rotation in ("hadamard", "regular", "auto") else 1
     return stored_bytes(LayerSpec(q, rotation="hadamard", block=block) if block > 1 else LayerSpec(q))
 
 

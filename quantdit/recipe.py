@@ -20,8 +20,9 @@ AUTO = "auto"
 GROUP_SIZES = (32, 64, 128)
 METHODS = ("gptq", "rtn", "hqq")
 ROTATIONS = ("none", "hadamard", "outlier", "ars", "auto", "regular")
-FIXED_ROTATIONS = ("none", "hadamard", "regular")  # that no data decides
-SMOOTHINGS = ("none", "rms", "absmax", "salience")
+FIXED_ROTATIONS = ("none", "hadamard", "regular", "auto")  # for which weights are enough; auto is Hadamard then
+FIXED_SMOOTHINGS = ("none", "auto")
+SMOOTHINGS = ("none", "auto", "rms", "absmax", "salience")
 TABLES = ("lloyd-max", "twin-log", "twin-log-paper", "gaussian")
 LARGEST_RANK = 512
 LEAST_OUTPUTS = 32  # of a trellis, whose windows go round: of fewer weights they leave too few to choose from
@@ -44,11 +45,13 @@ class Rule:
             smaller one that does, else `token`.
         activation_scale: `dynamic` (of each token) or `static` (one per timestep bucket, fixed at calibration).
         rotation: `hadamard` (blocks of the largest power of two up to 128 that divides the width), `outlier` (DuQuant's), `ars`
-            (Hadamard if J < ars_threshold, else outlier; LRQ-DiT section 4.2), `auto` (least measured output error), `regular`
-            (ConvRot's Hadamard, with fixed signs, in blocks of a power of four; ComfyUI knows it) or `none`.
+            (Hadamard if J < ars_threshold, else outlier; LRQ-DiT section 4.2), `regular` (ConvRot's Hadamard, with fixed signs, in
+            blocks of a power of four; ComfyUI knows it), `none`, or `auto`: Hadamard where that leaves tokens as even as Gaussian
+            ones, elsewhere what measures best (calibration/choice.py).
         ars_threshold: of J, the RMS of the layer's inputs.
-        smooth: `none`, or what a smoothing factor is made of, its strength chosen by output error: `rms` or `absmax` of each
-            input channel, or `salience` over timesteps (PTQ4DiT).
+        smooth: `none`; `auto`: a factor between inputs and weight, of fixed strength, left out where it measures worse; or what a
+            factor is made of whose strength is searched: `rms` or `absmax` of each input channel, or `salience` over timesteps
+            (PTQ4DiT).
         low_rank: rank of a 16-bit branch beside the weight (SVDQuant), 0 for none; left out where it does not help.
         method: `gptq` (error feedback), `rtn` (round to nearest) or `hqq` (zero points searched without data).
         act_order: gptq takes inputs in order of falling power.
@@ -214,6 +217,9 @@ PRESETS = WEIGHTS | {x: WEIGHT_FORMATS["trellis"][x] for x in (2, 3)}
 # What group_size = "auto" prefers. Narrow codes need small groups; a format not listed needs none.
 AUTO_GROUP = {"int2": 32, "int3": 64, "int4": 64}
 
+# Outliers are smoothed away, and what is left is rotated (reports/robust.md).
+ROBUST = {"rotation": "auto", "smooth": "auto"}
+
 # Four bits spread over a whole token lose 3 dB to groups with an offset (reports/study); wider ones lose nothing.
 ACTIVATIONS = {4: {"activation_format": "affine", "activation_group_size": 32}}
 
@@ -239,9 +245,9 @@ def from_bits(bits: str) -> Recipe:
         bits,
         (
             Rule("role:outside", weight=DENSE, optional=True),
-            Rule("role:modulation", weight=side, otherwise=otherwise, activation_bits=16, optional=True),
-            Rule("role:embedder", weight=side, otherwise=otherwise, activation_bits=16, optional=True),
-            Rule("*", weight=side, otherwise=otherwise, activation_bits=y, **ACTIVATIONS.get(y, {})),
+            Rule("role:modulation", weight=side, otherwise=otherwise, activation_bits=16, optional=True, **ROBUST),
+            Rule("role:embedder", weight=side, otherwise=otherwise, activation_bits=16, optional=True, **ROBUST),
+            Rule("*", weight=side, otherwise=otherwise, activation_bits=y, **ROBUST, **ACTIVATIONS.get(y, {})),
         ),
     )
 
@@ -293,7 +299,7 @@ def without_data(recipe: Recipe, remedy: str = "calibrate with --samples of at l
         needs = {
             f'weight = "{AUTO}"': rule.weight == AUTO,
             'activation_scale = "static"': rule.activation_scale == "static",
-            f'smooth = "{rule.smooth}"': rule.smooth != "none",
+            f'smooth = "{rule.smooth}"': rule.smooth not in FIXED_SMOOTHINGS,
             f"low_rank = {rule.low_rank}": rule.low_rank > 0,
             f'rotation = "{rule.rotation}"': rule.rotation not in FIXED_ROTATIONS,
         }
@@ -314,7 +320,7 @@ def layer_without_data(plan: LayerPlan) -> LayerPlan:
         descent=0,
         bias_correction=False,
         activation_scale="dynamic",
-        smooth="none",
+        smooth=rule.smooth if rule.smooth in FIXED_SMOOTHINGS else "auto",
         low_rank=0,
         rotation=rule.rotation if rule.rotation in FIXED_ROTATIONS else "hadamard",
     )
