@@ -16,7 +16,7 @@ from quantdit.calibration import choice
 from quantdit.calibration import rotate
 from quantdit.calibration import stats as statistics
 from quantdit.calibration.activations import quantized_inputs, static_scales
-from quantdit.calibration.layer import Quantized, quantize_layer
+from quantdit.calibration.layer import Quantized, quantize_layer, quantize_layers
 from quantdit.calibration.quantize import output_error, quantize_weight
 from quantdit.calibration.stats import Stats
 from quantdit.layer_spec import ActivationSpec, LayerSpec
@@ -281,22 +281,29 @@ def test_more_bits_are_never_worse(method: str, rotation: str):
     assert errors == sorted(errors, reverse=True)
 
 
-@pytest.mark.parametrize("smooth", ["none", "rms"])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_auto_rotation_is_never_worse_than_a_fixed_one(bits: int, smooth: str):
-    """By the errors it reports, and by layers made with each fixed rotation, on the rows it compares by."""
-    common = {"weight": "int4", "activation_bits": bits, "smooth": smooth, "method": "rtn"}
-    auto = made_by(rotation="auto", **common)
-    report = auto.report["rotation"]
-    assert report["asked"] == "auto" and set(report["errors"]) == set(transform.KINDS)
-    assert report["errors"][report["chosen"]] == min(report["errors"].values())
-    assert auto.spec.rotation == report["chosen"]
-    assert real_error(auto, rows=slice(1, None, 2)) == pytest.approx(report["errors"][report["chosen"]], rel=1e-3)
-    if smooth == "none":
-        for kind in transform.KINDS:
-            fixed = real_error(made_by(rotation=kind, **common), rows=slice(1, None, 2))
-            assert fixed == pytest.approx(report["errors"][kind], rel=1e-3)
-            assert real_error(auto, rows=slice(1, None, 2)) <= fixed * (1 + 1e-3)
+@pytest.mark.parametrize(("bits", "part"), [(4, 0.75), (8, 0.98), (16, 0.98)])
+def test_automatic_smoothing_and_rotation_pay(bits: int, part: float):
+    """On inputs with two large channels they leave this part of a Hadamard's error, on the rows they are compared on."""
+    common = {"weight": "int4", "activation_bits": bits}
+    auto, fixed = (made_by(**choice, **common) for choice in ({"rotation": "auto", "smooth": "auto"}, {"rotation": "hadamard"}))
+    held = slice(1, None, 2)
+    assert real_error(auto, rows=held) < part * real_error(fixed, rows=held)
+
+
+def test_layers_of_one_input_share_their_preparation():
+    """q, k and v are quantized as one, whichever of them is asked; alone each would be smoothed in its own way."""
+    parts = {name: (layer_weight() * random(1, WIDTH, seed=n).exp(), random(OUT)) for n, name in enumerate("qkv")}
+    plan = plan_of(Rule("*", "int4", activation_bits=8, rotation="auto", smooth="auto"))
+    together = quantize_layers(parts, seen(), plan, 0)
+    alone = quantize_layer(*parts["q"], seen(), plan, 0)
+    signs = [made.tensors["premultiplier"] for made in together.values()]
+    assert torch.equal(signs[0], signs[1]) and torch.equal(signs[0], signs[2])
+    assert len({s.data_ptr() for s in signs}) == 3, "a file takes each tensor once"
+    assert not torch.equal(signs[0], alone.tensors["premultiplier"])
+    for name, (weight, bias) in parts.items():
+        x = heavy_inputs(64, seed=77)
+        y = as_layer(together[name])(x)
+        assert float((y - (x @ weight.T + bias)).norm() / (x @ weight.T).norm()) < 0.1, name
 
 
 @pytest.mark.parametrize("smooth", ["rms", "absmax", "salience"])
