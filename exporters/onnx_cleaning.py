@@ -75,7 +75,8 @@ def fold(model: ir.Model, large: bool = False) -> None:
 
     common.DeduplicateInitializersPass()(model)
     limits = {"input_size_limit": LARGE, "output_size_limit": LARGE} if large else {}
-    fold_constants(model, onnx_shape_inference=False, **limits)
+    # Nodes of several outputs (Split) are computed, left as they are and complained about on the terminal, unless refused here.
+    fold_constants(model, onnx_shape_inference=False, should_fold=lambda n: False if len(n.outputs) > 1 else None, **limits)
     common.DeduplicateInitializersPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)

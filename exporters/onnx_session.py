@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from quantdit import checkpoint
 from quantdit.exporters import onnx_digest
 from quantdit.files import CheckpointError
-from quantdit.pipeline import Source
+from quantdit.pipeline import Source, checked_numbers
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -57,6 +57,7 @@ def open_graph(
 ) -> tuple[onnxruntime.InferenceSession, dict]:
     """Return what `session` does, and the metadata of a graph of ours, {} of any other."""
     path = Path(path)
+    threads = checked_numbers({"threads": threads}, optional=("threads",))["threads"]
     ort = _onnxruntime()
     missing = [p for p in providers if p not in ort.get_available_providers()]
     if missing:

@@ -14,20 +14,21 @@ from torch import nn
 from quantdit import checkpoint, files
 from quantdit.compiler import REPORT
 from quantdit.linear import dense_linear
-from quantdit.pipeline import PARTS
+from quantdit.pipeline import PARTS, dtype_of
 from quantdit.work_folder import copy_rest
 
 
-def to_dense(folder: Path, output: Path, dtype: torch.dtype = torch.bfloat16, accept_config: bool = False) -> None:
+def to_dense(folder: Path, output: Path, dtype: torch.dtype | str = torch.bfloat16, accept_config: bool = False) -> None:
     """Write the pipeline of `folder`, or the transformer alone that lies in it, dequantized, rotations undone, as `dtype`.
 
     Weights are quantized ones; activations are no longer quantized. Of two transformers, one that is not quantized is copied as
-    it is. `accept_config`: as `checkpoint.read_transformer` takes it.
+    it is. `dtype`: as `pipeline.dtype_of` takes it. `accept_config`: as `checkpoint.read_transformer` takes it.
 
     Raises:
-        ValueError: `folder` is no quantdit checkpoint (CheckpointError), or `output` is not empty.
+        ValueError: `folder` is no quantdit checkpoint (CheckpointError), another dtype, or `output` is not empty.
         OSError: the output cannot be written.
     """
+    dtype = dtype_of(dtype)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {output} exists and is not an empty folder; choose another")
     bare = (folder / "config.json").exists()

@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    command("models", _models, "List the models known by name.", "quantdit models")
+    command("models", _models, "List the models known by name, and what each is calibrated on.", "quantdit models")
 
     sub = command(
         "calibrate",
@@ -129,11 +129,15 @@ def _parser() -> argparse.ArgumentParser:
         "quantdit calibrate --model fashion-dit --bits w4a8 --output out/fashion-dit-w4a8",
     )
     sub.add_argument(
-        "--model", required=True, metavar="NAME|HUB_ID|DIR", help="what to quantize; `quantdit models` lists the names"
+        "--model",
+        type=_model,
+        required=True,
+        metavar="NAME|HUB_ID|DIR",
+        help="what to quantize; `quantdit models` lists the names",
     )
     how = sub.add_mutually_exclusive_group(required=True)
     how.add_argument("--bits", metavar="wXaY", help="weight bits X in 2 3 4 6 8 and activation bits Y in 4 6 8 16; auto, autoaY")
-    how.add_argument("--recipe", type=Path, metavar="FILE.toml", help="ordered per-layer rules")
+    how.add_argument("--recipe", type=_path, metavar="FILE.toml", help="ordered per-layer rules")
     goal = sub.add_mutually_exclusive_group()
     goal.add_argument(
         "--size-budget",
@@ -147,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ERROR",
         help="choose each layer's weight bits for the smallest size whose model_rel_rmse is at most this (0.05: 5 %%)",
     )
-    sub.add_argument("--output", type=Path, help="folder to write (MODEL-BITS, here)")
+    sub.add_argument("--output", type=_path, help="folder to write (MODEL-BITS, here)")
     vectors = sub.add_argument_group("weights and how they are calibrated on the outputs of blocks (VQ4DiT)")
     vectors.add_argument(
         "--weight-format",
@@ -163,13 +167,13 @@ def _parser() -> argparse.ArgumentParser:
     vectors.add_argument("--initial-ratios", choices=("distance", "uniform"), help="of the candidates (distance)")
     weights = sub.add_mutually_exclusive_group()
     weights.add_argument(
-        "--weights", type=Path, metavar="DIR", help="where the model lies: its whole pipeline, or its transformer alone"
+        "--weights", type=_path, metavar="DIR", help="where the model lies: its whole pipeline, or its transformer alone"
     )
     weights.add_argument(
         "--random-weights", action="store_true", help="made-up weights of the true shapes, to measure time, memory and size"
     )
     sub.add_argument("--memory-budget", type=_bytes, metavar="8GiB", help="stay within; blocks are then read one at a time")
-    data = sub.add_argument_group("calibration data (defaults: what suits the model; see quantdit models)")
+    data = sub.add_argument_group("calibration data (of a known model: what quantdit models shows for it)")
     data.add_argument("--samples", type=_count, help="images or clips to calibrate on; 0: none, round to nearest (32)")
     data.add_argument("--steps", type=_positive, help="sampling steps (20)")
     data.add_argument("--guidance", type=_finite, help="guidance scale (the pipeline's own default)")
@@ -177,13 +181,15 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--timesteps", type=_count, default=0, help="of the steps, how many to keep; 0: all")
     data.add_argument("--timestep-choice", choices=("even", "salience"), default="even", help="which to keep (%(default)s)")
     data.add_argument("--tokens", type=_count, default=0, help="tokens of each call to make statistics of; 0: all")
-    data.add_argument("--prompts", type=Path, metavar="FILE", help="text file, one prompt a line (the built-in list)")
+    data.add_argument("--prompts", type=_path, metavar="FILE", help="text file, one prompt a line (the built-in list)")
     data.add_argument("--height", type=_positive, help="of a sample, in pixels")
     data.add_argument("--width", type=_positive, help="of a sample, in pixels")
     data.add_argument("--frames", type=_positive, help="of a clip")
     sub.add_argument("--device", default="cpu", help="(%(default)s)")
     sub.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
-    sub.add_argument("--overwrite", action="store_true", help="replace an output folder that quantdit wrote")
+    sub.add_argument(
+        "--overwrite", action="store_true", help="replace an output folder that quantdit wrote, unless it holds files of yours"
+    )
 
     sub = command(
         "generate",
@@ -192,9 +198,9 @@ def _parser() -> argparse.ArgumentParser:
         "quantdit generate fashion-dit --count 40 --seed 1 --output clothes.png\n"
         '  quantdit generate emoji-wan --prompt "a bat moving left" "a rocket moving right" --output clips.webp',
     )
-    sub.add_argument("model", metavar="NAME|HUB_ID|DIR")
+    sub.add_argument("model", type=_model, metavar="NAME|HUB_ID|DIR")
     sub.add_argument(
-        "--output", type=Path, required=True, help="PNG file; of clips .webp, .gif or .mp4, or .png for rows of their frames"
+        "--output", type=_path, required=True, help="PNG file; of clips .webp, .gif or .mp4, or .png for rows of their frames"
     )
     sub.add_argument(
         "--count", type=_positive, dest="samples", help="images or clips (one of each prompt given, else 40 images or 8 clips)"
@@ -205,10 +211,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = sub.add_mutually_exclusive_group()
     what.add_argument("--prompt", nargs="+", metavar="TEXT", help="what to draw, in turn (models that take text)")
-    what.add_argument("--prompts", type=Path, help="text file, one prompt a line")
+    what.add_argument("--prompts", type=_path, help="text file, one prompt a line")
     sub.add_argument(
         "--onnx",
-        type=Path,
+        type=_path,
         nargs="+",
         metavar="FILE",
         help="let graphs that were exported from DIR compute in the transformer's place",
@@ -218,13 +224,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "inspect", _inspect, "Show what is inside a quantized folder.", "quantdit inspect out/fashion-dit-w4a8 --plot layers.png"
     )
-    sub.add_argument("folder", type=Path, metavar="DIR")
+    sub.add_argument("folder", type=_path, metavar="DIR")
     _accept_config(sub)
     sub.add_argument("--all", action="store_true", help="list every layer in its order, not the worst ten alone")
     sub.add_argument("--by", choices=("role", "block"), default="role", help="what layers are grouped by (%(default)s)")
     shown = sub.add_mutually_exclusive_group()
     shown.add_argument("--json", action="store_true", help="print all of it as JSON")
-    shown.add_argument("--plot", type=Path, metavar="FILE.png", help="draw weights and levels, errors, activations per timestep")
+    shown.add_argument("--plot", type=_path, metavar="FILE.png", help="draw weights and levels, errors, activations per timestep")
 
     sub = command(
         "evaluate",
@@ -232,31 +238,37 @@ def _parser() -> argparse.ArgumentParser:
         "Compare two models on the same seeds.",
         "quantdit evaluate fashion-dit out/fashion-dit-w4a8 --output out/drift",
     )
-    sub.add_argument("reference", metavar="REF")
-    sub.add_argument("candidate", metavar="CAND")
-    sub.add_argument("--output", type=Path, required=True, help="folder for report.html, report.md, report.json, drift.png")
+    sub.add_argument("reference", type=_model, metavar="REF")
+    sub.add_argument("candidate", type=_model, metavar="CAND")
+    sub.add_argument("--output", type=_path, required=True, help="folder for report.html, report.md, report.json, drift.png")
     sub.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="text file, one prompt a line (the model's own, or its classes)"
+        "--prompts", type=_path, metavar="FILE", help="text file, one prompt a line (the model's own, or its classes)"
     )
     number = sub.add_mutually_exclusive_group()
     number.add_argument("--seeds", type=_positive, metavar="N", help="samples of each prompt")
     number.add_argument("--samples", type=_positive, help="samples of each model, prompts in turn (64)")
     sub.add_argument("--batch", type=_positive, default=32, help="samples at once (%(default)s)")
     sub.add_argument("--probes", type=_positive, default=16, help="samples whose inputs both transformers get (%(default)s)")
-    sub.add_argument("--cache", type=Path, metavar="DIR", help="where samples are kept for the next time (OUTPUT/samples)")
+    sub.add_argument("--cache", type=_path, metavar="DIR", help="where samples are kept for the next time (OUTPUT/samples)")
     sub.add_argument(
         "--noise-floor",
         action="store_true",
-        help="also sample REF with another batch size and in another dtype; --update-baseline needs it",
+        help="also measure how far REF is from itself on the same seeds, with another batch size and in another dtype;"
+        " --update-baseline needs it",
     )
-    sub.add_argument("--real", type=Path, metavar="DIR", help="folder of real images to measure both sets against")
+    sub.add_argument("--real", type=_path, metavar="DIR", help="folder of real images to measure both sets against")
     sub.add_argument(
-        "--inception-weights", type=Path, metavar="FILE", help="FID and KID by the original network instead of EfficientNet-Lite0"
+        "--inception-weights",
+        type=_path,
+        metavar="FILE",
+        help="FID and KID by the original network instead of EfficientNet-Lite0",
     )
-    sub.add_argument("--clip-weights", type=Path, metavar="DIR", help="a CLIP model's folder: CLIP score and CMMD")
-    sub.add_argument("--vbench", type=Path, metavar="DIR", help="an environment that has the vbench package, to score clips with")
+    sub.add_argument("--clip-weights", type=_path, metavar="DIR", help="a CLIP model's folder: CLIP score and CMMD")
     sub.add_argument(
-        "--vbench-weights", type=Path, metavar="DIR", help="of its networks: scores what it finds there (it fetches them all)"
+        "--vbench", type=_path, metavar="DIR", help="an environment that has the vbench package, to score clips with"
+    )
+    sub.add_argument(
+        "--vbench-weights", type=_path, metavar="DIR", help="of its networks: scores what it finds there (it fetches them all)"
     )
     _sampling(sub)
 
@@ -266,10 +278,10 @@ def _parser() -> argparse.ArgumentParser:
         "Hold a report against a baseline: exit code 0 for pass, 1 for fail, 3 for inconclusive.",
         "quantdit gate out/drift/report.json --baseline reports/baselines/fashion-dit-w4a8.json",
     )
-    sub.add_argument("report", type=Path, metavar="REPORT", help="report.json of quantdit evaluate, or its folder")
-    sub.add_argument("--baseline", type=Path, required=True, metavar="FILE.json")
+    sub.add_argument("report", type=_path, metavar="REPORT", help="report.json of quantdit evaluate, or its folder")
+    sub.add_argument("--baseline", type=_path, required=True, metavar="FILE.json")
     sub.add_argument("--update-baseline", action="store_true", help="make the baseline of this report; margins in it are kept")
-    sub.add_argument("--summary", type=Path, metavar="FILE.md", help="write the verdict there, too, as for a pull request")
+    sub.add_argument("--summary", type=_path, metavar="FILE.md", help="write the verdict there, too, as for a pull request")
 
     sub = command(
         "export",
@@ -277,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
         "Write a quantized folder in another form.",
         "quantdit export out/fashion-dit-w4a8 --to dense --output out/fashion-dit-dense",
     )
-    sub.add_argument("folder", type=Path, metavar="DIR")
+    sub.add_argument("folder", type=_path, metavar="DIR")
     _accept_config(sub)
     sub.add_argument(
         "--to",
@@ -288,7 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--output",
-        type=Path,
+        type=_path,
         required=True,
         help="folder to write; FILE.safetensors for comfyui; FILE.onnx, large weights beside it",
     )
@@ -317,7 +329,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "what", choices=("cpu", "kernels", "onnx"), help="cpu; kernels: the Triton kernels on a CUDA GPU; onnx: exported graphs"
     )
-    sub.add_argument("--output", type=Path, required=True, metavar="FILE.jsonl", help="one row a measurement; a table beside it")
+    sub.add_argument("--output", type=_path, required=True, metavar="FILE.jsonl", help="one row a measurement; a table beside it")
     sub.add_argument("--tune", action="store_true", help="kernels: time every tile configuration first and keep the fastest")
     sub.add_argument(
         "--write-crossover", action="store_true", help="kernels: put the crossover points measured here where layers look them up"
@@ -372,32 +384,35 @@ def _models(args: argparse.Namespace) -> int:
     for name, size, *texts, about in rows:
         cells = [name.ljust(widths[0]), size.rjust(widths[1]), *(t.ljust(w) for t, w in zip(texts, widths[2:], strict=True))]
         print(*cells, about, sep="  ")
+    print("\nwhat quantdit calibrate samples of each, but for what --samples, --steps, --guidance, --height, ... say")
+    rows = [("name", "on a CPU", "on a GPU"), *((name, _captured(a.cpu), _captured(a.gpu)) for name, a in ALIASES.items())]
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    for row in rows:
+        print(row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2], sep="  ")
     return 0
 
 
-def _calibrate(args: argparse.Namespace) -> int:
-    from quantdit import progress
+def _captured(known) -> str:
+    """Return what of a known model calibration samples: an aliases.Capture in words."""
+    frames = f"{known.frames} frames of " if known.frames > 1 else ""
+    return f"{known.prompts} samples, {known.steps} steps, guidance {known.guidance:g}, {frames}{known.width}x{known.height}"
 
-    progress.say(f"loading {args.model}")
-    from quantdit import inspection, recipe, work_folder
-    from quantdit.compiler import ALREADY, REPORT, Target, calibrate
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from quantdit import inspection, progress, work_folder
+    from quantdit.compiler import ALREADY, REPORT, calibrate
     from quantdit.pipeline import BareTransformer
 
-    plan = recipe.from_bits(args.bits) if args.bits is not None else recipe.from_toml(args.recipe)
-    target = None
-    if args.size_budget is not None or args.max_drift is not None:
-        target = Target(args.size_budget, args.max_drift)
-        plan = recipe.with_auto(plan) if args.bits is not None else plan
-    if args.weight_format is not None:
-        if args.bits is None:
-            raise ValueError("--weight-format goes with --bits; a recipe names the weight format itself")
-        plan = recipe.with_weight_format(plan, args.weight_format)
+    plan, target = _plan(args)
     if args.output is None:
         args.output = Path(f"{Path(args.model).resolve().name}-{args.bits if args.bits is not None else args.recipe.stem}")
     with work_folder.clear_disk_errors(args.output), ExitStack() as stack:
         work_folder.check_output(args.output, args.overwrite, args.resume)
         given = {"recipe": args.recipe, "prompts": args.prompts, "--weights folder": args.weights}
         work_folder.check_apart(args.output, {what: (path,) for what, path in given.items() if path is not None})
+        prompts = _prompts(args.prompts) if args.prompts else []
+        _check_model(args)
+        progress.say(f"loading {args.model}")  # seconds go into it
         scratch = None
         if args.random_weights:
             place = work_folder.place_of(args.output)
@@ -406,7 +421,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         pipeline, source = _open(args, scratch)
         if isinstance(pipeline, BareTransformer) and not args.random_weights:
             print(f"quantdit: note: {source.folder} has no pipeline, only a transformer: conditions are made up", file=sys.stderr)
-        settings = _settings(args, pipeline)
+        settings = _settings(args, pipeline, prompts)
         if 0 < settings.samples < len(settings.prompts):
             print(
                 f"quantdit: note: {settings.samples} of {len(settings.prompts)} prompts are used; see --samples", file=sys.stderr
@@ -434,6 +449,23 @@ def _calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(args: argparse.Namespace):
+    """Return the recipe, and what its open weights are to be chosen for, or None."""
+    from quantdit import recipe
+    from quantdit.compiler import Target
+
+    plan = recipe.from_bits(args.bits) if args.bits is not None else recipe.from_toml(args.recipe)
+    target = None
+    if args.size_budget is not None or args.max_drift is not None:
+        target = Target(args.size_budget, args.max_drift)
+        plan = recipe.with_auto(plan) if args.bits is not None else plan
+    if args.weight_format is not None:
+        if args.bits is None:
+            raise ValueError("--weight-format goes with --bits; a recipe names the weight format itself")
+        plan = recipe.with_weight_format(plan, args.weight_format)
+    return plan, target
+
+
 def _training(args: argparse.Namespace, settings, plan):
     """Return how assignments are calibrated: as the user said, else as the preset does where there are samples; or None."""
     from dataclasses import replace
@@ -458,6 +490,15 @@ def _training(args: argparse.Namespace, settings, plan):
     return None if training is None else replace(training, **given)
 
 
+def _check_model(args: argparse.Namespace) -> None:
+    """Refuse a model that there cannot be, before seconds go into loading what loads it."""
+    from quantdit.models.aliases import ALIASES, locate
+
+    if args.random_weights and (args.model not in ALIASES or not ALIASES[args.model].hub):
+        raise ValueError(f"--random-weights needs a known model that is not embedded, got {args.model!r}; see quantdit models")
+    locate(args.model)
+
+
 def _open(args: argparse.Namespace, scratch: Path | None):
     """Return the pipeline to calibrate, or its bare transformer, and its source."""
     from dataclasses import replace
@@ -469,17 +510,14 @@ def _open(args: argparse.Namespace, scratch: Path | None):
     _quiet()
     if scratch is None:
         return load_pipeline(args.model, device=args.device, weights=args.weights, memory_budget=args.memory_budget)
-    alias = ALIASES.get(args.model)
-    if alias is None or not alias.hub:
-        raise ValueError(f"--random-weights needs a known model that is not embedded, got {args.model!r}; see quantdit models")
     open_scratch(scratch, {"model": args.model, "seed": args.seed})
-    for number, part in enumerate(alias.transformers):
+    for number, part in enumerate(ALIASES[args.model].transformers):
         write_random_transformer(transformer_config(args.model), scratch / part, args.seed + number)
     pipeline, source = load_pipeline(args.model, device=args.device, weights=scratch, memory_budget=args.memory_budget)
     return pipeline, replace(source, random_weights=True)
 
 
-def _settings(args: argparse.Namespace, pipeline: object):
+def _settings(args: argparse.Namespace, pipeline: object, prompts: list[str]):
     """Return what is sampled: what the user said, else what suits the model, else the defaults."""
     from quantdit.models.aliases import ALIASES
     from quantdit.pipeline import BareTransformer
@@ -489,8 +527,8 @@ def _settings(args: argparse.Namespace, pipeline: object):
         key: getattr(args, key) for key in ("samples", "steps", "guidance", "seed", "timesteps", "timestep_choice", "tokens")
     }
     given |= {size: getattr(args, size) for size in SIZES}
-    if args.prompts:
-        given["prompts"] = tuple(_prompts(args.prompts))
+    if prompts:
+        given["prompts"] = tuple(prompts)
     wanted = {}
     if args.model in ALIASES:
         known = ALIASES[args.model].cpu if args.device == "cpu" else ALIASES[args.model].gpu
@@ -512,8 +550,10 @@ def _prompts(path: Path) -> list[str]:
 
 def _generate(args: argparse.Namespace) -> int:
     from quantdit import progress
+    from quantdit.evaluation.places import require_picture
 
     asked = _asked(args)
+    require_picture(args.output)
     progress.say("loading diffusers")  # seconds go into it
     from quantdit.commands import generate
 
@@ -525,10 +565,11 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     from quantdit import inspection
-    from quantdit.evaluation.places import require_file
+    from quantdit.evaluation.places import PICTURES, require_file, require_suffix
 
     if args.plot:
         require_file(args.plot)
+        require_suffix(args.plot, PICTURES, "plots")
     found = inspection.read(args.folder, args.accept_config)
     if args.json:
         print(json.dumps(inspection.as_json(found), indent=2))
@@ -544,8 +585,10 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from quantdit import progress
+    from quantdit.evaluation.places import require_folder
 
     asked = _asked(args)
+    require_folder(args.output)
     progress.say("loading diffusers")
     from quantdit.evaluation.run import FOLDERS, SUMMARY, evaluate
 
@@ -623,6 +666,16 @@ def _quiet() -> None:
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def _path(text: str) -> Path:
+    return Path(_model(text))
+
+
+def _model(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; . is the folder that you are in")
+    return text
 
 
 def _positive(text: str) -> int:

@@ -175,8 +175,7 @@ def _calibrate(
             made[part], extra["allocation"] = _quantize_to_target(job, options[part], target)
     quantized = time.perf_counter()
 
-    if not source.bare:
-        work_folder.copy_rest(source.folder, partial, _left(source))
+    copied = [] if source.bare else work_folder.copy_rest(source.folder, partial, _left(source))
     for part, job in jobs.items():
         read = job.stream.read if job.stream is not None else None
         scheduler = None if source.bare else checkpoint.scheduler_of(source.folder)
@@ -212,6 +211,7 @@ def _calibrate(
         report["model_rel_rmse_of_parts"] = {part: m.drift for part, m in made.items()}
     if source.random_weights:
         report["warning"] = RANDOM_WARNING
+    report[work_folder.FILES] = [*copied, *(f"{part}/{name}" for part in jobs for name in work_folder.files_in(partial / part))]
     files.write_json(partial / REPORT, report)
     work_folder.publish(partial, output, identity)
     return report

@@ -26,6 +26,7 @@ _STORED = re.compile(
     r"(?:diffusion_pytorch_)?model(?:\.(?![\w-]*-of-\d)(?P<file>[\w-]+))?\.safetensors"
     r"|(?:diffusion_pytorch_)?model\.safetensors\.index(?:\.(?P<index>[\w-]+))?\.json"
 )
+_SHARD = re.compile(r"(?:diffusion_pytorch_)?model(?:\.[\w-]+)?-\d+-of-\d+\.safetensors")
 
 
 class Advice(UserWarning):
@@ -34,6 +35,24 @@ class Advice(UserWarning):
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, with the file, the tensor, what was expected and what to do."""
+
+
+def check_path(what: str, given: object, expected: str = "a path") -> str:
+    """Return a path, or a model's name, as text.
+
+    Args:
+        what: the name of the argument.
+        given: what the user gave for it.
+        expected: what it takes, in words.
+
+    Raises:
+        ValueError: it is neither text nor a path, or empty.
+    """
+    if not isinstance(given, str | os.PathLike):
+        raise ValueError(f"{what} is a {type(given).__name__}, expected {expected}")
+    if not (text := os.fspath(given)):
+        raise ValueError(f"{what} is empty, expected {expected}; . is the folder that you are in")
+    return text
 
 
 def check_regular(path: Path) -> None:
@@ -136,6 +155,11 @@ def variant_of(folder: Path) -> str | None:
             " leave one of them in the folder"
         )
     return found.pop()
+
+
+def is_weights(name: str) -> bool:
+    """Return whether a file of this name holds a component's weights, whole or as a shard, or is the index of its shards."""
+    return _STORED.fullmatch(name) is not None or _SHARD.fullmatch(name) is not None
 
 
 def _of_variant(name: str, variant: str | None) -> str:

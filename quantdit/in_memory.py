@@ -22,7 +22,7 @@ from quantdit.calibration.assignments import Training
 from quantdit.calibration.calls import StoredCalls
 from quantdit.diffusers_quantizer import attach
 from quantdit.models import adapter as adapters
-from quantdit.pipeline import DTYPES, BareTransformer, load_pipeline
+from quantdit.pipeline import MODEL, BareTransformer, checked_numbers, dtype_of, guesses_options, load_pipeline
 from quantdit.recipe import Recipe
 from quantdit.sampling import Settings
 
@@ -32,6 +32,7 @@ ERRORS = ("rel_rmse", "weight_only_rel_rmse", "rms", "weight_rel_rmse")  # of a 
 MISFITS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
 
 
+@guesses_options
 def load(
     folder: str | Path,
     device: str | torch.device = "cpu",
@@ -49,19 +50,17 @@ def load(
     Raises:
         ValueError: no diffusers folder, a damaged checkpoint (files.CheckpointError), no such device, another dtype.
     """
-    if str(dtype).removeprefix("torch.") not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} cannot be loaded in; use torch.float32, torch.bfloat16 or torch.float16")
-    if not isinstance(folder, str | Path) or not str(folder):
-        raise ValueError(f"load takes the path of a folder, got {folder!r}")
+    wanted = dtype_of(dtype)
+    files.check_path("folder", folder, MODEL)
     if isinstance(folder, Path) and not folder.expanduser().exists():
         raise ValueError(f"folder {folder} does not exist; give one that quantdit calibrate or save_pretrained wrote")
-    wanted = DTYPES[str(dtype).removeprefix("torch.")]
     pipeline, source = load_pipeline(str(folder), wanted, device, accept_config=accept_config)
     if isinstance(pipeline, BareTransformer):
         return getattr(pipeline, source.parts[0]).to(device)
     return pipeline
 
 
+@guesses_options
 def quantize(
     transformer: nn.Module,
     recipe: Recipe | Mapping | str | Path,
@@ -90,10 +89,13 @@ def quantize(
     Raises:
         ValueError: a recipe that does not fit or leaves widths open (`auto`), steps without inputs or with nothing to train,
             inputs that the transformer cannot be called with or that never call it, weights that are NaN, infinite, not in
-            memory or quantized already, by quantdit or by another tool; adapters, fused projections or anything else that the
+            memory or quantized already, by quantdit or by another tool; an option that there is not, or a number that is none;
+            adapters, fused projections or anything else that the
             class does not build from its config. Its weights are then as they were. If activations turn out NaN or infinite, the
             blocks before are quantized: load it again.
     """
+    asked = {"seed": seed, "tokens": tokens, "calibration_steps": calibration_steps}
+    seed, tokens, calibration_steps = checked_numbers(asked, optional=("calibration_steps",)).values()
     given, transformer = transformer, getattr(transformer, "_orig_mod", transformer)  # of torch.compile
     if not isinstance(transformer, nn.Module):
         raise ValueError(f"quantize takes a transformer, got a {type(transformer).__name__}; give pipeline.transformer")

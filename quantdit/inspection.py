@@ -17,7 +17,7 @@ from quantdit.compiler import REPORT, added, size_of
 from quantdit.formats import FORMATS
 from quantdit.linear import QuantLinear, weight_bits
 from quantdit.models import adapter as adapters
-from quantdit.pipeline import PARTS
+from quantdit.pipeline import PARTS, check_quantized
 
 # The error of a layer that saw calibration data, and of one that did not, by its name in the report.
 WITH_DATA = "rel_rmse"
@@ -102,11 +102,8 @@ def read(folder: Path, accept_config: bool = False) -> Inspected:
     Raises:
         files.CheckpointError: no quantdit checkpoint, a damaged one, or one that its report does not fit.
     """
+    check_quantized(folder)
     bare = (folder / "config.json").exists()
-    if not bare and not (folder / PARTS[0]).is_dir():
-        raise files.CheckpointError(
-            f"{folder} has no transformer folder; give the folder that quantdit calibrate or save_pretrained wrote"
-        )
     places = {"": folder} if bare else {part: folder / part for part in PARTS if (folder / part).is_dir()}
     quantized = {part: place for part, place in places.items() if checkpoint.is_quantized(place)} or places
     layers: dict[str, QuantLinear] = {}

@@ -6,12 +6,14 @@ import difflib
 import functools
 import inspect
 import math
+import numbers
 import operator
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,15 @@ SIZES = {"height": ("height",), "width": ("width",), "frames": ("num_frames", "v
 # What a call may be asked for besides its prompts, and what pipelines call it.
 OPTIONS = {"guidance": ("guidance_scale",), "negative_prompt": ("negative_prompt",)} | SIZES
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MODEL = "the name of a model, a hub id or a folder; a pipeline's save_pretrained writes one"
+SEEDS = 2**31
+# The numbers that functions take, with the least and the largest of each; None: any.
+NUMBERS: dict[str, tuple[type[numbers.Real], int | None, int | None]] = {
+    **dict.fromkeys(("samples", "steps", "batch", "columns", "seeds", "probes", "threads", *SIZES), (numbers.Integral, 1, None)),
+    **dict.fromkeys(("tokens", "calibration_steps"), (numbers.Integral, 0, None)),
+    "seed": (numbers.Integral, 0, SEEDS - 1),
+    "guidance": (numbers.Real, None, None),
+}
 GIVEN = ("prompt", "class_labels", "generator", "num_inference_steps", "output_type")  # whenever a pipeline is called
 DEFAULT_MEMORY = 0.8  # of the machine's
 ANY_SIZE = 2**31  # in the config of a text encoder: its vocabulary, tokens, bases
@@ -91,7 +102,7 @@ class Sampling:
         height: of a sample, in pixels; None for the pipeline's own.
         width: of a sample, in pixels.
         frames: of a clip.
-        dtype: of DTYPES, that the model is loaded in.
+        dtype: that the model is loaded in, as `dtype_of` takes it; kept as its name.
     """
 
     samples: int = 64
@@ -111,31 +122,62 @@ class Sampling:
         """Refuse what nothing can be sampled with.
 
         Raises:
-            ValueError: a number below 1, or an unknown dtype.
+            ValueError: what is no such number, or an unknown dtype.
         """
-        for name in ("prompts", "classes"):
-            object.__setattr__(self, name, as_list(getattr(self, name)))
-        for name in ("samples", "steps", "batch", *SIZES):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
-        dtype_of(self.dtype)
+        for name, kinds, expected in (("prompts", str, "texts"), ("classes", (str, numbers.Integral), "numbers or names")):
+            given = as_list(getattr(self, name))
+            if given is None:
+                continue
+            found = tuple(given) if isinstance(given, Iterable) else (None,)
+            if not all(isinstance(each, kinds) for each in found):
+                raise ValueError(f"{name} is {given!r:.60}, expected a list of {expected}")
+            object.__setattr__(self, name, tuple(each if isinstance(each, str) else int(each) for each in found))
+        given = {name: getattr(self, name) for name in NUMBERS if hasattr(self, name)}
+        for name, value in checked_numbers(given, optional=("guidance", *SIZES)).items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "dtype", str(dtype_of(self.dtype)).removeprefix("torch."))
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """Return the dtype of a name in DTYPES.
+def checked_numbers(given: Mapping[str, object], optional: Collection[str] = ()) -> dict[str, int | float | None]:
+    """Return what was given for some of NUMBERS as Python's own numbers.
+
+    Args:
+        given: values by their names in NUMBERS.
+        optional: those that may be None.
 
     Raises:
-        ValueError: there is none.
+        ValueError: naming the argument, what was given and what is expected.
     """
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is unknown; use one of {', '.join(DTYPES)}")
+    found: dict[str, int | float | None] = {}
+    for name, value in given.items():
+        if value is None and name in optional:
+            found[name] = None
+            continue
+        kind, least, largest = NUMBERS[name]
+        if isinstance(value, bool) or not isinstance(value, kind) or not -math.inf < value < math.inf:
+            raise ValueError(f"{name} is {value!r:.60}, expected a {'whole' if kind is numbers.Integral else 'finite'} number")
+        if (least is not None and value < least) or (largest is not None and value > largest):
+            limits = f"at least {least}" if largest is None else f"{least} to {largest}"
+            raise ValueError(f"{name} is {value}, expected {limits}")
+        found[name] = int(value) if kind is numbers.Integral else float(value)
+    return found
+
+
+def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
+    """Return one of DTYPES, given as torch's own or by its name, `bfloat16` or `torch.bfloat16`.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if not isinstance(dtype, str | torch.dtype) or name not in DTYPES:
+        raise ValueError(f"dtype {dtype!r:.60} is unknown; use {', '.join(DTYPES)}, as text or as torch.{next(iter(DTYPES))}")
     return DTYPES[name]
 
 
-def as_list(given: str | Sequence | None) -> Sequence | None:
-    """Return prompts or classes as they are given, a text alone as a tuple of one: its letters are no prompts."""
-    return (given,) if isinstance(given, str) else given
+def as_list(given: str | int | Sequence | None) -> Sequence | None:
+    """Return prompts or classes as they are given, a text or a number alone as a tuple of one: letters are no prompts."""
+    return (given,) if isinstance(given, str | int) else given
 
 
 def check_options(function: str, given: Iterable[str], known: Collection[str]) -> None:
@@ -149,6 +191,40 @@ def check_options(function: str, given: Iterable[str], known: Collection[str]) -
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
             raise ValueError(f"{function} has no option {name!r}; {hint}")
+
+
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
+
+
+def guesses_options(function: Callable[Given, Made]) -> Callable[Given, Made]:
+    """Decorate a function so that an option which it does not have is refused as `check_options` does."""
+    known = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+        check_options(function.__name__, kwargs, known)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def check_quantized(folder: Path) -> None:
+    """Refuse what cannot be the folder of a quantized model, before it is read.
+
+    Raises:
+        files.CheckpointError: the name of a known model, nothing, a file, or a folder without a transformer.
+    """
+    advice = "give the folder that quantdit calibrate or save_pretrained wrote"
+    if not folder.exists() and str(folder) in ALIASES:
+        raise files.CheckpointError(
+            f"{folder} is a model in full precision, and this command takes the folder of a quantized one; quantdit calibrate"
+            f" --model {folder} --bits w4a8 writes {folder}-w4a8"
+        )
+    if not folder.is_dir():
+        raise files.CheckpointError(f"{folder} {'is a file' if folder.exists() else 'does not exist'}; {advice}")
+    if not (folder / "config.json").exists() and not (folder / PARTS[0]).is_dir():
+        raise files.CheckpointError(f"{folder} has no transformer folder; {advice}")
 
 
 class BareTransformer:

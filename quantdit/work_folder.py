@@ -12,7 +12,7 @@ import shutil
 import stat
 import tempfile
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,10 +25,13 @@ REPORT = "calibration_report.json"
 STATE = "identity.json"
 WORK = "work"
 FINISHED = "finished"
+FILES = "files"  # key of a report: what the run wrote into its output
 LONGEST_NAME = 240  # bytes; file systems take 255, and the names beside the output are longer than its own
 
 # Files of weights and their indexes; those of them that a pipeline reads: diffusers' own names, without a variant's.
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|ckpt|pt|pth|gguf|onnx|onnx_data|msgpack|h5)(\.index(\.[^.]+)?\.json)?")
+# What parts of a pipeline are made of: what a folder without a list of its files may hold.
+_OF_PART = re.compile(r"[^.].*\.(json|safetensors|model|jinja)|merges\.txt|vocab\.txt")
 _PLAIN = re.compile(r"[^.]+\.safetensors(\.index\.json)?")
 
 
@@ -53,7 +56,7 @@ def check_output(output: Path, overwrite: bool, resume: bool = False) -> None:
 
     Raises:
         ValueError: a file; a folder that is not empty, and not to be overwritten or not quantdit's; a link to nothing; a folder
-            that cannot be renamed; a name that is too long.
+            that cannot be renamed; a name that is too long; to be overwritten, but with a file in it that is the user's.
     """
     if output.is_symlink() and not output.exists():
         raise ValueError(f"output {output} is a link to {os.readlink(output)}, which does not exist; make that folder first")
@@ -77,6 +80,8 @@ def check_output(output: Path, overwrite: bool, resume: bool = False) -> None:
         raise ValueError(f"output {output} is, or contains, the folder that this command runs in; name a folder inside it")
     if os.path.ismount(output):
         raise ValueError(f"output {output} is a mount point, which no finished folder can replace; name a folder in it")
+    if overwrite:
+        check_no_others(output)
 
 
 def is_ours(folder: Path) -> bool:
@@ -87,6 +92,58 @@ def is_ours(folder: Path) -> bool:
     configs = (_known(place / "config.json") for place in (folder, *(folder / part for part in PARTS)))
     quantized = (config.get("quantization_config") for config in configs)
     return any(isinstance(found, dict) and found.get("quant_method") == checkpoint.METHOD for found in quantized)
+
+
+def check_no_others(folder: Path) -> None:
+    """Refuse to replace a folder that quantdit wrote if somebody put a file of their own into it.
+
+    What a calibration wrote is listed in its report. A folder without that list may hold what pipelines are made of.
+
+    Raises:
+        ValueError: naming the first such file, or link, which no run writes.
+    """
+    listed = _known(folder / REPORT).get(FILES)
+    if isinstance(listed, list) and all(isinstance(name, str) for name in listed):
+        wrote = {*listed, REPORT, STATE}.__contains__
+    else:
+        wrote = _pipelines_own(folder)
+    for path in sorted(_entries(folder)):
+        if path.is_symlink() or not wrote(path.relative_to(folder).as_posix()):
+            raise ValueError(
+                f"{path} would be lost: the output takes the place of {folder}, and no calibration wrote this into it; move it"
+                " away, or choose another --output"
+            )
+
+
+def _pipelines_own(folder: Path) -> Callable[[str], bool]:
+    """Return what tells the files that a pipeline, or a transformer alone, is made of, by their paths in its folder."""
+    index = _known(folder / "model_index.json")
+    parts = {name for name, entry in index.items() if isinstance(entry, list)}
+    alone = {REPORT, STATE, "model_index.json", *((_own_files(index["_class_name"]) or ()) if "_class_name" in index else ())}
+
+    def is_own(path: str) -> bool:
+        part, _, name = path.rpartition("/")
+        if path in alone:
+            return True
+        if part in ("", *PARTS):
+            return name == "config.json" or files.is_weights(name)
+        return part in parts and _OF_PART.fullmatch(name) is not None
+
+    return is_own
+
+
+def files_in(folder: Path) -> list[str]:
+    """Return the paths of all files and links below a folder, relative to it, in order."""
+    return sorted(path.relative_to(folder).as_posix() for path in _entries(folder))
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, and the links, which are not followed."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            yield from _entries(path)
+        else:
+            yield path
 
 
 def _known(path: Path) -> dict:
@@ -281,8 +338,11 @@ def _files_in(source: Path, leave: Collection[str]) -> Iterator[Path]:
             raise ValueError(f"{path} is neither a file nor a folder; remove it from the model")
 
 
-def copy_rest(source: Path, partial: Path, leave: Collection[str]) -> None:
+def copy_rest(source: Path, partial: Path, leave: Collection[str]) -> list[str]:
     """Copy the pipeline's other parts into the output, except the names in `leave` and weights that the pipeline does not read.
+
+    Returns:
+        The files that were copied, relative to their folder.
 
     Raises:
         ValueError: as `rest_of`.
@@ -296,12 +356,16 @@ def copy_rest(source: Path, partial: Path, leave: Collection[str]) -> None:
         more = f" (and {len(idle) - 3} more)" if len(idle) > 3 else ""
         names = ", ".join(str(path) for path in idle[:3])
         warnings.warn(files.Advice(f"not copied, since the pipeline does not read these weights: {names}{more}"), stacklevel=2)
+    return [path.as_posix() for path in wanted]
 
 
 def publish(partial: Path, output: Path, identity: dict) -> None:
     """Give the finished folder its name; an old one is moved away first and removed last.
 
     Killed at any moment, `is_finished` holds for the folder that has the result, and calling this again ends the work.
+
+    Raises:
+        ValueError: somebody put a file of their own into the old one meanwhile.
     """
     place = place_of(output)
     grave = f".{place.name}.old-"
@@ -309,6 +373,7 @@ def publish(partial: Path, output: Path, identity: dict) -> None:
         sealed.write(partial / STATE, identity | {FINISHED: _result_digest(partial)}, "")
         shutil.rmtree(partial / WORK, ignore_errors=True)
         if place.exists():
+            check_no_others(place)
             os.replace(place, Path(tempfile.mkdtemp(prefix=grave, dir=place.parent)) / place.name)
         os.replace(partial, place)
     for old in place.parent.iterdir():

@@ -100,6 +100,50 @@ def test_usage_error_reaches_the_shell():
     assert done.returncode == 2 and "usage: quantdit calibrate" in done.stderr
 
 
+PATHS = (
+    ("calibrate", "--model", "", "--bits", "w4a8"),
+    ("calibrate", "--model", "x", "--recipe", ""),
+    *(("calibrate", "--model", "x", "--bits", "w4a8", option, "") for option in ("--output", "--weights", "--prompts")),
+    ("generate", "", "--output", "x.png"),
+    *(("generate", "x", "--output", "x.png", option, "") for option in ("--output", "--prompts", "--onnx")),
+    ("inspect", ""),
+    ("inspect", "x", "--plot", ""),
+    ("evaluate", "", "x", "--output", "y"),
+    ("evaluate", "x", "", "--output", "y"),
+    *(
+        ("evaluate", "x", "y", "--output", "z", option, "")
+        for option in (
+            "--output", "--prompts", "--cache", "--real", "--inception-weights", "--clip-weights", "--vbench", "--vbench-weights",
+        )
+    ),
+    ("gate", "", "--baseline", "x"),
+    ("gate", "x", "--baseline", ""),
+    ("gate", "x", "--baseline", "y", "--summary", ""),
+    ("export", "", "--to", "dense", "--output", "x"),
+    ("export", "x", "--to", "dense", "--output", ""),
+    ("bench", "cpu", "--output", ""),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", PATHS, ids=" ".join)
+def test_an_empty_path_is_not_the_folder_one_is_in(cli, tmp_path: Path, monkeypatch, arguments: tuple[str, ...]):
+    monkeypatch.chdir(tmp_path)
+    ran = cli(*arguments)
+    assert ran.code == 2 and "is empty; . is the folder that you are in" in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_option_that_is_a_path_is_tried_empty():
+    """PATHS is the whole list: what a new option takes as a path belongs there."""
+    (commands,) = (a for a in command_line._parser()._actions if a.choices and "calibrate" in a.choices)
+    paths = {command_line._path, command_line._model}
+    for name, parser in commands.choices.items():
+        options = [(a.option_strings or [None])[0] for a in parser._actions if a.type in paths]
+        tried = [arguments[arguments.index("") - 1] for arguments in PATHS if arguments[0] == name]
+        assert {option for option in options if option} <= set(tried), name
+        assert not [a.dest for a in parser._actions if a.type is Path]
+
+
 # ---- models that cannot be had
 
 
@@ -118,11 +162,11 @@ def test_usage_error_reaches_the_shell():
 )
 @pytest.mark.parametrize("command", ["calibrate", "generate"])
 def test_unknown_model_names_near_matches(cli, tmp_path: Path, command: str, model: str, words: list[str]):
-    output = ("--output", tmp_path / "out")
+    output = ("--output", tmp_path / "out.png")
     ran = (
         cli("calibrate", "--model", model, "--bits", "w4a8", *output) if command == "calibrate" else cli(command, model, *output)
     )
-    assert ran.code == 1
+    assert ran.code == 1 and (command == "generate" or "loading" not in ran.err)
     for word in words:
         assert word in ran.error
     assert not list(tmp_path.iterdir())
@@ -139,6 +183,27 @@ def test_unknown_bits_name_near_matches(cli, tmp_path: Path, pixel_dit: Path, bi
 def test_bits_of_weights_alone_suggest_the_preset(cli, pixel_dit: Path, tmp_path: Path, bits: str):
     ran = cli("calibrate", "--model", pixel_dit, "--bits", bits, "--output", tmp_path / "out")
     assert ran.code == 1 and "did you mean w4a16, weights alone, or w4a8" in ran.error
+
+
+def test_what_calibrate_refuses_it_refuses_before_it_loads_anything(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("quantdit.pipeline.load_pipeline", lambda *a, **b: pytest.fail("it loaded the model"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("x")
+    (tmp_path / "bad.toml").write_text("[[rule]]\nmatch = 3\n")
+    (tmp_path / "empty.txt").touch()
+    of, new = ("calibrate", "--model"), ("--output", tmp_path / "out")
+    for arguments, words in (
+        ((*of, "fashion-dit", "--bits", "w4", *new), "did you mean"),
+        ((*of, "fashion-dit", "--recipe", tmp_path / "bad.toml", *new), "bad.toml"),
+        ((*of, "fashion-dit", "--recipe", tmp_path / "none.toml", *new), "none.toml"),
+        ((*of, "fashion-dit", "--bits", "w4a8", "--output", tmp_path / "full"), "is not empty"),
+        ((*of, "fashion-dit", "--bits", "w4a8", "--prompts", tmp_path / "empty.txt", *new), "holds no prompt"),
+        ((*of, "fashion-dit", "--bits", "w4a8", "--size-budget", "3", *new), "a size budget is"),
+        ((*of, "fashion-dot", "--bits", "w4a8", *new), "did you mean fashion-dit"),
+    ):
+        ran = cli(*arguments)
+        assert ran.code == 1 and words in ran.error and "loading" not in ran.err, arguments
+    assert not (tmp_path / "out").exists()
 
 
 MARK = b"\xef\xbb\xbf"
@@ -376,12 +441,20 @@ def test_any_integer_is_a_seed_or_refused_in_one_line(cli, pixel_dit: Path, tmp_
 def test_models_prints_the_table(cli):
     ran = cli("models")
     assert ran.code == 0 and not ran.err
-    lines = ran.out.splitlines()
+    table, _, captured = ran.out.partition("\n\n")
+    lines = table.splitlines()
     assert len(lines) == 1 + len(ALIASES)
     for line, (name, alias) in zip(lines[1:], ALIASES.items(), strict=True):
         assert line.startswith(name) and alias.transformer in line and alias.parameters in line
         assert ("yes" if not alias.hub else alias.hub) in line
         assert line.index(alias.transformer) == lines[0].index("transformer"), "columns are aligned"
+    title, _, *lines = captured.splitlines()
+    assert "quantdit calibrate samples" in title
+    for line, (name, alias) in zip(lines, ALIASES.items(), strict=True):
+        assert line.startswith(name), "what `calibrate --help` says that this shows"
+        for known in (alias.cpu, alias.gpu):
+            assert f"{known.prompts} samples, {known.steps} steps, guidance {known.guidance:g}, " in line
+            assert f"{known.width}x{known.height}" in line and (known.frames == 1 or f"{known.frames} frames" in line)
 
 
 def test_known_models_are_classes_of_the_installed_diffusers():
@@ -482,7 +555,114 @@ def test_python_refuses_unknown_options_and_no_samples_by_name(everything, pixel
     for name in ("samples", "columns"):
         with pytest.raises(ValueError, match=f"{name} is 0, expected at least 1"):
             quantdit.generate(pixel_dit, out / "x.png", **{name: 0}, steps=1)
+    with pytest.raises(ValueError, match=r"^quantize has no option 'calibration_step'; did you mean calibration_steps\?$"):
+        quantdit.quantize(None, "w4a8", calibration_step=0)
+    with pytest.raises(ValueError, match=r"^load has no option 'accept_configs'; did you mean accept_config\?$"):
+        quantdit.load(pixel_dit, accept_configs=True)
     assert not out.exists()
+
+
+SAMPLED = ("samples", "steps", "batch", "height", "width", "frames")  # whole numbers of at least 1
+BELOW = dict.fromkeys((*SAMPLED, "columns", "seeds", "probes"), 0) | {"seed": -1, "tokens": -1, "calibration_steps": -1}
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        ("evaluate", (*SAMPLED, "seed", "guidance", "seeds", "probes")),
+        ("generate", (*SAMPLED, "seed", "guidance", "columns")),
+        ("quantize", ("seed", "tokens", "calibration_steps")),
+    ],
+)
+def test_python_refuses_what_is_no_number_by_its_name(pixel_dit: Path, tmp_path: Path, function: str, names: tuple[str, ...]):
+    given = {
+        "evaluate": (pixel_dit, pixel_dit, tmp_path),
+        "generate": (pixel_dit, tmp_path / "x.png"),
+        "quantize": (None, "w4a8"),
+    }
+    for name in names:
+        kind = "finite" if name == "guidance" else "whole"
+        for wrong in ("4", True, [4], float("nan"), *((4.5,) if kind == "whole" else (float("inf"),))):
+            with pytest.raises(ValueError) as refused:
+                getattr(quantdit, function)(*given[function], **{name: wrong})
+            assert str(refused.value) == f"{name} is {wrong!r}, expected a {kind} number"
+        if name in BELOW:
+            with pytest.raises(ValueError, match=rf"^{name} is {BELOW[name]}, expected "):
+                getattr(quantdit, function)(*given[function], **{name: BELOW[name]})
+    if function != "quantize":
+        for name, expected in (("prompts", "texts"), ("classes", "numbers or names")):
+            with pytest.raises(ValueError, match=rf"^{name} is \[1\.5\], expected a list of {expected}$"):
+                getattr(quantdit, function)(*given[function], **{name: [1.5]})
+    with pytest.raises(ValueError, match=r"^steps is None, expected a whole number$"):
+        quantdit.generate(pixel_dit, tmp_path / "x.png", steps=None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_python_takes_the_numbers_of_numpy(pixel_dit: Path, tmp_path: Path):
+    np = pytest.importorskip("numpy")
+    numbers = {
+        "samples": np.int64(2),
+        "steps": np.int32(1),
+        "seed": np.uint8(3),
+        "guidance": np.float32(1.5),
+        "columns": np.int16(1),
+    }
+    assert len(quantdit.generate(pixel_dit, tmp_path / "x.png", **numbers)) == 2
+    one, two = (quantdit.generate(pixel_dit, tmp_path / "x.png", samples=1, steps=1, classes=c) for c in (1, [np.int64(1)]))
+    assert torch.equal(one, two), "one class alone"
+
+
+def test_a_dtype_is_torchs_own_or_its_name_everywhere(everything, pixel_dit: Path, tmp_path: Path):
+    made = {}
+    for number, dtype in enumerate((torch.bfloat16, "bfloat16", "torch.bfloat16")):
+        made[dtype] = quantdit.generate(pixel_dit, tmp_path / "x.png", samples=1, steps=1, dtype=dtype)
+        quantdit.export(everything.folder, "dense", tmp_path / f"{number}", dtype=dtype)
+        assert quantdit.load(tmp_path / f"{number}", dtype=dtype).transformer.dtype == torch.bfloat16
+    assert torch.equal(made[torch.bfloat16], made["bfloat16"]) and torch.equal(made["bfloat16"], made["torch.bfloat16"])
+    for dtype in (torch.float64, "float8", 16, None):
+        for ask in (
+            lambda d: quantdit.evaluate(pixel_dit, pixel_dit, tmp_path / "out", dtype=d),
+            lambda d: quantdit.generate(pixel_dit, tmp_path / "out.png", dtype=d),
+            lambda d: quantdit.export(everything.folder, "dense", tmp_path / "out", dtype=d),
+            lambda d: quantdit.load(pixel_dit, dtype=d),
+        ):
+            with pytest.raises(ValueError, match=f"^dtype {dtype!r} is unknown; use float32, bfloat16, float16, as text or as"):
+                ask(dtype)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_what_is_no_path_is_named_by_its_class(pixel_dit: Path, tmp_path: Path):
+    """A pipeline was taken for a path, and its whole configuration printed as the name of it."""
+    pipeline, _ = load_pipeline(str(pixel_dit))
+    expected = (
+        "is a PixelDiTPipeline, expected the name of a model, a hub id or a folder; a pipeline's save_pretrained writes one"
+    )
+    for ask, words in (
+        (lambda: quantdit.generate(pipeline, tmp_path / "x.png"), f"model {expected}"),
+        (lambda: quantdit.evaluate(pipeline, pixel_dit, tmp_path), f"reference {expected}"),
+        (lambda: quantdit.evaluate(pixel_dit, pipeline, tmp_path), f"candidate {expected}"),
+        (lambda: quantdit.load(pipeline), f"folder {expected}"),
+        (lambda: quantdit.export(pipeline, "dense", tmp_path), "folder is a PixelDiTPipeline, expected a path"),
+        (lambda: quantdit.gate(3, {}), "report is a int, expected the path of a report, or what it holds"),
+        (lambda: quantdit.generate(pixel_dit, None), "output is a NoneType, expected a path"),
+        (lambda: quantdit.evaluate(pixel_dit, pixel_dit, tmp_path, cache=3), "cache is a int, expected a path"),
+        (lambda: quantdit.generate(pixel_dit, ""), "output is empty, expected a path; . is the folder that you are in"),
+    ):
+        with pytest.raises(ValueError) as refused:
+            ask()
+        assert str(refused.value) == words
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "known"), [("x", ".png, .webp, .gif, .mp4"), ("x.xyz", ".webp"), ("x.jpg", "call it x.png")])
+def test_a_picture_has_a_suffix_that_says_what_it_is(cli, everything, tmp_path: Path, monkeypatch, name: str, known: str):
+    monkeypatch.setattr("quantdit.commands.load_pipeline", lambda *a, **b: pytest.fail("it loaded the model"))
+    ran = cli("generate", "fashion-dit", "--output", tmp_path / name)
+    assert ran.code == 1 and known in ran.error and str(tmp_path / name) in ran.error and "loading" not in ran.err
+    monkeypatch.setattr("quantdit.inspection.read", lambda *a: pytest.fail("it read the folder"))
+    ran = cli("inspect", everything.folder, "--plot", tmp_path / name)
+    assert ran.code == 1 and "plots are written as .png; call it x.png" in ran.error
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("guidance", ["nan", "inf"])
@@ -641,6 +821,23 @@ def test_inspect_of_other_things_is_one_line(cli, pixel_dit: Path, tmp_path: Pat
     for folder in (pixel_dit, tmp_path, tmp_path / "nowhere", pixel_dit / "model_index.json"):
         ran = cli("inspect", folder)
         assert ran.code == 1 and str(folder) in ran.error
+
+
+@pytest.mark.parametrize("command", ["inspect", "dense", "comfyui", "onnx"])
+def test_what_is_no_quantized_folder_is_said_to_be_what_it_is(cli, tmp_path: Path, monkeypatch, command: str):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    more = {"comfyui": "x.safetensors", "onnx": "x.onnx"}.get(command, "x")
+    how = () if command == "inspect" else ("--to", command, "--output", more)
+    for folder, words in (
+        ("fashion-dit", "fashion-dit is a model in full precision, .*quantdit calibrate --model fashion-dit --bits w4a8 writes"),
+        ("nothing", "nothing does not exist; give the folder that quantdit calibrate or save_pretrained wrote"),
+        ("file", "file is a file; give the folder"),
+        ("empty", "empty has no transformer folder; give the folder"),
+    ):
+        ran = cli("inspect" if command == "inspect" else "export", folder, *how)
+        assert ran.code == 1 and re.search(words, ran.error), ran.error
 
 
 def test_inspect_draws_a_picture(cli, everything, tmp_path: Path):

@@ -379,7 +379,9 @@ def test_missing_parents_are_made(run, tmp_path: Path):
 
 def test_overwrite_replaces_the_whole_folder(run, tmp_path: Path):
     assert run().code == 0
+    report = json.loads((tmp_path / "out" / REPORT).read_text())
     (tmp_path / "out" / "stale.safetensors").write_text("x")
+    (tmp_path / "out" / REPORT).write_text(json.dumps(report | {"files": [*report["files"], "stale.safetensors"]}))
     assert run("--overwrite", "--seed", "1").code == 0
     assert run("--seed", "1", output="fresh").code == 0
     assert transformer_digests(tmp_path / "out") == transformer_digests(tmp_path / "fresh")

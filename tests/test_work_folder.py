@@ -178,6 +178,95 @@ def test_overwrite_replaces_only_what_quantdit_wrote(run, tmp_path: Path, report
     assert contents(tmp_path) == before
 
 
+def strip(folder: Path) -> None:
+    """Make an output one of before the report listed its files."""
+    report = json.loads((folder / REPORT).read_text())
+    del report["files"]
+    (folder / REPORT).write_text(json.dumps(report))
+
+
+def test_the_report_lists_what_the_run_wrote(run, tmp_path: Path):
+    assert run().code == 0
+    found = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert found == {*files.read_json(tmp_path / "out" / REPORT)["files"], REPORT}
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize(
+    "mine",
+    [
+        "notes.txt",
+        "pictures/deep/1.png",
+        "transformer/notes.md",
+        "scheduler/mine.txt",
+        ".hidden",
+        "report.json",
+        "link",
+        "way/link",
+    ],
+)
+def test_overwrite_keeps_a_file_of_the_users_in_a_folder_that_quantdit_wrote(run, tmp_path: Path, mine: str, listed: bool):
+    assert run().code == 0
+    if not listed:
+        strip(tmp_path / "out")
+    path = tmp_path / "out" / mine
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(tmp_path) if path.name == "link" else path.write_text("precious")
+    before = contents(tmp_path)
+    for more in ((), ("--resume",), ("--seed", "1")):
+        ran = run("--overwrite", *more)
+        assert ran.code == 1 and str(path) in ran.error and "move it away, or choose another --output" in ran.error
+        assert "loading" not in ran.err
+    assert contents(tmp_path) == before and os.path.lexists(path)
+    path.unlink()
+    assert run("--overwrite").code == 0
+
+
+@pytest.mark.parametrize("listed", ["x", [3], None, ["../r.toml"]])
+def test_a_list_of_files_that_is_none_lets_nothing_of_the_users_go(run, tmp_path: Path, listed: object):
+    assert run().code == 0
+    report = json.loads((tmp_path / "out" / REPORT).read_text())
+    (tmp_path / "out" / REPORT).write_text(json.dumps(report | {"files": listed}))
+    (tmp_path / "out" / "notes.txt").write_text("x")
+    assert run("--overwrite").code == 1 and (tmp_path / "out" / "notes.txt").exists()
+
+
+def test_an_output_of_save_pretrained_may_be_overwritten_too(run, pixel_dit: Path, tmp_path: Path):
+    """It has no report, and its weights may lie in shards."""
+    import quantdit
+
+    pipeline = quantdit.load(pixel_dit)
+    quantdit.quantize(pipeline.transformer, "w8a8")
+    pipeline.save_pretrained(tmp_path / "out", max_shard_size="100KB")
+    assert len(list((tmp_path / "out" / "transformer").glob("*.safetensors"))) > 1
+    (tmp_path / "out" / "transformer" / "notes.txt").write_text("x")
+    ran = run("--overwrite")
+    assert ran.code == 1 and str(tmp_path / "out" / "transformer" / "notes.txt") in ran.error
+    (tmp_path / "out" / "transformer" / "notes.txt").unlink()
+    assert run("--overwrite").code == 0
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_file_that_comes_while_the_run_works_is_not_lost(run, tmp_path: Path, monkeypatch, overwrite: bool):
+    """The old output, or an empty folder, is replaced at the end: what somebody put into it meanwhile stays, the result too."""
+    assert run().code == 0 if overwrite else (tmp_path / "out").mkdir() is None
+    sample = compiler.sample
+
+    def slow(*given: object) -> None:
+        (tmp_path / "out" / "notes.txt").write_text("precious")
+        sample(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "sample", slow)
+        ran = run(*(("--overwrite",) if overwrite else ()))
+    assert ran.code == 1 and str(tmp_path / "out" / "notes.txt") in ran.error
+    assert (tmp_path / "out" / "notes.txt").read_text() == "precious"
+    shutil.move(tmp_path / "out" / "notes.txt", tmp_path / "notes.txt")
+    monkeypatch.setattr(compiler, "sample", lambda *a: pytest.fail("work was begun again"))
+    assert run("--resume", *(("--overwrite",) if overwrite else ())).code == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "notes.txt", "r.toml"}
+
+
 def test_link_to_an_empty_folder_is_written_through(run, tmp_path: Path):
     (tmp_path / "large disk").mkdir()
     (tmp_path / "link").symlink_to("large disk")

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-SUFFIXES = (".webp", ".gif", ".mp4", ".png")
+from quantdit.evaluation.places import ANIMATIONS, PICTURES, require_suffix
+
+SUFFIXES = (*PICTURES, *ANIMATIONS)
 FRAMES_A_SECOND = 10
 
 _CELL = 128  # least pixels a clip is enlarged to; a smaller one has no room for its label
@@ -39,7 +41,7 @@ def write_clips(
         ImportError: `.mp4` without PyAV; names the extra to install.
     """
     path = Path(path)
-    require_suffix(path)
+    require_writer(path)
     suffix = path.suffix.lower()
     frames = [contact_sheet(clips, labels)] if suffix == ".png" else clip_grid(clips, labels, columns)
     try:
@@ -56,15 +58,14 @@ def write_clips(
         part.unlink(missing_ok=True)
 
 
-def require_suffix(path: Path) -> None:
+def require_writer(path: Path) -> None:
     """Check that clips can be written to `path`, before minutes are spent on sampling them.
 
     Raises:
         ValueError: its suffix names none of the formats.
         ImportError: `.mp4` without PyAV.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path}: clips are written as {', '.join(SUFFIXES)}; choose one of these suffixes")
+    require_suffix(path, SUFFIXES, "clips")
     if path.suffix.lower() == ".mp4":
         _av()
 

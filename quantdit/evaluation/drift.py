@@ -18,11 +18,12 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class DriftReport:
-    """Drift of a candidate from its reference, beside the noise floor of the reference.
+    """Drift of a candidate from its reference, beside what the reference's own images of other seeds are from it.
 
-    "Drift" compares candidate and reference, image by image from the same seeds. "Noise floor" compares reference images of
+    "Drift" compares candidate and reference, image by image from the same seeds. "Other seeds" compares reference images of
     other seeds with the reference: what the distribution measures give for two samples of one model at this many images.
-    A distribution measure of shared seeds can fall below the floor, as each image then has a near copy in the other set.
+    A distribution measure of shared seeds can fall below that, as each image then has a near copy in the other set. (In reports
+    the key is `noise_floor`; what the gate calls so is full precision against itself on the same seeds.)
 
     Of clips, PSNR is of a whole clip and SSIM the mean of its frames; the distribution measures, which take images to be drawn
     independently of each other, see the middle frame of each clip.
@@ -102,7 +103,7 @@ def compare(
     Args:
         reference: `[n, c, h, w]`, or clips `[n, f, c, h, w]`, float in [-1, 1], n >= 4, c = 1 or 3: of the original model.
         candidate: the same shape: images of the quantized model from the same seeds, labels and sampler.
-        other_seeds: the same shape: images of the original model from other seeds, for the noise floor.
+        other_seeds: the same shape: images of the original model from other seeds.
         real_features: the backbone's features `[m, d]` of real images, or their statistics (`real.load_real`).
         seed: of the bootstrap.
         features: of reference, candidate and other seeds, `[n, d]` each, of the middle frames of clips; computed here if None.
@@ -160,7 +161,7 @@ def table(report: DriftReport) -> str:
     ssim_low, ssim_high = report.ssim_interval
     fd, kid = report.names
     rows = [
-        (f"{report.count} {'clips' if report.clips else 'images'}", "drift", "noise floor"),
+        (f"{report.count} {'clips' if report.clips else 'images'}", "drift", "other seeds"),
         ("PSNR, dB", f"{report.psnr_mean:.2f} [{low:.2f}, {high:.2f}], min {report.psnr_min:.2f}{same}", ""),
         ("SSIM", f"{report.ssim_mean:.4f} [{ssim_low:.4f}, {ssim_high:.4f}]", ""),
         (fd, f"{report.fd_drift:.2f}", f"{report.fd_floor:.2f}"),
@@ -168,7 +169,7 @@ def table(report: DriftReport) -> str:
     ]
     if report.fd_reference_real is not None:
         rows.append((f"{fd} to real images", f"{report.fd_candidate_real:.2f}", f"{report.fd_reference_real:.2f} (reference)"))
-    note = f"[a, b]: {LEVEL:.0%} bootstrap interval. ±: standard error. Noise floor: reference images of other seeds."
+    note = f"[a, b]: {LEVEL:.0%} bootstrap interval. ±: standard error. Other seeds: the reference against itself."
     if report.clips:
         note += f" PSNR is of whole clips, SSIM the mean over frames; {fd} and {kid} are of each clip's middle frame."
     return "\n".join([*markdown(rows), "", note])

@@ -53,7 +53,7 @@ def frechet_distance(a: torch.Tensor | FeatureStatistics, b: torch.Tensor | Feat
     S_a = A^T A and S_b = B^T B, the non-zero eigenvalues of S_a S_b = A^T (A B^T B) are those of (A B^T B) A^T = M M^T for
     M = A B^T, so the last trace is the sum of the singular values of M. No square root of a singular d x d matrix is taken:
     fewer images than dimensions are no numerical problem. They are a statistical one: the value is biased upwards by about
-    the inverse of the number of images, so compare only values from equally many, and against a noise floor.
+    the inverse of the number of images, so compare only values from equally many, and against that of other seeds.
 
     Args:
         a: features `[n, d]`, or their `summarise`d statistics.

@@ -26,14 +26,25 @@ import copy
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from quantdit import files
 from quantdit.evaluation.gate_files import Sample, check, read, report_in
 from quantdit.evaluation.intervals import Interval, bootstrap_many, expansion
-from quantdit.evaluation.metrics import DISTANCE_MARGIN, FORMAT, LAYER_MARGIN, LAYERS, METRICS, SHARE_MARGIN, Metric, is_share
+from quantdit.evaluation.metrics import (
+    DISTANCE_MARGIN,
+    FORMAT,
+    LAYER_MARGIN,
+    LAYERS,
+    METRICS,
+    READING,
+    SHARE_MARGIN,
+    Metric,
+    is_share,
+)
 
 PASS, FAIL, INCONCLUSIVE = "pass", "fail", "inconclusive"
 EXIT_CODES = {PASS: 0, FAIL: 1, INCONCLUSIVE: 3}
@@ -42,10 +53,10 @@ MOST_TIMES = 100  # more samples than this many times those given are not worth 
 SAME_NOISE = ("other batch", "other dtype")  # of the noise floor: full precision on the same seeds
 LAYER_GROWTH = "largest growth of a layer's error"
 NOTE = (
-    "Candidate, baseline and noise floor are means in the measure's own unit. The noise floor compares full precision with"
-    " itself: in another dtype or batch size; for distances of sets, with other seeds. Worse by x dB means that the squared error"
-    " is 10^(x/10) times the baseline's (3 dB: twice). Without dB, it is the change in the measure's own unit. A limit with two"
-    " ends allows no change beyond either."
+    "Candidate, baseline, noise floor and other seeds are means in the measure's own unit. The last two compare full precision"
+    " with itself: the noise floor on the same seeds, in another dtype or batch size; other seeds on others. Worse by x dB means"
+    " that the squared error is 10^(x/10) times the baseline's (3 dB: twice). Without dB, it is the change in the measure's own"
+    " unit. A limit with two ends allows no change beyond either."
 )
 
 
@@ -61,9 +72,12 @@ class Finding:
         difference: by how much the candidate is worse, with its interval: in dB of error, or in the measure's own unit.
         limit: of the difference.
         lowest: its other limit, where a measure may neither rise nor fall; else None.
-        floor: the worst mean of full precision against itself, None where none was measured.
-        unit: of candidate, baseline and floor.
+        floor: the worst mean of full precision against itself on the same seeds, None where none was measured.
+        other_seeds: its mean against itself on other seeds, None where that was not measured.
+        unit: of candidate, baseline, floor and other seeds.
         decibel: the difference is in dB of error.
+        count: samples that it is made of.
+        probed: these are the probe's.
         more: samples that would decide, besides those there are; None if decided or hopeless.
         decides: as of Metric.
         note: what else is to be said.
@@ -77,8 +91,11 @@ class Finding:
     limit: float
     lowest: float | None = None
     floor: float | None = None
+    other_seeds: float | None = None
     unit: str = ""
     decibel: bool = False
+    count: int = 0
+    probed: bool = False
     more: int | None = None
     decides: int = 0
     note: str = ""
@@ -95,11 +112,11 @@ class Finding:
             number(self.baseline, self.unit),
             f"{number(d.estimate, change)} [{low}, {high}]",
             limit,
-            "" if self.floor is None else number(self.floor, self.unit),
+            *("" if value is None else number(value, self.unit) for value in (self.floor, self.other_seeds)),
         )
 
 
-COLUMNS = ("measure", "verdict", "candidate", "baseline", "worse by (dB: of error) [95 %]", "limit", "noise floor")
+COLUMNS = ("measure", "verdict", "candidate", "baseline", "worse by (dB: of error) [95 %]", "limit", "noise floor", "other seeds")
 
 
 @dataclass(frozen=True)
@@ -111,12 +128,14 @@ class Verdict:
         findings: of each measure.
         open: those of them that decide and are inconclusive.
         notes: what else differs between report and baseline.
+        samples: of the report.
     """
 
     verdict: str
     findings: tuple[Finding, ...]
     open: tuple[Finding, ...]
     notes: tuple[str, ...]
+    samples: int = 0
 
     @property
     def exit_code(self) -> int:
@@ -146,7 +165,9 @@ def gate(report: dict | str | Path, baseline: dict | str | Path) -> Verdict:
         if mine and theirs and name in margins:
             _same_prompts(mine, theirs)
             means = _mean(report, name, metric), _mean(stored, name, metric)
-            findings.append(_of_samples(metric, mine, theirs, means, float(margins[name]), _floor(stored, name, metric)))
+            probed = any(name in row for row in report["probe"]["samples"])
+            found = _of_samples(metric, mine, theirs, means, float(margins[name]), _floor(stored, name, metric))
+            findings.append(replace(found, other_seeds=_other_seeds(stored, name), count=len(mine), probed=probed))
     findings += _of_sets(report, stored, margins)
     if report["probe"]["layers"] and LAYERS in margins:
         findings.append(_of_layers(report["probe"], stored["probe"], float(margins[LAYERS])))
@@ -160,14 +181,15 @@ def gate(report: dict | str | Path, baseline: dict | str | Path) -> Verdict:
     undecided = tuple(f for f in findings if f.verdict == INCONCLUSIVE and f.decides == best)
     failed = any(f.verdict == FAIL for f in findings)
     overall = FAIL if failed else INCONCLUSIVE if undecided else PASS
-    return Verdict(overall, tuple(findings), undecided, _notes(report, stored, margins))
+    return Verdict(overall, tuple(findings), undecided, _notes(report, stored, margins), len(report["samples"]))
 
 
 def _content(given: dict | str | Path, what: str) -> dict:
     if isinstance(given, dict):
         check(given, what)
         return given
-    return read(report_in(Path(given)) if what == "report" else Path(given), what)
+    path = Path(files.check_path(what, given, f"the path of a {what}, or what it holds"))
+    return read(report_in(path) if what == "report" else path, what)
 
 
 def make_baseline(report: dict, margins: dict | None = None) -> dict:
@@ -257,6 +279,11 @@ def _floor(stored: dict, name: str, metric: Metric) -> tuple[float, float] | Non
     return max(pairs, default=None)
 
 
+def _other_seeds(stored: dict, name: str) -> float | None:
+    """Return the mean of full precision against itself on other seeds."""
+    return stored["floor"].get("other seeds", {}).get(name, {}).get("mean")
+
+
 def _of_samples(
     metric: Metric,
     mine: dict[Sample, float],
@@ -285,10 +312,10 @@ def _of_samples(
         limit,
         lowest,
         shown,
-        metric.unit,
-        not metric.equal,
-        more,
-        metric.decides,
+        unit=metric.unit,
+        decibel=not metric.equal,
+        more=more,
+        decides=metric.decides,
     )
 
 
@@ -347,7 +374,8 @@ def _of_sets(report: dict, stored: dict, margins: dict) -> list[Finding]:
     wide = 1.96 * expansion(prompts if prompts > 2 else max(2, len(report["samples"])))
     for name in (n for n in report["sets"] if n in stored["sets"] and n in margins):
         mine, theirs, margin = report["sets"][name], stored["sets"][name], float(margins[name])
-        same = max(stored["floor"].get(kind, {}).get(name, {}).get("mean", 0.0) for kind in SAME_NOISE)
+        floors = [entry["mean"] for kind in SAME_NOISE if (entry := stored["floor"].get(kind, {}).get(name))]
+        same = max(floors, default=0.0)
         base, own = theirs["drift"], max(0.0, theirs["drift"]) + wide * theirs["standard_error"]
         seeds = theirs["noise_floor"] + 1.96 * theirs["noise_floor_error"]
         largest = max(same, base + margin if is_share(name) else max(own, min(margin * own, seeds)))
@@ -356,7 +384,18 @@ def _of_sets(report: dict, stored: dict, margins: dict) -> list[Finding]:
         verdict = _within(difference, largest - base)
         more = _more(difference, largest - mine["drift"], len(report["samples"])) if verdict == INCONCLUSIVE else None
         findings.append(
-            Finding(name, verdict, mine["drift"], base, difference, largest - base, floor=theirs["noise_floor"], more=more)
+            Finding(
+                name,
+                verdict,
+                mine["drift"],
+                base,
+                difference,
+                largest - base,
+                floor=max(floors, default=None),
+                other_seeds=theirs["noise_floor"],
+                count=len(report["samples"]),
+                more=more,
+            )
         )
     return findings
 
@@ -392,9 +431,8 @@ def _of_layers(mine: dict, theirs: dict, margin: float) -> Finding:
     note += f"; {len(new)} layers that the baseline has not" if new else ""
     note += f"; {len(gone)} layers of the baseline are not in the report" if gone else ""
     means = [float(np.mean(probe["layers"][names[place]])) for probe in (mine, theirs)]
-    return Finding(
-        LAYER_GROWTH, verdict, *means, intervals[place], margin, unit="dB", decibel=True, more=more, decides=2, note=note
-    )
+    found = Finding(LAYER_GROWTH, verdict, *means, intervals[place], margin, unit="dB", decibel=True, more=more, decides=2)
+    return replace(found, count=len(mine["samples"]), probed=True, note=note)
 
 
 def _more(difference: Interval, distance: float, count: int) -> int | None:
@@ -412,13 +450,23 @@ def headline(verdict: Verdict) -> str:
     if verdict.verdict == FAIL:
         return f"beyond the margin: {', '.join(f.name for f in verdict.findings if f.verdict == FAIL)}"
     advice = f"about {verdict.more} more samples would decide" if verdict.more else "the difference lies at the limit itself"
-    return f"undecided: {', '.join(f.name for f in verdict.open)}; {advice}"
+    return f"undecided: {', '.join(f.name for f in verdict.open)}; {advice}{_remedy(verdict, verdict.open)}"
 
 
 def _left_open(verdict: Verdict) -> str:
     """Return what a pass leaves open, for want of samples."""
-    found = [f.name + (f" (about {f.more} more)" if f.more else "") for f in verdict.findings if f.verdict == INCONCLUSIVE]
-    return f"; too few samples to say so of {', '.join(found)}" if found else ""
+    undecided = [f for f in verdict.findings if f.verdict == INCONCLUSIVE]
+    found = [f.name + (f" (about {f.more} more)" if f.more else "") for f in undecided]
+    return f"; too few samples to say so of {', '.join(found)}{_remedy(verdict, undecided)}" if found else ""
+
+
+def _remedy(verdict: Verdict, undecided: Sequence[Finding]) -> str:
+    """Return with which options `quantdit evaluate` makes as many samples as these findings ask for; nothing if none does."""
+    samples, probes = (max((f.count + f.more for f in undecided if f.more and f.probed is p), default=0) for p in (False, True))
+    if probes > verdict.samples:  # each probe has a sample's prompt
+        samples = max(samples, probes)
+    options = [f"--{name} {count}" for name, count in (("samples", samples), ("probes", probes)) if count]
+    return f"; run quantdit evaluate again with {' '.join(options)}" if options else ""
 
 
 def summary(verdict: Verdict) -> str:
@@ -428,7 +476,7 @@ def summary(verdict: Verdict) -> str:
     lines += [f"- {escaped(f'{f.name}: {f.note}')}" for f in verdict.findings if f.note]
     lines += [f"- note: {escaped(note)}" for note in verdict.notes]
     lines += [""] if lines[-1] else []  # else the last item of the list would take the next line in
-    lines.append(NOTE)
+    lines.append(f"{NOTE} {READING}")
     return "\n".join(lines)
 
 

@@ -10,6 +10,10 @@ FORMAT = 2
 CEILING_DB = 100.0  # of PSNR, and -100 dB the least error: a squared error of 1e-10 of its reference counts as none
 LAYERS = "layers"
 FROM_FULL = "less full precision's"
+READING = (
+    f"-{CEILING_DB:g} dB stands for no error, and a PSNR of {CEILING_DB:g} dB for equal pictures: a squared error up to 1e-10"
+    " counts as none. KID and MMD are unbiased estimates, so that those of sets which hardly differ may lie below zero."
+)
 LARGEST = 1e12  # of a number in a report; nothing that is measured comes near
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quantdit.evaluation.charts import bar_chart, interval_chart, line_chart
 from quantdit.evaluation.gate import COLUMNS, NOTE, Finding, Verdict, headline, number, worst_first
-from quantdit.evaluation.metrics import METRICS
+from quantdit.evaluation.metrics import METRICS, READING
 from quantdit.evaluation.picture import GAIN
 from quantdit.evaluation.samples import Samples
 
@@ -59,6 +59,7 @@ def render(report: dict, reference: Samples, candidate: Samples) -> str:
         "aspect": f"{width} / {height}",
         "stack": f"{frames * 100}%",
         "gallery": "\n".join(_figure(rows[i], reference.images[i], candidate.images[i]) for i in order),
+        "reading": html.escape(READING),
         "measures": _measures(report),
         "vbench": _vbench(report),
         "trajectory": _trajectory(report),
@@ -104,10 +105,10 @@ def _findings(verdict: Verdict) -> str:
 
 def _finding(f: Finding) -> str:
     d = f.difference
-    name, verdict, *figures, limit, floor = (html.escape(cell) for cell in f.cells())
+    name, verdict, *figures, limit, floor, seeds = (html.escape(cell) for cell in f.cells())
     chart = interval_chart(d.estimate, d.low, d.high, f.limit, f.lowest)
     cells = [f"<th scope='row'>{name}</th>", f"<td class='{f.verdict}'>{verdict}</td>"]
-    cells += [f"<td>{cell}</td>" for cell in (*figures, chart, limit, floor)]
+    cells += [f"<td>{cell}</td>" for cell in (*figures, chart, limit, floor, seeds)]
     note = f"<tr><td class='note' colspan='{len(cells)}'>{html.escape(f.note)}</td></tr>" if f.note else ""
     return f"<tr>{''.join(cells)}</tr>{note}"
 
@@ -187,7 +188,7 @@ def _measures(report: dict) -> str:
         (n, f"{number(e['drift'])} ± {number(e['standard_error'])}", "", "", f"other seeds {number(e['noise_floor'])}")
         for n, e in report["sets"].items()
     ]
-    head = ("measure", "candidate", "full precision", "range of the candidate's samples", "noise floor")
+    head = ("measure", "candidate", "full precision", "range of the candidate's samples", "full precision against itself")
     return _table(head, lines)
 
 

@@ -3,7 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+
+PICTURES = (".png",)
+ANIMATIONS = (".webp", ".gif", ".mp4")
+
+
+def require_suffix(path: Path, known: Sequence[str], what: str) -> None:
+    """Check that the name of a file says in which form it is to be written.
+
+    Args:
+        path: of the file.
+        known: suffixes, in lower case.
+        what: is written, in the plural.
+
+    Raises:
+        ValueError: it has another suffix, or none; names those that there are.
+    """
+    if path.suffix.lower() not in known:
+        raise ValueError(f"{path}: {what} are written as {', '.join(known)}; call it {path.with_suffix(known[0]).name}")
 
 
 def require_folder(folder: Path) -> None:
@@ -37,6 +56,16 @@ def require_file(path: Path) -> None:
         raise ValueError(f"{path} is no file, but a device or a pipe; choose the name of a file")
     if path.exists() and not os.access(path, os.W_OK, effective_ids=True):
         raise ValueError(f"{path} cannot be written; choose another name, or change its permissions")
+
+
+def require_picture(path: Path) -> None:
+    """Check that a file can be written, and that its name says it is a picture or an animation.
+
+    Raises:
+        ValueError: as `require_file` and `require_suffix`.
+    """
+    require_file(path)
+    require_suffix(path, (*PICTURES, *ANIMATIONS), "images (.png) or clips")
 
 
 def _check_link(path: Path) -> None:

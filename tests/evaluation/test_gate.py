@@ -78,6 +78,33 @@ def test_a_worse_model_fails_and_one_at_the_margin_is_inconclusive(baseline: dic
     close = gate.gate(without_probe(at_margin), baseline)
     assert (close.verdict, close.exit_code) == (INCONCLUSIVE, 3)
     assert close.more > 0 and f"about {close.more} more samples" in gate.summary(close)
+    total = PROMPTS * SEEDS + close.more
+    assert f"would decide; run quantdit evaluate again with --samples {total}" in gate.headline(close)
+
+
+def test_too_few_probes_are_answered_with_more_probes_and_the_samples_that_they_need(baseline: dict):
+    close = made_up(1, first=100)
+    for row in close["probe"]["samples"]:
+        row["output_error"] += 1.4
+    found = gate.gate(close, baseline)
+    error = next(f for f in found.open if f.name == "model output error")
+    total = PROMPTS * SEEDS + found.more
+    assert found.verdict == INCONCLUSIVE and error.more and error.probed
+    assert gate.headline(found).endswith(f"; run quantdit evaluate again with --samples {total} --probes {total}")
+
+
+def test_noise_floor_is_the_same_seeds_and_other_seeds_are_a_column_of_their_own():
+    report, stored = made_up(1), made_up(0)
+    stored["floor"]["other dtype"]["FD-b"] = {"mean": 3.0, "harm": 3.0}
+    found = {f.name: f for f in gate.gate(report, gate.make_baseline(stored)).findings}
+    assert (found["FD-b"].floor, found["FD-b"].other_seeds) == (3.0, 100.0)
+    assert (found["PSNR"].floor, found["PSNR"].other_seeds) == (
+        min(FLOORS["other batch"], FLOORS["other dtype"]),
+        FLOORS["other seeds"],
+    )
+    assert found["FD-b"].cells()[-2:] == ("3.00", "100.00") and gate.COLUMNS[-2:] == ("noise floor", "other seeds")
+    text = gate.summary(gate.gate(report, gate.make_baseline(stored)))
+    assert "noise floor on the same seeds" in text and "-100 dB stands for no error" in text and "may lie below zero" in text
 
 
 def test_as_many_more_samples_as_it_says_do_decide(baseline: dict):

@@ -112,6 +112,8 @@ def test_page_is_whole_takes_nothing_from_outside_and_runs_no_name(tmp_path: Pat
     assert seen.tags.count("script") == 1 and seen.tags.count("figure") == 8 and "<b>" not in text.split("</head>")[0]
     assert "&lt;script&gt;alert(1)" in text and "blocks.5.to_&lt;q&gt;" in text
     assert text.index("PSNR") > text.index('class="verdict pass"')
+    assert "-100 dB stands for no error" in text and "may lie below zero" in text
+    assert "Full precision differs from itself on the same seeds" in text and ">other seeds</th>" in text
     assert ("temporal flickering" in text) == clips and ("$" not in text.replace("$title", ""))
 
 
@@ -122,6 +124,7 @@ def test_page_and_table_show_the_same_intervals(tmp_path: Path):
     drift = compare(reference.images, candidate.images, sampled(1, False).images, features=features)
     cells = [cell.strip() for line in table(drift).splitlines() if line.startswith("| ") for cell in line.split("|")]
     text = page.render(report, reference, candidate)
+    assert ">full precision against itself</th>" in text and "noise floor</th>" not in text
     for name in ("PSNR, dB", "SSIM"):
         mean, _, rest = cells[cells.index(name) + 1].partition(" ")
         assert f"<b>{mean}</b><span class='soft'>{rest}</span>" in text

@@ -250,4 +250,6 @@ def test_one_run_says_one_value_of_each_measure(pair: tuple[Path, Path], tmp_pat
 
 def test_a_single_image_is_no_distribution(pixel_dit: Path, tmp_path: Path, cli) -> None:
     ran = cli("evaluate", pixel_dit, pixel_dit, "--samples", 1, "--output", tmp_path)
-    assert ran.code == 1 and "at least 4" in ran.error
+    assert ran.code == 1 and "at least 4, better 64; give --samples 64" in ran.error
+    ran = cli("evaluate", pixel_dit, pixel_dit, "--seeds", 1, "--output", tmp_path)
+    assert ran.code == 1 and "got 3 samples, " in ran.error and "give --seeds 22" in ran.error, "of three classes"

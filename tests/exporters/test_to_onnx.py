@@ -11,7 +11,7 @@ import torch
 import quantdit
 from quantdit import exporters, recipe
 from quantdit.compiler import Settings, calibrate
-from quantdit.exporters import onnx_digest, onnx_session, onnx_weights, to_onnx
+from quantdit.exporters import onnx_cleaning, onnx_digest, onnx_session, onnx_weights, to_onnx
 from quantdit.exporters.onnx_session import use_graph
 from quantdit.files import CheckpointError, read_json, write_json
 from quantdit.pipeline import generate, load_pipeline
@@ -44,6 +44,21 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         patch.setattr(to_onnx, "SINGLE_FILE_BYTES", 1000)
         to_onnx.to_onnx(folder / "w4a8", folder / "wan.onnx", storage="int8")
     return folder / "w4a8", folder / "wan.onnx"
+
+
+def test_folding_says_nothing_of_the_nodes_that_it_leaves(caplog: pytest.LogCaptureFixture) -> None:
+    """Wan's rotary tables are split: the folder computed that, dropped it and said so, once for each, on the terminal."""
+    import onnx_ir
+    from onnx import parser
+
+    text = """<ir_version: 10, opset_import: ["": 23]>
+    g (float[4] x) => (float[4] y) <float[4] c = {1, 2, 3, 4}>
+    { a, b = Split<num_outputs = 2>(c)
+      d = Concat<axis = 0>(b, a)
+      y = Add(x, d) }"""
+    model = onnx_ir.from_proto(parser.parse_model(text))
+    onnx_cleaning.fold(model)
+    assert [node.op_type for node in model.graph] == ["Split", "Concat", "Add"] and not caplog.text
 
 
 def test_every_part_agrees_with_pytorch(graph, everything) -> None:

@@ -202,8 +202,8 @@ def test_the_command_line_writes_moving_and_still_pictures(cli, folder: Path, tm
 
 
 def test_the_command_line_refuses_other_suffixes_before_sampling(cli, folder: Path, pixel_dit: Path, tmp_path: Path) -> None:
-    assert "clips are written as .webp, .gif, .mp4, .png" in cli("generate", folder, "--output", tmp_path / "a.avi").error
-    assert "makes images, which are written as PNG" in cli("generate", pixel_dit, "--output", tmp_path / "a.gif").error
+    assert "clips are written as .png, .webp, .gif, .mp4" in cli("generate", folder, "--output", tmp_path / "a.avi").error
+    assert "a.gif: images are written as .png" in cli("generate", pixel_dit, "--output", tmp_path / "a.gif").error
 
 
 def test_a_callback_sees_every_step_and_sizes_are_the_model_s_own(pipeline) -> None:
