@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 export PYTHONSAFEPATH = 1
 
 .PHONY: demo test test-slow fuzz lint gate baselines detection emoji-wan study study-layer study-peers clean
+.PHONY: robust robust-peers
 .PHONY: bench bench-kernels bench-static bench-scaling bench-onnx onnx-formats lora-training
 
 demo: $(VENV)/eval.done
@@ -115,6 +116,25 @@ peer-%: $(VENV)/eval.done
 	test -e .venv-peers/$*/peer.done || $(MAKE) .venv-peers/$*/peer.done \
 		|| $(BIN)/python reports/study/peers.py $* --not-installed --output $(OUT)/study/$*
 	test ! -e .venv-peers/$*/peer.done || .venv-peers/$*/bin/python reports/study/peers.py $* --output $(OUT)/study/$*
+
+# The presets on models with planted outliers. Hours on two cores; rows that are there are kept, and models in $(OUT)/robust.
+robust: $(VENV)/eval.done
+	$(BIN)/python reports/robust.py --work $(OUT)/robust
+
+# Other packages on some of these models, each in its environment of study-peers. One that cannot be installed has no rows.
+ROBUST_PEERS ?= orbitquant sdnq auto-round
+ROBUST_MODELS ?= channels-x-245 massive_tokens-x-1000 timesteps-x-245 feed_forward-x-245
+ROBUST_METHODS := 'w4a8 gptq' 'w4a8 nearest' 'w4a8 uint4 g64 u8 matmul hadamard' 'w4a16 uint4 g64 u8 svd 32' 'w4a16 g64'
+robust-peers: $(VENV)/eval.done
+	$(BIN)/python reports/robust.py --work $(OUT)/robust --plant --only fashion-dit
+	-$(MAKE) --keep-going $(foreach model,$(ROBUST_MODELS),$(ROBUST_PEERS:%=robust-peers/$(model)/%))
+	$(BIN)/python reports/robust.py --work $(OUT)/robust --peers
+
+robust-peers/%: $(VENV)/eval.done
+	test -e .venv-peers/$(*F)/peer.done || $(MAKE) .venv-peers/$(*F)/peer.done
+	.venv-peers/$(*F)/bin/python reports/study/peers.py $(*F) --match $(ROBUST_METHODS) \
+		--model $(OUT)/robust/models/fashion-dit-$(*D) --work $(OUT)/robust/peers/fashion-dit-$(*D) \
+		--output $(OUT)/robust/peers/fashion-dit-$(*D)/$(*F)
 
 clean:
 	rm -rf $(VENV) $(OUT)

@@ -42,11 +42,11 @@ def sample(pipeline, seeds: Iterable[int] = SEEDS, samples: int = SAMPLES) -> Te
     return torch.cat([generate(pipeline, samples, s, STEPS, GUIDANCE, batch=samples, description=f"seed {s}") for s in seeds])
 
 
-def load_reference(work: Path = WORK) -> tuple[Tensor, Tensor]:
-    """Return images and features of full precision, made once and kept in `work`."""
+def load_reference(work: Path = WORK, model: str = MODEL) -> tuple[Tensor, Tensor]:
+    """Return images and features of full precision, made once and kept in `work`, a folder of this model alone."""
     path = work / "reference.safetensors"
     if not path.exists():
-        images = sample(load_pipeline(MODEL)[0])
+        images = sample(load_pipeline(model)[0])
         save({"images": images, "features": _features(images)}, path)
     stored = load_file(path)
     return stored["images"], stored["features"]
@@ -154,11 +154,11 @@ def side_linears(transformer: nn.Module) -> list[str]:
     return [layer.name for layer in found if layer.role in ("modulation", "embedder")]
 
 
-def captured_inputs(work: Path = WORK) -> dict[str, Tensor]:
+def captured_inputs(work: Path = WORK, model: str = MODEL) -> dict[str, Tensor]:
     """Return up to CAPTURE_ROWS input rows `[rows, in]` per linear of the blocks, from full precision; kept in `work`."""
     path = work / "inputs.safetensors"
     if not path.exists():
-        pipeline, _ = load_pipeline(MODEL)
+        pipeline, _ = load_pipeline(model)
         names = quantized_linears(pipeline.transformer)
         save(capture(pipeline, names, CAPTURE_IMAGES, STEPS), path)
     return load_file(path)
@@ -198,9 +198,9 @@ def rel_rmse(reference: nn.Module, candidate: nn.Module, inputs: Mapping[str, Te
     return errors
 
 
-def mean_rel_rmse(transformer: nn.Module, work: Path = WORK) -> float:
+def mean_rel_rmse(transformer: nn.Module, work: Path = WORK, model: str = MODEL) -> float:
     """Return the mean over all linears of the blocks of their relative output error on captured inputs."""
-    errors = rel_rmse(load_pipeline(MODEL)[0].transformer, transformer, captured_inputs(work))
+    errors = rel_rmse(load_pipeline(model)[0].transformer, transformer, captured_inputs(work, model))
     return sum(errors.values()) / len(errors)
 
 
@@ -253,9 +253,9 @@ def write_rows(rows: list[dict], path: Path) -> None:
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-def collect(folders: list[Path], work: Path = WORK) -> list[dict]:
+def collect(folders: list[Path], work: Path = WORK, model: str = MODEL) -> list[dict]:
     """Return the rows of what `peers.py` left in these folders: its facts, and the metrics of its images."""
-    reference, features = load_reference(work)
+    reference, features = load_reference(work, model)
     rows = []
     for path in [p for folder in folders for p in sorted(folder.glob("*.safetensors"))]:
         with safe_open(path, "pt") as file:

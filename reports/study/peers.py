@@ -2,6 +2,7 @@
 
 `python reports/study/peers.py sdnq --output WORK/sdnq` runs every configuration of a peer, each in a process of its own, and
 leaves one safetensors file a row: the images, and the facts of the row as metadata. `measure.py` turns these into `peers.jsonl`.
+With `--model FOLDER` it is another model of the same pipeline, such as one that `reports/robust.py` planted outliers in.
 
 Every peer quantizes the linears inside the blocks. Where the package can mix, the modulation and embedder linears get
 max(X, 4) bits, weight only ("aligned"); quantdit's presets give them X bits, and so do the rows marked "all". Where the package
@@ -556,21 +557,21 @@ PEERS: dict[str, Peer] = {
 }
 
 
-def run(peer: Peer, configuration: Configuration, work: Path) -> tuple[dict, dict[str, Tensor]]:
+def run(peer: Peer, configuration: Configuration, work: Path, model: str = measure.MODEL) -> tuple[dict, dict[str, Tensor]]:
     """Return the facts of a row and its images; a row that fails says why and has none."""
-    facts = _facts(peer, configuration)
+    facts = _facts(peer, configuration, model)
     try:
         torch.manual_seed(0)
-        pipeline, _ = load_pipeline(measure.MODEL)
+        pipeline, _ = load_pipeline(model)
         names, side = measure.quantized_linears(pipeline.transformer), measure.side_linears(pipeline.transformer)
         count = sum(pipeline.transformer.get_submodule(name).weight.numel() for name in names)
         began = time.perf_counter()
         stored = peer.quantize(Model(pipeline, [n for n in names if n not in side], side), **configuration.options)
         seconds = time.perf_counter() - began
         bits = measure.stored_bits(stored, count)
-        error = measure.mean_rel_rmse(pipeline.transformer, work)
+        error = measure.mean_rel_rmse(pipeline.transformer, work, model)
         if configuration.bits.endswith("a16"):
-            decode(pipeline.transformer, measure.captured_inputs(work))
+            decode(pipeline.transformer, measure.captured_inputs(work, model))
         with torch.no_grad():
             images = measure.sample(pipeline)
     except Exception as error:  # whatever a package raises is the row
@@ -604,7 +605,8 @@ def main() -> None:
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("--output", type=Path, help="folder of the rows; finished ones that are there are kept")
     parser.add_argument("--only", help="the one configuration of this name, in this process")
-    parser.add_argument("--match", default="*", help="configurations whose names match this shell pattern")
+    parser.add_argument("--match", nargs="+", default=["*"], help="configurations whose names match one of these shell patterns")
+    parser.add_argument("--model", default=measure.MODEL, help="another model's folder; --work must be one of that model alone")
     parser.add_argument("--not-installed", action="store_true", help="leave rows that say so, for a peer that pip refused")
     parser.add_argument("--pins", action="store_true", help="print what to install, and end")
     parser.add_argument("--work", type=Path, default=measure.WORK, help="where layer inputs are kept")
@@ -615,23 +617,29 @@ def main() -> None:
         return
     if args.output is None:
         parser.error("--output is needed")
+    if args.model != measure.MODEL and args.work == measure.WORK:
+        parser.error("--model needs a --work of its own: the layer inputs kept there are of one model")
     for configuration in peer.configurations:
         path = args.output / f"{_slug(configuration.name)}.safetensors"
         if args.not_installed:
-            _save(measure.row(**_facts(peer, configuration), error=f"pip could not install {' '.join(peer.pins)}"), {}, path)
+            facts = _facts(peer, configuration, args.model)
+            _save(measure.row(**facts, error=f"pip could not install {' '.join(peer.pins)}"), {}, path)
         elif args.only == configuration.name:
-            _save(*run(peer, configuration, args.work), path)
-        elif args.only is None and fnmatchcase(configuration.name, args.match) and not _finished(path):
-            command = [sys.executable, __file__, args.peer, "--only", configuration.name]
+            _save(*run(peer, configuration, args.work, args.model), path)
+        elif args.only is None and any(fnmatchcase(configuration.name, m) for m in args.match) and not _finished(path):
+            command = [sys.executable, __file__, args.peer, "--only", configuration.name, "--model", args.model]
             command += ["--output", str(args.output), "--work", str(args.work)]
             path.unlink(missing_ok=True)
             code = subprocess.run(command, env=ENVIRONMENT | os.environ, check=False).returncode
             if code and not path.exists():
-                _save(measure.row(**_facts(peer, configuration), error=f"the process ended with code {code}"), {}, path)
+                _save(
+                    measure.row(**_facts(peer, configuration, args.model), error=f"the process ended with code {code}"), {}, path
+                )
 
 
-def _facts(peer: Peer, configuration: Configuration) -> dict:
+def _facts(peer: Peer, configuration: Configuration, model: str = measure.MODEL) -> dict:
     """Return what is known of a row before it is run."""
+    other = "" if model == measure.MODEL else f" --model {Path(model).name}"
     key = next(key for key, value in PEERS.items() if value is peer)
     try:
         found = version(peer.package)
@@ -643,7 +651,7 @@ def _facts(peer: Peer, configuration: Configuration) -> dict:
         "method": configuration.method,
         "bits": configuration.bits,
         "group_size": configuration.group_size,
-        "command": f"python reports/study/peers.py {key} --only '{configuration.name}' --output out/study/{key}",
+        "command": f"python reports/study/peers.py {key} --only '{configuration.name}'{other} --output out/study/{key}",
         "note": configuration.note,
     }
 
