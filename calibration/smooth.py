@@ -102,7 +102,9 @@ def usual_alpha(activation_bits: int) -> float:
 
 
 def balanced(rms: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """Return `s_j = rms_j^alpha / |W_:j|^(1 - alpha)` `[k]` float32: `smoothing_factor` with root mean squares for maxima.
+    """Return `s_j = rms_j^alpha / |V_:j|^(1 - alpha)` `[k]` float32: `smoothing_factor` with root mean squares for maxima.
+
+    V are the rows of W at length 1: each has its own scale, so a few long rows must not decide for all.
 
     Args:
         rms: of each input channel, `[k]`.
@@ -112,7 +114,9 @@ def balanced(rms: Tensor, weight: Tensor, alpha: float) -> Tensor:
     Raises:
         ValueError: NaN or infinite entries.
     """
-    return smoothing_factor(rms, weight.float().norm(dim=0, keepdim=True), alpha)
+    weight = weight.float()
+    rows = weight / weight.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return smoothing_factor(rms, rows.norm(dim=0, keepdim=True), alpha)
 
 
 def choose(
