@@ -115,17 +115,19 @@ class FeedForward:
 
     def changed(self, x: Tensor, factor: Tensor, threshold: Tensor) -> Tensor:
         """Return `[n, hidden]` for inputs `[n, in]` if the argument u of each nonlinearity were factor (u - threshold)."""
-        weight = self.up.weight.clone()
-        bias = torch.zeros_like(weight[:, 0]) if self.up.bias is None else self.up.bias.clone()
-        weight[-self.hidden :] *= factor.unsqueeze(1)
-        bias[-self.hidden :] = (bias[-self.hidden :] - threshold) * factor
-        return functional_call(self.first, {f"{self.up_name}.weight": weight, f"{self.up_name}.bias": bias}, (x,))
+        changed = {name: parameter.clone() for name, parameter in self.first.named_parameters()}
+        changed[f"{self.up_name}.weight"][-self.hidden :] *= factor.unsqueeze(1)
+        if self.up.bias is not None:  # without one no shape has thresholds
+            bias = changed[f"{self.up_name}.bias"][-self.hidden :]
+            bias.copy_((bias - threshold) * factor)
+        return functional_call(self.first, changed, (x,))
 
     def take(self, chosen: Tensor, factor: Tensor, threshold: Tensor) -> None:
         """Do so for good to the hidden channels `chosen`."""
         rows = chosen + self.up.out_features - self.hidden
         self.up.weight[rows] *= factor.unsqueeze(1)
-        self.up.bias[rows] = (self.up.bias[rows] - threshold) * factor
+        if self.up.bias is not None:
+            self.up.bias[rows] = (self.up.bias[rows] - threshold) * factor
 
     def arguments(self, x: Tensor) -> Tensor:
         """Return the arguments of the nonlinearities, `[n, hidden]`."""
@@ -214,7 +216,7 @@ def plant(
     """Plant outliers of a shape in a transformer's weights, in place.
 
     Args:
-        transformer: of a class of diffusers, in full precision, on one device.
+        transformer: of a class of diffusers, in float32, on one device.
         shape: one of SHAPES.
         size: how many times as large as before (AdaLN, values), or as the median hidden channel (feed-forwards), above 1.
         count: channels at every place.
@@ -222,12 +224,15 @@ def plant(
         run: runs the transformer on typical inputs, for shapes that look at activations; if not given, inputs are made up.
 
     Raises:
-        ValueError: an unknown shape, one that this class cannot have, or a size or count out of range.
+        ValueError: an unknown shape, one that this class cannot have, a size or count out of range, or weights in another dtype.
     """
     if shape not in SHAPES:
         raise ValueError(f"unknown shape {shape!r} of outliers; use one of {', '.join(SHAPES)}")
     if not size > 1 or count < 1:
         raise ValueError(f"size is {size} and count {count}; expected a size above 1 and a count of at least 1")
+    dtypes = {p.dtype for p in transformer.parameters()} - {torch.float32}
+    if dtypes:
+        raise ValueError(f"weights are in {', '.join(sorted(map(str, dtypes)))}; load the transformer in torch.float32")
     targets = {name: found for name, found in _targets(transformer).items() if found}
     if shape not in targets:
         able = f"it can have {', '.join(targets)}" if targets else "it can have none"

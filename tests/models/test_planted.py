@@ -272,3 +272,8 @@ def flat(model: nn.Module, inputs: dict) -> Tensor:
 def test_what_cannot_be_planted_is_refused(shape: str, size: float, count: int, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         plant(tiny("DiTTransformer2DModel")[0], shape, size, count)
+
+
+def test_half_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"weights are in torch.bfloat16; load the transformer in torch.float32"):
+        plant(tiny("DiTTransformer2DModel")[0].bfloat16(), "channels", SIZE)
