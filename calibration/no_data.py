@@ -1,6 +1,6 @@
 """One linear quantized from its weight alone: smooth, rotate with random signs, round to nearest. Nothing is known of its inputs.
 
-Channels that are large in the inputs tend to be small in the weight, so the weight says how to smooth: half of what would even
+Channels that are large in the inputs tend to be small in the weight, so the weight says how to smooth: most of what would even
 out its columns.
 """
 
@@ -19,7 +19,7 @@ from quantdit.layer_spec import LayerSpec
 from quantdit.recipe import LayerPlan
 from quantdit.threads import one_thread
 
-PART = 0.5  # of what evens out the columns
+PART = 0.7  # of what evens out the columns; measured on tame and planted models
 
 
 @one_thread()
