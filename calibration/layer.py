@@ -97,7 +97,8 @@ def quantize_layer(weight: Tensor, bias: Tensor | None, stats: Stats, plan: Laye
         tensors["static_scale"] = scales
     if branch is not None:
         tensors |= {"up": branch.up, "down": branch.down}
-    spec = LayerSpec(q.spec, activation, t.kind, t.rotation_block, t.smoothed, branch.up.shape[1] if branch is not None else 0)
+    rank = branch.up.shape[1] if branch is not None else 0
+    spec = LayerSpec(q.spec, activation, t.kind, t.rotation_block, t.smoothed, rank, t.steps)
     mended = bias
     if bias is not None and centred:
         mended = as_stored((bias.detach().float() - delta @ transform.apply(t, stats.mean)), bias)
