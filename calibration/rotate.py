@@ -1,7 +1,8 @@
 """Which rotation a layer's inputs get: LRQ-DiT's Adaptive Rotation Scheme (section 4.2), or the least measured output error.
 
 Outlier-aware rotation after DuQuant (Lin et al. 2024, arXiv 2406.01721): R1 P R2, greedily built block by block, of inputs that
-are smoothed first. Both papers smooth: DuQuant with `max|X|^.6 / max|W|^.4` (Eq. 3), LRQ-DiT with `max|X|^.5 / max|W|^.5`.
+are smoothed first: both released codes do, DuQuant's with `max|X|^.6 / max|W|^.4`, LRQ-DiT's with `max|X|^.5 / max|W|^.5`.
+What they do and is not followed: one rotation shared by all blocks, and the row of the largest entry taken for its channel.
 """
 
 from __future__ import annotations
