@@ -220,10 +220,9 @@ def salient_tokens(rows: int, width: int, size: float, channels: int, seed: int)
     return x
 
 
-def smoothed_error(kind: str, width: int, size: float, channels: int, seed: int, alpha: float) -> float:
+def smoothed_error(kind: str, fitted: torch.Tensor, held: torch.Tensor, seed: int, alpha: float) -> float:
     """rel_rmse of the output with 4-bit weights and activations, smoothed by max|X|^alpha / max|W|^(1 - alpha), then rotated."""
-    fitted, held = (salient_tokens(192, width, size, channels, seed + part) for part in (0, 100))
-    w = torch.randn(128, width, generator=torch.Generator().manual_seed(seed)) / width**0.5
+    w = torch.randn(128, held.shape[1], generator=torch.Generator().manual_seed(seed))
     factor = smooth.smoothing_factor(fitted.abs().amax(dim=0), w, alpha)
     t = rotate.build(kind, fitted, seed, factor)
     y = held @ w.T
@@ -238,7 +237,8 @@ def test_an_outlier_rotation_beats_a_hadamard_where_a_block_cannot_hold_the_outl
     At equal bits, both smoothed by LRQ-DiT's rule (alpha .5) and by DuQuant's (.6).
     """
     for seed in range(2):
-        plain, outlier = (smoothed_error(kind, 1536, 800.0, channels, seed, alpha) for kind in ("hadamard", "outlier"))
+        rows = [salient_tokens(192, 1536, 800.0, channels, seed + part) for part in (0, 100)]
+        plain, outlier = (smoothed_error(kind, *rows, seed, alpha) for kind in ("hadamard", "outlier"))
         assert outlier < most * plain
 
 
@@ -263,3 +263,13 @@ def test_bits_that_an_outlier_rotation_costs(out: int, width: int, most: float):
     weight = QSpec("int4", out, width, width)
     spec = LayerSpec(weight, rotation=t.kind, block=t.rotation_block, steps=rotate.GREEDY_STEPS)
     assert 8 * (stored_bytes(spec) - stored_bytes(LayerSpec(weight))) / (out * width) <= most
+
+
+def test_an_outlier_rotation_beats_a_hadamard_where_tokens_differ_by_block():
+    """Like attention's heads: which of them is large changes from token to token, which no smoothing of channels levels out."""
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        loud = (0.5 * torch.randn(384, 3, 1, generator=generator)).exp()
+        x = (torch.randn(384, 3, 64, generator=generator) * loud).flatten(1)
+        plain, outlier = (smoothed_error(kind, x[::2], x[1::2], seed, 0.5) for kind in ("hadamard", "outlier"))
+        assert outlier < 0.95 * plain
