@@ -166,9 +166,9 @@ def greedy_steps(x: Tensor, block: int, first: int, steps: int) -> Tensor:
         return chosen
     least = torch.full((count,), float("inf"), dtype=torch.float32)
     kept = torch.zeros(count, dtype=torch.int64)
-    now = x.unflatten(1, (count, block)).transpose(0, 1).contiguous()  # [count, rows, block]
+    now = x.T.reshape(count, block, -1)
     for step in range(steps + 1):
-        peak, channel = now.abs().amax(dim=1).max(dim=1)
+        peak, channel = now.abs().amax(dim=2).max(dim=1)
         better = peak < least * (1 - 1e-5)  # by more than rounding
         least = torch.where(better, peak, least)
         kept[better] = step

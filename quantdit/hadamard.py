@@ -42,22 +42,27 @@ def random_sign(width: int, seed: int) -> Tensor:
 
 
 def spread(x: Tensor, channel: Tensor, number: int) -> Tensor:
-    """Return x `[n, r, b]` times `E H diag(sign) E`, for each of n blocks a matrix that spreads its `channel` `[n]` evenly.
+    """Return `(E H diag(sign) E)^T x` for x `[n, b, r]`: in each of n blocks its `channel` `[n]` is spread evenly.
 
     DuQuant's greedy step, its random orthogonal matrix with a uniform first row being a Hadamard matrix with the signs of
     `step_sign(b, number)`. E exchanges 0 and the channel. Sums and products of single numbers in a fixed order: x in float64
     gives the same bits on every machine.
     """
-    n, _, b = x.shape
-    place, block = torch.arange(b, device=x.device).repeat(n, 1), torch.arange(n, device=x.device)
-    place[block, 0], place[block, channel] = channel, 0
-    place = place[:, None].expand(x.shape)
-    x = x.gather(2, place)
-    half = 1
+    b = x.shape[1]
+    half, x = 1, _exchanged(x.clone(), channel)
     while half < b:
-        low, high = x.unflatten(2, (-1, 2, half)).unbind(3)
-        x, half = torch.stack([low + high, low - high], dim=3).flatten(2), 2 * half
-    return (x * (step_sign(b, number).to(x.device, x.dtype) * b**-0.5)).gather(2, place)
+        low, high = x.unflatten(1, (-1, 2, half)).unbind(2)
+        x, half = torch.stack([low + high, low - high], dim=2).flatten(1, 3), 2 * half
+    return _exchanged(x.mul_((step_sign(b, number).to(x.device, x.dtype) * b**-0.5)[:, None]), channel)
+
+
+def _exchanged(x: Tensor, channel: Tensor) -> Tensor:
+    """Return x `[n, b, r]` with channels 0 and `channel` `[n]` of each block exchanged in place."""
+    block = torch.arange(len(x), device=x.device)
+    first = x[:, 0].clone()
+    x[:, 0] = x[block, channel]
+    x[block, channel] = first
+    return x
 
 
 @lru_cache(maxsize=256)

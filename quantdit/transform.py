@@ -184,11 +184,11 @@ def product(steps: Tensor, block: int, first: int) -> Tensor:
     """
     if steps.device.type == "meta":
         return torch.empty(steps.shape[1], block, block, dtype=torch.float32, device="meta")
-    made = torch.eye(block, dtype=torch.float64).repeat(steps.shape[1], 1, 1)
+    made = torch.eye(block, dtype=torch.float64).repeat(steps.shape[1], 1, 1)  # the transposed rotation
     for number, channel in enumerate(steps.cpu().long()):
         taken = channel != NO_STEP
         made[taken] = hadamard.spread(made[taken], channel[taken], first + number)
-    return made.float().to(steps.device)
+    return made.mT.contiguous().float().to(steps.device)
 
 
 def fields(kind: str, width: int, block: int = 1, smoothed: bool = False, steps: int = 0) -> dict[str, Field]:

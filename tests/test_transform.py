@@ -154,7 +154,7 @@ def test_a_step_spreads_its_channel_evenly():
     for b in (2, 16, 128):
         channel = torch.arange(b)
         made = spread(torch.eye(b, dtype=torch.float64).repeat(b, 1, 1), channel, 7)
-        assert torch.equal(made[channel, channel].abs(), torch.full((b, b), b**-0.5, dtype=torch.float64))
+        assert torch.equal(made[channel, :, channel].abs(), torch.full((b, b), b**-0.5, dtype=torch.float64))
 
 
 def test_what_steps_mean_does_not_change():
