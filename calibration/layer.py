@@ -166,7 +166,8 @@ def _quantized(
     tensors = q.tensors() | {key: tensor.clone() for key, tensor in shared.items()}  # a file takes a tensor once
     if branch is not None:
         tensors |= {"up": branch.up, "down": branch.down}
-    spec = LayerSpec(q.spec, activation, t.kind, t.rotation_block, t.smoothed, branch.up.shape[1] if branch is not None else 0)
+    rank = branch.up.shape[1] if branch is not None else 0
+    spec = LayerSpec(q.spec, activation, t.kind, t.rotation_block, t.smoothed, rank, t.steps)
     mended = bias
     if bias is not None and rule.bias_correction:
         mended = as_stored((bias.detach().float() - made.delta @ transform.apply(t, stats.mean)), bias)

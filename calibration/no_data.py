@@ -42,7 +42,7 @@ def quantize_without_data(weight: Tensor, bias: Tensor | None, plan: LayerPlan, 
     W = transform.apply_to_weight(t, weight.detach().float())
     known = torch.ones(width, dtype=torch.float32).diag()
     q = quantize_weight(W, known, rule.weight, plan.group_size, rule.method, rule.table, seed, table_rows=rule.table_rows)
-    spec = LayerSpec(q.spec, rule.activation(plan.activation_group_size), t.kind, t.rotation_block, t.smoothed)
+    spec = LayerSpec(q.spec, rule.activation(plan.activation_group_size), t.kind, t.rotation_block, t.smoothed, steps=t.steps)
     tensors = q.tensors() | transform.tensors(t)
     report = {
         "spec": asdict(spec),

@@ -1,6 +1,8 @@
 """Which rotation a layer's inputs get: LRQ-DiT's Adaptive Rotation Scheme (section 4.2), or the least measured output error.
 
-Outlier-aware rotation after DuQuant (Lin et al. 2024, arXiv 2406.01721): R1 P R2, greedily built block by block.
+Outlier-aware rotation after DuQuant (Lin et al. 2024, arXiv 2406.01721): R1 P R2, greedily built block by block, of inputs that
+are smoothed first: both released codes do, DuQuant's with `max|X|^.6 / max|W|^.4`, LRQ-DiT's with `max|X|^.5 / max|W|^.5`.
+What they do and is not followed: one rotation shared by all blocks, and the row of the largest entry taken for its channel.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from quantdit.transform import Transform
 
 ROTATIONS = ("none", "hadamard", "outlier", "ars", "auto", "regular")
 BUILT = (*transform.KINDS, "regular")
-GREEDY_STEPS = 256
+GREEDY_STEPS = 8  # on rows that were not fitted, 256 random rotations are no flatter
 ARS_THRESHOLD = 1.0
 
 
@@ -43,7 +45,7 @@ def build(kind: str, rows: Tensor, seed: int, factor: Tensor | None = None, step
     Args:
         kind: a name of transform.KINDS, or `regular`: a Hadamard whose signs make it ConvRot's (`hadamard.regular_sign`).
         rows: `[r, k]` float, a sample of the inputs as they come, neither smoothed nor rotated.
-        seed: of the Hadamard's signs (`hadamard.random_sign`) and of the greedy rotations.
+        seed: of the Hadamard's signs (`hadamard.random_sign`).
         factor: smoothing factor `[k]`, which inputs are divided by before the rotation; None for none.
         steps: greedy steps per block of an outlier rotation, at most.
 
@@ -61,7 +63,7 @@ def build(kind: str, rows: Tensor, seed: int, factor: Tensor | None = None, step
     elif kind == "regular":
         rotation = Transform(premultiplier=hadamard.regular_sign(width, block), block=block)
     else:
-        rotation = outlier_rotation(transform.apply(transform.smooth(Transform(), factor), rows.float()), block, seed, steps)
+        rotation = outlier_rotation(transform.apply(transform.smooth(Transform(), factor), rows.float()), block, steps)
     return transform.smooth(rotation, factor)
 
 
@@ -110,13 +112,15 @@ def choose(
     return Choice(best, built[best], errors)
 
 
-def outlier_rotation(x: Tensor, block: int, seed: int, steps: int = GREEDY_STEPS) -> Transform:
+def outlier_rotation(x: Tensor, block: int, steps: int = GREEDY_STEPS) -> Transform:
     """Return DuQuant's R1 P R2 fitted to inputs x `[r, k]`: `max |x R1 P R2| <= max |x|`, in each block and so in all.
+
+    R1 spreads the largest channels over their blocks, P deals what that makes to all blocks, R2 spreads it over these: a large
+    channel ends up in block^2 places or the whole width, where a block-Hadamard leaves it in one block.
 
     Args:
         x: float, finite; any number of rows, also none.
         block: size of the blocks, divides k.
-        seed: of the random parts of the greedy steps.
         steps: greedy steps per block, at most.
 
     Raises:
@@ -125,11 +129,13 @@ def outlier_rotation(x: Tensor, block: int, seed: int, steps: int = GREEDY_STEPS
     x = x.detach().float()
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{int((~torch.isfinite(x)).any(dim=1).sum())} of {len(x)} input rows have NaN or infinite entries")
-    rotation1 = greedy_blocks(x, block, 2 * seed, steps)
-    x = transform.block_product(x, rotation1)
+    steps1 = greedy_steps(x, block, 0, steps)
+    x = transform.block_product(x, transform.product(steps1, block, 0))
     permutation = zigzag(x.abs().amax(dim=0) if len(x) else x.new_zeros(x.shape[1]), block)
-    rotation2 = greedy_blocks(x[:, permutation], block, 2 * seed + 1, steps)
-    return Transform(rotation1=rotation1, permutation=permutation.to(torch.int32), rotation2=rotation2)
+    steps2 = greedy_steps(x[:, permutation], block, transform.MAX_STEPS, steps)
+    taken = max(1, *(int((s != transform.NO_STEP).any(dim=1).sum()) for s in (steps1, steps2)))
+    named = {"steps1": steps1[:taken], "steps2": steps2[:taken], "permutation": permutation.to(torch.int32)}
+    return transform.from_tensors("outlier", block, named)
 
 
 def zigzag(peak: Tensor, block: int) -> Tensor:
@@ -142,44 +148,32 @@ def zigzag(peak: Tensor, block: int) -> Tensor:
     return order.T.reshape(-1)
 
 
-def greedy_blocks(x: Tensor, block: int, seed: int, steps: int) -> Tensor:
-    """Return orthogonal blocks `[k / block, block, block]` float32 that flatten the peaks of x `[r, k]` (DuQuant).
+def greedy_steps(x: Tensor, block: int, first: int, steps: int) -> Tensor:
+    """Return the steps uint8 `[max(1, steps), k / block]` of a rotation that flattens the peaks of x `[r, k]` (DuQuant).
 
-    Each step moves the channel of the block's largest entry to the front, multiplies by an orthogonal matrix whose first row is
-    uniform and whose others are random, and moves it back. The best of all steps, the identity included, is kept.
+    Each step spreads the channel, not the row, of the block's largest entry evenly over the block (`hadamard.spread`). The best
+    of all products, the identity included, is kept: what follows it is NO_STEP.
+
+    Args:
+        x: float32, finite.
+        block: size of the blocks, divides k.
+        first: number of the first step (`transform.product`).
+        steps: at most.
     """
-    rows, count = len(x), x.shape[1] // block
-    best = torch.eye(block, dtype=torch.float32).repeat(count, 1, 1)
-    if rows == 0:
-        return best
-    generator = torch.Generator().manual_seed(seed)
+    count = x.shape[1] // block
+    chosen = torch.full((max(1, steps), count), transform.NO_STEP, dtype=torch.uint8)
+    if len(x) == 0:
+        return chosen
     least = torch.full((count,), float("inf"), dtype=torch.float32)
-    # Rows of the identity go along and become the product of all steps. Two buffers: allocating a new one costs as much as the
-    # product.
-    now = torch.cat([x.unflatten(1, (count, block)).transpose(0, 1), best], dim=1)  # [count, rows + block, block]
-    then = torch.empty_like(now)
+    kept = torch.zeros(count, dtype=torch.int64)
+    now = x.T.reshape(count, block, -1)
     for step in range(steps + 1):
-        peak, channel = torch.maximum(now[:, :rows].amax(dim=1), -now[:, :rows].amin(dim=1)).max(dim=1)
+        peak, channel = now.abs().amax(dim=2).max(dim=1)
         better = peak < least * (1 - 1e-5)  # by more than rounding
         least = torch.where(better, peak, least)
-        best[better] = now[better, rows:]
+        kept[better] = step
         if step < steps:
-            torch.bmm(now, _spread(block, channel, generator), out=then)
-            now, then = then, now
-    # One Newton-Schulz step: hundreds of float32 products leave 1e-5 of non-orthogonality, this squares it.
-    best = best.double()
-    return (best @ (3 * torch.eye(block, dtype=torch.float64) - best.mT @ best) / 2).float()
-
-
-def _spread(block: int, channel: Tensor, generator: torch.Generator) -> Tensor:
-    """Return orthogonal `[n, block, block]`, for each block one that spreads its `channel` `[n]` evenly over the block.
-
-    It is E M E, E exchanging 0 and the channel, with M one random orthogonal matrix whose first row is uniform.
-    """
-    start = torch.randn(block, block, generator=generator, dtype=torch.float32)
-    start[:, 0] = 1
-    m = torch.linalg.qr(start).Q.T.repeat(len(channel), 1, 1)
-    n = torch.arange(len(channel))
-    m[n, 0], m[n, channel] = m[n, channel], m[n, 0]
-    m[n, :, 0], m[n, :, channel] = m[n, :, channel], m[n, :, 0]
-    return m
+            chosen[step] = channel.to(torch.uint8)
+            now = hadamard.spread(now, channel, first + step)
+    chosen[torch.arange(len(chosen))[:, None] >= kept] = transform.NO_STEP
+    return chosen

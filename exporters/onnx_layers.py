@@ -125,7 +125,7 @@ def _zero_point(nodes: Nodes) -> ir.Value:
 def _tokens_digest(layer: QuantLinear) -> str:
     """Return what makes two layers with one input quantize it alike."""
     spec = layer.layer_spec
-    tensors = {n: layer._buffers[n] for n in (*NAMES, "static_scale") if n in layer._buffers}
+    tensors = {n: t for n, t in layer.tensors().items() if n in (*NAMES, "static_scale")}
     found = hashlib.sha256(repr((spec.activation, spec.rotation, spec.block)).encode())
     for n, tensor in tensors.items():
         found.update(n.encode() + tensor.contiguous().numpy().tobytes())

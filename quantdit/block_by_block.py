@@ -455,7 +455,7 @@ def _hard(made: Mapping[str, Quantized]) -> dict[str, QuantLinear]:
 def _calibrate_end_to_end(job: Job, linears: Mapping[str, nn.Linear], reports: dict[str, dict]) -> None:
     """Calibrate the assignments of all blocks at once, in place; needs the layers in full precision and all statistics."""
     layers = {name: m for name, m in checkpoint.quant_layers(job.transformer).items() if name.startswith(job.blocks)}
-    made = {name: Quantized(layer.layer_spec, dict(layer._buffers), layer.bias, reports[name]) for name, layer in layers.items()}
+    made = {name: Quantized(layer.layer_spec, layer.tensors(), layer.bias, reports[name]) for name, layer in layers.items()}
     full = {name: linears[name] for name in layers}
     with replaced(job.transformer, full):
         whole = Unit(OUTSIDE, len(job.blocks), tuple(full), job.transformer, job.calls)

@@ -45,7 +45,8 @@ from quantdit.linear import QuantLinear, follow_timesteps
 from quantdit.qtensor import FIELDS, check_values
 
 SPEC = 4
-READ = (2, 3, SPEC)  # spec 2 has no config in the header; up to spec 3 a smoothed layer's premultiplier is float32
+# Spec 2 has no config in the header. Up to spec 3 a smoothed layer's premultiplier is float32, an outlier rotation dense.
+READ = (2, 3, SPEC)
 MAX_TIMESTEP = 1e9
 METHOD = "quantdit"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
@@ -64,6 +65,7 @@ _DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int32: "I32",
+    torch.int16: "I16",
 }
 _DENSE = ("F32", "F16", "BF16")
 
@@ -324,7 +326,8 @@ def finish(model: nn.Module, edges: tuple[float, ...], weights: Path) -> None:
         if (wrong := check_values(layer.spec, {f: state[f] for f in FIELDS if f in state})) is not None:
             raise CheckpointError(f"{weights}: layer {name}: {wrong}; the file was damaged, copy or calibrate it again")
         others = {n: state[n] for n in ("static_scale", "up", "down") if n in state}
-        wrong = transform.check_values(layer.transform) or _not_finite(others)
+        wrong = transform.check_steps(layer.layer_spec.block, state)
+        wrong = wrong or transform.check_values(layer.transform) or _not_finite(others)
         if "static_scale" in others and not bool((others["static_scale"] > 0).all()):
             wrong = "static_scale has entries that are not positive"
         if wrong is not None:
@@ -615,7 +618,7 @@ def _check_header(opened: dict, model: nn.Module, weights: Path) -> None:
 
 def _dtypes(field: str, dtype: torch.dtype) -> tuple[str, ...]:
     """Return the dtypes that a file may hold a layer's tensor in."""
-    narrower = NARROWER.get(field, ()) if dtype == torch.float32 else ()
+    narrower = NARROWER.get(field, ()) if dtype.itemsize == 4 else ()
     return tuple(_DTYPES[d] for d in (dtype, *narrower))
 
 

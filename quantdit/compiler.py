@@ -26,7 +26,7 @@ from quantdit.calibration.assignments import Training, check_trains
 from quantdit.calibration.calls import StoredCalls
 from quantdit.calibration.salience import salient_calls
 from quantdit.formats import QSpec
-from quantdit.layer_spec import LayerSpec, stored_bytes
+from quantdit.layer_spec import LayerSpec, layer_fields, stored_bytes
 from quantdit.linear import QuantLinear
 from quantdit.models import adapter as adapters
 from quantdit.pipeline import Source
@@ -249,7 +249,8 @@ def added(sizes: list[dict]) -> dict:
 
 
 def _own_values(transformer: nn.Module) -> int:
-    return sum(b.numel() for m in checkpoint.quant_layers(transformer).values() for b in m.buffers(recurse=False))
+    layers = checkpoint.quant_layers(transformer).values()
+    return sum(math.prod(field.shape) for m in layers for field in layer_fields(m.layer_spec).values())
 
 
 def _jobs(

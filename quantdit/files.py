@@ -110,11 +110,11 @@ def check_finite(name: str, tensor: Tensor) -> None:
     raise CheckpointError(f"layer {layer}: {count} values of its {kind} are NaN or infinite; the source is damaged")
 
 
-def narrowest(t: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)) -> Tensor:
-    """Return a float tensor in the first of `dtypes` or else float32 that holds it exactly; others as they are."""
+def narrowest(t: Tensor) -> Tensor:
+    """Return a float tensor in the narrowest of float16, bfloat16, float32 that holds it exactly; others as they are."""
     if not t.is_floating_point():
         return t
-    for dtype in dtypes:
+    for dtype in (torch.float16, torch.bfloat16):
         if torch.equal(t.to(dtype).to(t.dtype), t):
             return t.to(dtype)
     return t.float()

@@ -41,6 +41,42 @@ def random_sign(width: int, seed: int) -> Tensor:
     return (torch.randint(0, 2, (width,), generator=generator, dtype=torch.int8) * 2 - 1).to(torch.int8)
 
 
+def spread(x: Tensor, channel: Tensor, number: int) -> Tensor:
+    """Return `(E H diag(sign) E)^T x` for x `[n, b, r]`: in each of n blocks its `channel` `[n]` is spread evenly.
+
+    DuQuant's greedy step, its random orthogonal matrix with a uniform first row being a Hadamard matrix with the signs of
+    `step_sign(b, number)`. E exchanges 0 and the channel. Sums and products of single numbers in a fixed order: x in float64
+    gives the same bits on every machine.
+    """
+    b = x.shape[1]
+    half, x = 1, _exchanged(x.clone(), channel)
+    while half < b:
+        low, high = x.unflatten(1, (-1, 2, half)).unbind(2)
+        x, half = torch.stack([low + high, low - high], dim=2).flatten(1, 3), 2 * half
+    return _exchanged(x.mul_((step_sign(b, number).to(x.device, x.dtype) * b**-0.5)[:, None]), channel)
+
+
+def _exchanged(x: Tensor, channel: Tensor) -> Tensor:
+    """Return x `[n, b, r]` with channels 0 and `channel` `[n]` of each block exchanged in place."""
+    block = torch.arange(len(x), device=x.device)
+    first = x[:, 0].clone()
+    x[:, 0] = x[block, channel]
+    x[block, channel] = first
+    return x
+
+
+@lru_cache(maxsize=256)
+def step_sign(block: int, number: int) -> Tensor:
+    """Return `[block]` int8 of +1 and -1 that belong to a greedy step: bits of hashed numbers, part of a checkpoint's format."""
+    signs = []
+    for place in range(block):
+        mixed = (number * LARGEST_BLOCK + place + 1) * 0x9E3779B1 & 0xFFFFFFFF
+        for factor in (0x85EBCA6B, 0xC2B2AE35):
+            mixed = ((mixed ^ (mixed >> 15)) * factor) & 0xFFFFFFFF
+        signs.append(1 - 2 * (mixed >> 31))
+    return torch.tensor(signs, dtype=torch.int8)
+
+
 def regular_block_size(width: int) -> int:
     """Return the largest power of four that divides `width`, at most LARGEST_BLOCK; 1 if there is none."""
     block = block_size(width)

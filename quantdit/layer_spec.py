@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from quantdit import files, transform
+from quantdit import transform
 from quantdit.formats import FORMATS, Field, QSpec
 from quantdit.qtensor import spec_fields
 
 ACTIVATION_BITS = (4, 6, 8, 16)
 ACTIVATION_FORMATS = ("int", "affine", "fp8")
 MAX_BUCKETS = 1000
-# Tensors that a layer computes with in float32 and a file may hold in fewer bits, and in which dtypes.
-NARROWER = {"scale": (torch.float16, torch.bfloat16), "premultiplier": (transform.PREMULTIPLIER,)}
+# Tensors that a layer computes with in 32 bits and a file may hold in fewer, and in which dtypes.
+NARROWER = {
+    "scale": (torch.float16, torch.bfloat16),
+    "premultiplier": (transform.PREMULTIPLIER,),
+    "permutation": (torch.uint8, torch.int16),
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class LayerSpec:
         rotation: a name of transform.KINDS.
         block: size of the rotation's blocks, 1 without one.
         smoothed: whether inputs are divided by a smoothing factor.
+        steps: greedy steps that an outlier rotation is made of; 0 where it is stored itself, as up to spec 3.
         rank: of the low-rank branch beside the quantized weight, 0 for none.
     """
 
@@ -87,6 +92,7 @@ class LayerSpec:
     block: int = 1
     smoothed: bool = False
     rank: int = 0
+    steps: int = 0
 
     @classmethod
     def from_dict(cls, content: dict) -> LayerSpec:
@@ -95,7 +101,8 @@ class LayerSpec:
         Raises:
             ValueError: other keys, values of another type than the field's, or a combination that is not possible.
         """
-        flat = _typed(cls, content) | {
+        known = {"steps": 0} | content if isinstance(content, dict) else content  # up to spec 3 there are none
+        flat = _typed(cls, known) | {
             "weight": QSpec(**_typed(QSpec, content.get("weight"))),
             "activation": ActivationSpec(**_typed(ActivationSpec, content.get("activation"))),
         }
@@ -122,7 +129,7 @@ def layer_fields(spec: LayerSpec) -> dict[str, Field]:
     """
     weight, activation = spec.weight, spec.activation
     out, width = weight.out_features, weight.in_features
-    expected = spec_fields(weight) | transform.fields(spec.rotation, width, spec.block, spec.smoothed)
+    expected = spec_fields(weight) | transform.fields(spec.rotation, width, spec.block, spec.smoothed, spec.steps)
     if activation.group_size and width % activation.group_size:
         raise ValueError(f"activation group size {activation.group_size} does not divide the width {width}")
     if activation.format == "fp8" and not decodes_to_fp8(weight.format):
@@ -141,19 +148,26 @@ def stored_bytes(spec: LayerSpec) -> int:
     """Return the bytes of all tensors that a layer stores besides its bias, scales counted as float32."""
     expected = layer_fields(spec)
     if spec.smoothed:
-        expected["premultiplier"] = Field(transform.PREMULTIPLIER, expected["premultiplier"].shape)
+        expected["premultiplier"] = replace(expected["premultiplier"], dtype=transform.PREMULTIPLIER)
+    if "permutation" in expected:
+        last = torch.tensor(spec.weight.in_features - 1, dtype=torch.int32)
+        expected["permutation"] = replace(expected["permutation"], dtype=as_stored("permutation", last).dtype)
     return sum(math.prod(field.shape) * field.dtype.itemsize for field in expected.values())
 
 
 def as_stored(name: str, tensor: Tensor) -> Tensor:
     """Return a layer's tensor as a file holds it: those of NARROWER in the narrowest dtype that loses nothing."""
-    return files.narrowest(tensor, NARROWER[name]) if name in NARROWER else tensor
+    for dtype in NARROWER.get(name, ()) if tensor.dtype.itemsize == 4 else ():
+        if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+            return tensor.to(dtype)
+    return tensor
 
 
 def as_computed(name: str, tensor: Tensor) -> Tensor:
     """Return a copy of a layer's tensor that a file holds, as the layer computes with it."""
-    narrower = tensor.dtype in NARROWER.get(name, ())
-    return tensor.to(torch.float32, copy=True) if narrower else tensor.clone()
+    if tensor.dtype not in NARROWER.get(name, ()):
+        return tensor.clone()
+    return tensor.to(torch.float32 if tensor.is_floating_point() else torch.int32, copy=True)
 
 
 def decodes_to_fp8(format: str) -> bool:

@@ -23,7 +23,8 @@ class QuantLinear(nn.Linear):
     """A linear layer whose weight is a `QTensor`, in the space its `Transform` takes the inputs to.
 
     Buffers: the tensors of the QTensor and of the Transform under their own names; `up`, `down` bfloat16 of a low-rank branch;
-    `static_scale` of static activations. `bias` is a parameter as in `nn.Linear`. `weight` is a property that decodes to
+    `static_scale` of static activations; `rotation1` and `rotation2` of an outlier rotation that is stored as its steps, made on
+    first use and not part of the state dict. `bias` is a parameter as in `nn.Linear`. `weight` is a property that decodes to
     `[out, in]` in the original space, which is what PEFT's LoRA needs. `weight_dtype` is its dtype where there is no bias, whose
     dtype it has otherwise: like the bias's it changes with a cast of the model.
 
@@ -45,6 +46,8 @@ class QuantLinear(nn.Linear):
         self._decoded: tuple[tuple, Tensor] | None = None  # what was decoded, and I
         for name, field in layer_fields(layer_spec).items():
             self.register_buffer(name, torch.empty(field.shape, dtype=field.dtype, device=device))
+        if layer_spec.steps:
+            self.forget()
         made = torch.empty(self.out_features, dtype=torch.float32, device=device) if bias else None
         self.bias = None if made is None else nn.Parameter(made, requires_grad=False)
 
@@ -67,6 +70,10 @@ class QuantLinear(nn.Linear):
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return layer
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what `from_tensors` takes."""
+        return {name: self._buffers[name] for name in layer_fields(self.layer_spec)}
 
     @property
     def bucket(self) -> int:
@@ -91,7 +98,10 @@ class QuantLinear(nn.Linear):
     def transform(self) -> Transform:
         """Return what happens to inputs before they are quantized."""
         s = self.layer_spec
-        return transform.from_tensors(s.rotation, s.block, self._buffers)
+        t = transform.from_tensors(s.rotation, s.block, self._buffers)
+        if s.steps and self._buffers[transform.DENSE[-1]] is None and self.data.device.type != "meta":
+            self._buffers.update({name: getattr(t, name) for name in transform.DENSE})
+        return t
 
     @property
     def weight(self) -> Tensor:
@@ -138,7 +148,7 @@ class QuantLinear(nn.Linear):
         """Return `I` `[out, in]`, kept between calls on CPU."""
         if torch.compiler.is_compiling():  # whether a kept one is up to date cannot be asked in a graph
             return self._decode()
-        stored = tuple((id(t), version_of(t)) for t in self._buffers.values())
+        stored = tuple((id(t), version_of(t)) for t in self._stored() if t is not None)
         if self._decoded is not None and self._decoded[0] == stored:
             return self._decoded[1]
         integers = self._decode()
@@ -152,6 +162,8 @@ class QuantLinear(nn.Linear):
     def forget(self) -> None:
         """Drop what is kept between calls."""
         self._decoded = None
+        for name in transform.DENSE if self.layer_spec.steps else ():
+            self.register_buffer(name, None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x `[..., in]` to `[..., out]` in x's dtype.
@@ -277,9 +289,13 @@ class QuantLinear(nn.Linear):
         rotation = f", {s.rotation}={s.block}" if s.block > 1 else ""
         return f"{rotation}{', smooth' if s.smoothed else ''}{f', rank={s.rank}' if s.rank else ''}"
 
+    def _load_from_state_dict(self, *args: object) -> None:
+        super()._load_from_state_dict(*args)
+        self.forget()
+
     def _apply(self, fn, recurse: bool = True):
         """Move as any module, but let a cast of the model touch the bias alone: scales stay float32, fp8 codes fp8."""
-        stored = dict(self._buffers)
+        stored = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
         super()._apply(fn, recurse)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.data.device)).dtype
         for name, before in stored.items():
@@ -291,7 +307,7 @@ class QuantLinear(nn.Linear):
 
 def weight_bits(layer: QuantLinear) -> float:
     """Return stored bits per weight of a layer: scales, codebooks, rotation and low-rank branch included, the bias not."""
-    stored = sum(as_stored(name, tensor).nbytes for name, tensor in layer.named_buffers(recurse=False))
+    stored = sum(as_stored(name, layer._buffers[name]).nbytes for name in layer_fields(layer.layer_spec))
     return 8 * stored / math.prod((layer.out_features, layer.in_features))
 
 

@@ -18,7 +18,11 @@ from quantdit import hadamard
 from quantdit.formats import Field
 
 KINDS = ("none", "hadamard", "outlier")
-NAMES = ("premultiplier", "rotation1", "permutation", "rotation2")
+DENSE = ("rotation1", "rotation2")
+STEPS = ("steps1", "steps2")
+NAMES = ("premultiplier", "permutation", *STEPS, *DENSE)
+MAX_STEPS = 32
+NO_STEP = 255
 GRAM_ROWS = 1024  # transformed at once
 # A smoothing's premultipliers take one byte: a sign, a power of two, and 1, 1.25, 1.5 or 1.75 of it.
 PREMULTIPLIER = torch.float8_e5m2
@@ -38,6 +42,8 @@ class Transform:
         rotation1: outlier rotation R1, block-diagonal, float32 `[k/b, b, b]`, each block orthogonal; or None.
         permutation: int32 `[k]`, channel `permutation[j]` of `x R1` goes to place j; with rotation1 only.
         rotation2: as rotation1, after the permutation.
+        steps1: what rotation1 is made of (`product`), uint8 `[steps, k/b]`; None if it is stored itself, as up to spec 3.
+        steps2: the same of rotation2.
     """
 
     premultiplier: Tensor | None = None
@@ -45,6 +51,8 @@ class Transform:
     rotation1: Tensor | None = None
     permutation: Tensor | None = None
     rotation2: Tensor | None = None
+    steps1: Tensor | None = None
+    steps2: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check that the parts go together.
@@ -52,6 +60,8 @@ class Transform:
         Raises:
             ValueError: part of an outlier rotation is missing, or there is a Hadamard besides it.
         """
+        if (self.steps1 is None) != (self.steps2 is None) or (self.steps1 is not None and self.rotation1 is None):
+            raise ValueError("the steps of an outlier rotation go together, and with the rotations they make")
         outlier = [t is not None for t in (self.rotation1, self.permutation, self.rotation2)]
         if any(outlier) and not all(outlier):
             raise ValueError("an outlier rotation needs rotation1, permutation and rotation2 together")
@@ -67,6 +77,11 @@ class Transform:
     def rotation_block(self) -> int:
         """Return the block size of the rotation, whichever it is; 1 without one."""
         return self.block if self.rotation1 is None else self.rotation1.shape[-1]
+
+    @property
+    def steps(self) -> int:
+        """Return the greedy steps of an outlier rotation; 0 of one that is stored itself, and without one."""
+        return 0 if self.steps1 is None else len(self.steps1)
 
     @property
     def smoothed(self) -> bool:
@@ -141,24 +156,47 @@ def gram(t: Transform, G: Tensor) -> Tensor:
 
 
 def tensors(t: Transform) -> dict[str, Tensor]:
-    """Return the tensors of t by attribute name; what is None is left out."""
-    named = {name: getattr(t, name) for name in NAMES}
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
+    """Return the tensors that t is stored as by attribute name: those that are not None, nor made of others."""
+    names = [name for name in NAMES if not t.steps or name not in DENSE]
+    return {name: tensor for name in names if (tensor := getattr(t, name)) is not None}
 
 
 def from_tensors(kind: str, block: int, named: Mapping[str, Tensor]) -> Transform:
     """Return the Transform of tensors that agree with `fields(kind, ..., block, ...)`; `block` is t.rotation_block.
 
-    Of `named`, a layer's tensors, those of other names are left alone.
+    Of `named`, a layer's tensors, those of other names are left alone. Rotations are made of their steps if they are not there.
     """
-    return Transform(block=block if kind == "hadamard" else 1, **{name: named[name] for name in NAMES if name in named})
+    found = {name: tensor for name in NAMES if (tensor := named.get(name)) is not None}
+    for number, (steps, rotation) in enumerate(zip(STEPS, DENSE, strict=True)):
+        if steps in found and rotation not in found:
+            found[rotation] = product(found[steps], block, number * MAX_STEPS)
+    return Transform(block=block if kind == "hadamard" else 1, **found)
 
 
-def fields(kind: str, width: int, block: int = 1, smoothed: bool = False) -> dict[str, Field]:
-    """Return name, dtype and shape of every tensor of a transform with t.kind, t.rotation_block and t.smoothed as given.
+def product(steps: Tensor, block: int, first: int) -> Tensor:
+    """Return the rotation `[n, block, block]` float32 of greedy steps, on their device, the same bits on every machine.
+
+    Args:
+        steps: uint8 `[steps, n]`, the channel that a step spreads over its block (`hadamard.spread`); NO_STEP: there is no such
+            step.
+        block: size of the blocks.
+        first: number of the first step, which decides on signs.
+    """
+    if steps.device.type == "meta":
+        return torch.empty(steps.shape[1], block, block, dtype=torch.float32, device="meta")
+    made = torch.eye(block, dtype=torch.float64).repeat(steps.shape[1], 1, 1)  # the transposed rotation
+    for number, channel in enumerate(steps.cpu().long()):
+        taken = channel != NO_STEP
+        made[taken] = hadamard.spread(made[taken], channel[taken], first + number)
+    return made.mT.contiguous().float().to(steps.device)
+
+
+def fields(kind: str, width: int, block: int = 1, smoothed: bool = False, steps: int = 0) -> dict[str, Field]:
+    """Return name, dtype and shape of every tensor of a transform, t.kind, t.rotation_block, t.smoothed and t.steps as given.
 
     Raises:
-        ValueError: unknown kind, a width below 1, or a block that is no power of two dividing the width (1 for `none` alone).
+        ValueError: unknown kind, a width below 1, a block that is no power of two dividing the width (1 for `none` alone), or
+            steps that are too many or of a rotation that has none.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown rotation {kind!r}; known: {', '.join(KINDS)}")
@@ -166,13 +204,25 @@ def fields(kind: str, width: int, block: int = 1, smoothed: bool = False) -> dic
         raise ValueError(f"a transform needs a positive width, got {width}")
     if block < 1 or block & (block - 1) or width % block or (block == 1) != (kind == "none"):
         raise ValueError(f"rotation {kind!r} of width {width} cannot have blocks of {block}")
+    if not 0 <= steps <= (MAX_STEPS if kind == "outlier" else 0) or (steps and block > hadamard.LARGEST_BLOCK):
+        raise ValueError(f"rotation {kind!r} of blocks of {block} cannot have {steps} steps")
     expected = {}
     if smoothed or kind == "hadamard":
         expected["premultiplier"] = Field(torch.float32 if smoothed else torch.int8, (width,))
     if kind == "outlier":
-        blocks = Field(torch.float32, (width // block, block, block))
-        expected |= {"rotation1": blocks, "permutation": Field(torch.int32, (width,)), "rotation2": blocks}
+        count = width // block
+        stored = Field(torch.uint8, (steps, count)) if steps else Field(torch.float32, (count, block, block))
+        expected |= dict.fromkeys(STEPS if steps else DENSE, stored)
+        expected["permutation"] = Field(torch.int32, (width,))
     return expected
+
+
+def check_steps(block: int, named: Mapping[str, Tensor]) -> str | None:
+    """Return what is wrong with the greedy steps among a layer's tensors, or None; to be asked before they are multiplied."""
+    for name in STEPS:
+        if name in named and not bool(((named[name] < block) | (named[name] == NO_STEP)).all()):
+            return f"{name} names channels beyond the {block} of a block"
+    return None
 
 
 def check_values(t: Transform) -> str | None:
@@ -187,9 +237,9 @@ def check_values(t: Transform) -> str | None:
         t.permutation.sort().values, torch.arange(len(t.permutation), dtype=torch.int32, device=t.permutation.device)
     ):
         return "permutation does not name each channel once"
-    for name in ("rotation1", "rotation2"):
+    for name in DENSE:
         rotation = getattr(t, name)
-        if rotation is None:
+        if rotation is None or t.steps:
             continue
         one = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
         excess = (rotation.mT @ rotation - one).abs().max()

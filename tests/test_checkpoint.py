@@ -261,7 +261,8 @@ def test_surplus_tensor_is_named(copied: Path):
         (f"{VALUES}.scale", "I32"),
         (f"{VALUES}.premultiplier", "U8"),
         (f"{RICH}.premultiplier", "F8_E4M3"),
-        (f"{RICH}.permutation", "F32"),
+        (f"{RICH}.permutation", "I8"),
+        (f"{RICH}.steps1", "I8"),
         (f"{RICH}.up", "I16"),
         (f"{RICH}.static_scale", "I32"),
         ("transformer_blocks.0.ff.net.2.data", "F8_E5M2"),
@@ -487,7 +488,7 @@ def test_missing_and_surplus_keys_are_refused(copied: Path, part: str | None):
             del inner[key]
         change_config(copied, lambda c, changed=changed: c["quantization_config"]["layers"].update({VALUES: changed}))
         message = refusal(copied, "config.json")
-        assert VALUES in message or key == "buckets"
+        assert VALUES in message or key in ("buckets", "steps")
 
 
 @pytest.mark.parametrize(
@@ -514,6 +515,7 @@ def test_missing_and_surplus_keys_are_refused(copied: Path, part: str | None):
         {"buckets": 3},
         {"buckets": 1001},
         {"rank": 65},
+        {"steps": 1},
     ],
 )
 def test_possible_size_of_another_layer_is_refused(copied: Path, values: dict):
@@ -539,10 +541,24 @@ def test_config_that_disagrees_with_the_tensors_names_one(copied: Path, values: 
     assert VALUES in refusal(copied)
 
 
-@pytest.mark.parametrize("values", [{"rank": 3}, {"block": 64}, {"smoothed": False}, {"buckets": 0}, {"rotation": "hadamard"}])
+@pytest.mark.parametrize(
+    "values", [{"rank": 3}, {"block": 64}, {"smoothed": False}, {"buckets": 0}, {"rotation": "hadamard", "steps": 0}]
+)
 def test_config_that_disagrees_with_a_rich_layer_names_it(copied: Path, values: dict):
     set_layer(copied, values, RICH)
     assert RICH in refusal(copied)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 32])
+def test_other_steps_than_the_file_has_are_refused(copied: Path, steps: int):
+    set_layer(copied, {"steps": steps}, RICH)
+    message = refusal(copied)
+    assert RICH in message and ("rotation1" if steps == 0 else "steps1") in message
+
+
+@pytest.mark.parametrize("steps", [-1, 33, 10**9, True, 2.0])
+def test_steps_that_no_rotation_has_are_refused(copied: Path, steps: object):
+    change_layer(copied, RICH, steps=steps)
 
 
 NAN, NEGATIVE, HALF = struct.pack("<f", float("nan")), struct.pack("<f", -0.5), struct.pack("<f", 0.5)
@@ -554,15 +570,9 @@ NAN, NEGATIVE, HALF = struct.pack("<f", float("nan")), struct.pack("<f", -0.5), 
         ("premultiplier", b"\x00", "premultiplier"),  # of float8_e5m2: zero, NaN, infinity
         ("premultiplier", b"\xff", "premultiplier"),
         ("premultiplier", b"\x7c", "premultiplier"),
-        ("permutation", struct.pack("<2i", 5, 5), "permutation"),
-        ("permutation", struct.pack("<i", -1), "permutation"),
-        ("permutation", struct.pack("<i", 256), "permutation"),
-        ("permutation", struct.pack("<i", 2**31 - 1), "permutation"),
-        ("rotation1", struct.pack("<f", 3.0), "rotation1"),
-        ("rotation1", NAN, "rotation1"),
-        ("rotation1", bytes(4 * 128), "rotation1"),  # a row of zeros
-        ("rotation2", HALF * 3, "rotation2"),
-        ("rotation2", struct.pack("<f", float("-inf")), "rotation2"),
+        ("permutation", b"\x05\x05", "permutation"),
+        ("steps1", b"\x80", "steps1"),  # a channel beyond a block of 128
+        ("steps2", b"\x00\xfe", "steps2"),
         ("up", b"\xff\xff", "up"),
         ("up", b"\x80\x7f", "up"),  # infinity
         ("down", b"\xc0\x7f", "down"),
@@ -578,11 +588,60 @@ def test_a_transform_no_calibration_writes_is_refused_despite_its_sha256(copied:
     assert RICH in message and word in message
 
 
+@pytest.fixture
+def dense(copied: Path) -> Path:
+    """The folder as spec 3 has it: rotations and permutations as they are computed with, no steps."""
+    layers = quant_layers(read_transformer(copied / "transformer"))
+    with safe_open(copied / "transformer" / WEIGHTS, framework="pt") as file:
+        ours = json.loads(file.metadata()["quantdit"]) | {"spec": 3}
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    entries = json.loads((copied / "transformer" / "config.json").read_text())["quantization_config"]
+    for name, entry in entries["layers"].items():
+        if entry.pop("steps"):
+            t = layers[name].transform
+            stored |= {f"{name}.{field}": getattr(t, field) for field in ("rotation1", "permutation", "rotation2")}
+            del stored[f"{name}.steps1"], stored[f"{name}.steps2"]
+    ours["layers_sha256"] = checkpoint.layers_digest(entries)
+    save_file(stored, copied / "transformer" / WEIGHTS, metadata={"quantdit": json.dumps(ours)})
+    change_config(copied, lambda c: c["quantization_config"].update(layers=entries["layers"], spec=3))
+    forgive_digest(copied)
+    return copied
+
+
+def test_dense_rotations_of_spec_3_give_the_same_bits(dense: Path, everything, sample, tmp_path: Path):
+    assert transform.STEPS[0] not in quant_layers(read_transformer(dense / "transformer"))[RICH].tensors()
+    for number, read in enumerate((quantdit.load, DiTTransformer2DModel.from_pretrained)):
+        model = read(dense / "transformer")
+        assert torch.equal(output(model, sample), output(everything.transformer, sample))
+        model.save_pretrained(tmp_path / str(number))
+        assert torch.equal(output(read_transformer(tmp_path / str(number)), sample), output(model, sample))
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("permutation", struct.pack("<2i", 5, 5)),
+        ("permutation", struct.pack("<i", -1)),
+        ("permutation", struct.pack("<i", 256)),
+        ("permutation", struct.pack("<i", 2**31 - 1)),
+        ("rotation1", struct.pack("<f", 3.0)),
+        ("rotation1", NAN),
+        ("rotation1", bytes(4 * 128)),  # a row of zeros
+        ("rotation2", HALF * 3),
+        ("rotation2", struct.pack("<f", float("-inf"))),
+    ],
+)
+def test_a_dense_rotation_that_is_none_is_refused(dense: Path, field: str, values: bytes):
+    poke(dense, f"{RICH}.{field}", values)
+    message = refusal(dense)
+    assert RICH in message and field in message
+
+
 def test_another_permutation_is_a_legal_one(copied: Path):
     """With its sha256 the file is right: nothing tells it from one that calibration wrote."""
     with safe_open(copied / "transformer" / WEIGHTS, framework="pt") as file:
         first, second, *_ = file.get_tensor(f"{RICH}.permutation").tolist()
-    poke(copied, f"{RICH}.permutation", struct.pack("<2i", second, first))
+    poke(copied, f"{RICH}.permutation", bytes([second, first]))
     read_transformer(copied / "transformer")
 
 

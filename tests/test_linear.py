@@ -296,3 +296,39 @@ def test_a_wrong_width_is_refused():
     for activation_bits in (16, 8):
         with pytest.raises(RuntimeError):
             layer_of(random_qtensor("int4"), activation_bits)(torch.zeros(5, WIDTH + 1))
+
+
+def stepped_layer(seed: int) -> QuantLinear:
+    """A layer of an outlier rotation stored as its steps."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randint(0, 32, (2, 2, WIDTH // 32), generator=generator, dtype=torch.uint8)
+    permutation = torch.randperm(WIDTH, generator=generator).int()
+    q = random_qtensor("int8", seed=seed)
+    spec = LayerSpec(q.spec, ActivationSpec(8), "outlier", 32, steps=2)
+    return QuantLinear.from_tensors(
+        spec, q.tensors() | {"steps1": steps[0], "steps2": steps[1], "permutation": permutation}, random_bias()
+    )
+
+
+def test_rotations_made_of_steps_are_no_part_of_the_state_and_follow_it():
+    layer, other = stepped_layer(0), stepped_layer(1)
+    x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(2))
+    y, expected = layer(x), other(x)
+    assert layer.state_dict().keys() == {"data", "scale", "steps1", "steps2", "permutation", "bias"}
+    for assign in (False, True):
+        fresh = stepped_layer(0)
+        assert torch.equal(fresh(x), y)
+        fresh.load_state_dict({key: tensor.clone() for key, tensor in other.state_dict().items()}, assign=assign)
+        assert torch.equal(fresh(x), expected)
+    moved = copy.deepcopy(layer).to(torch.bfloat16)
+    assert moved.transform.rotation1.dtype == torch.float32 and torch.equal(moved.transform.rotation1, layer.transform.rotation1)
+
+
+def test_a_layer_of_steps_on_the_meta_device():
+    layer = stepped_layer(0)
+    empty = QuantLinear(layer.layer_spec, True, device="meta")
+    assert empty(torch.empty(3, WIDTH, device="meta")).shape == (3, OUT)
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(empty(inputs(3, WIDTH)), layer(inputs(3, WIDTH)))
+    with pytest.raises(RuntimeError, match="meta"):
+        QuantLinear(layer.layer_spec, True, device="meta")(inputs(3, WIDTH))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from quantdit import transform
 from quantdit.formats import Field
-from quantdit.hadamard import block_size, hadamard, random_sign
+from quantdit.hadamard import block_size, hadamard, random_sign, spread, step_sign
 from quantdit.transform import Transform
 
 WIDTHS = (60, 100, 192, 384, 1152)  # 4 x 15, 4 x 25, 64 x 3, 128 x 3, 128 x 9
@@ -23,6 +24,15 @@ def orthogonal(count: int, block: int, seed: int) -> torch.Tensor:
     return torch.linalg.qr(random(count, block, block, seed=seed, dtype=torch.float64)).Q.float()
 
 
+def steps_of(width: int, steps: int = 3) -> dict[str, torch.Tensor]:
+    """What an outlier rotation of random greedy steps is stored as; the last block of R1 has one step less."""
+    block, generator = block_size(width), torch.Generator().manual_seed(8)
+    chosen = torch.randint(0, block, (2, steps, width // block), generator=generator, dtype=torch.uint8)
+    chosen[0, -1, -1] = transform.NO_STEP
+    permutation = torch.randperm(width, generator=generator).int()
+    return {"steps1": chosen[0], "permutation": permutation, "steps2": chosen[1]}
+
+
 def made(kind: str, width: int, smoothed: bool) -> Transform:
     block = block_size(width)
     t = Transform()
@@ -32,7 +42,24 @@ def made(kind: str, width: int, smoothed: bool) -> Transform:
         permutation = torch.randperm(width, generator=torch.Generator().manual_seed(5)).int()
         blocks = [orthogonal(width // block, block, seed) for seed in (1, 2)]
         t = Transform(rotation1=blocks[0], permutation=permutation, rotation2=blocks[1])
+    if kind == "steps":
+        t = transform.from_tensors("outlier", block, steps_of(width))
     return transform.smooth(t, random(width, seed=4).exp() if smoothed else None)
+
+
+def stepped(t: Transform, width: int) -> None:
+    """Compare rotations with the product of their steps, each `E H diag(sign) E` by its definition."""
+    b = t.rotation_block
+    for first, steps, rotation in ((0, t.steps1, t.rotation1), (transform.MAX_STEPS, t.steps2, t.rotation2)):
+        for block in range(width // b):
+            expected = torch.eye(b, dtype=torch.float64)
+            for number, channel in enumerate(steps[:, block].tolist()):
+                if channel != transform.NO_STEP:
+                    exchanged = torch.eye(b, dtype=torch.float64)
+                    exchanged[[0, channel]] = exchanged[[channel, 0]]
+                    signs = torch.diag(step_sign(b, first + number).double())
+                    expected = expected @ exchanged @ hadamard(b, torch.float64) @ signs @ exchanged
+            torch.testing.assert_close(rotation[block].double(), expected, rtol=0, atol=1e-7)
 
 
 def explicit(t: Transform, width: int) -> torch.Tensor:
@@ -43,12 +70,14 @@ def explicit(t: Transform, width: int) -> torch.Tensor:
     if t.kind == "hadamard":
         matrix = matrix @ torch.kron(torch.eye(width // t.block, dtype=torch.float64), hadamard(t.block, torch.float64))
     if t.kind == "outlier":
+        if t.steps:
+            stepped(t, width)
         matrix = matrix @ torch.block_diag(*t.rotation1.double())
         matrix = matrix[:, t.permutation.long()] @ torch.block_diag(*t.rotation2.double())
     return matrix
 
 
-CASES = pytest.mark.parametrize(("kind", "smoothed"), [(k, s) for k in transform.KINDS for s in (False, True)])
+CASES = pytest.mark.parametrize(("kind", "smoothed"), [(k, s) for k in (*transform.KINDS, "steps") for s in (False, True)])
 
 
 @CASES
@@ -121,6 +150,37 @@ def test_factors_beyond_what_a_byte_holds_become_the_nearest_it_holds(size: floa
     assert float(kept[0]) == (57344 if size < 1 else 2**-14)
 
 
+def test_a_step_spreads_its_channel_evenly():
+    for b in (2, 16, 128):
+        channel = torch.arange(b)
+        made = spread(torch.eye(b, dtype=torch.float64).repeat(b, 1, 1), channel, 7)
+        assert torch.equal(made[channel, :, channel].abs(), torch.full((b, b), b**-0.5, dtype=torch.float64))
+
+
+def test_what_steps_mean_does_not_change():
+    """It is part of the format: signs and rotations of a few steps, taken down when checkpoints of spec 4 came up."""
+    signs = torch.stack([step_sign(128, number) for number in range(2 * transform.MAX_STEPS)])
+    assert hashlib.sha256(signs.numpy().tobytes()).hexdigest()[:16] == "63166b4aa4ce35d9"
+    t = transform.from_tensors("outlier", 128, steps_of(384))
+    for name, digest in (("rotation1", "f8df719f145fc254"), ("rotation2", "9cc3acd73f721667")):
+        assert hashlib.sha256(getattr(t, name).numpy().tobytes()).hexdigest()[:16] == digest
+
+
+def test_steps_and_rotations_go_together():
+    t = made("steps", 192, False)
+    for lost in ({"steps1": None}, {"rotation1": None, "permutation": None, "rotation2": None}):
+        with pytest.raises(ValueError, match="together"):
+            replace(t, **lost)
+
+
+@pytest.mark.parametrize("channel", [64, 100, 254])
+def test_steps_beyond_a_block_are_named(channel: int):
+    named = steps_of(192)
+    assert transform.check_steps(64, named) is None
+    named["steps2"][1, 2] = channel
+    assert "steps2 names channels beyond" in transform.check_steps(64, named)
+
+
 def test_a_hadamard_is_that_of_hadamard_py_block_by_block():
     t = made("hadamard", 384, False)
     x = random(5, 384)
@@ -141,12 +201,12 @@ def test_identity():
 def test_fields_describe_the_tensors(kind: str, smoothed: bool, width: int):
     t = made(kind, width, smoothed)
     named = transform.tensors(t)
-    assert t.kind == kind
+    assert (t.kind, t.steps) == ("outlier", 3) if kind == "steps" else (kind, 0)
     assert t.smoothed == smoothed
     assert {n: Field(v.dtype, tuple(v.shape)) for n, v in named.items()} == transform.fields(
-        kind, width, t.rotation_block, smoothed
+        t.kind, width, t.rotation_block, smoothed, t.steps
     )
-    again = transform.from_tensors(kind, t.rotation_block, named)
+    again = transform.from_tensors(t.kind, t.rotation_block, named)
     x = random(5, width)
     assert torch.equal(transform.apply(again, x), transform.apply(t, x))
     assert transform.check_values(again) is None
@@ -163,6 +223,10 @@ def test_fields_describe_the_tensors(kind: str, smoothed: bool, width: int):
         (("outlier", 96, 64), "cannot have blocks of 64"),
         (("outlier", 96, 0), "cannot have blocks of 0"),
         (("outlier", 96, -32), "cannot have blocks of -32"),
+        (("outlier", 96, 32, False, 33), "cannot have 33 steps"),
+        (("outlier", 96, 32, False, -1), "cannot have -1 steps"),
+        (("outlier", 512, 256, False, 3), "blocks of 256 cannot have 3 steps"),
+        (("hadamard", 96, 32, False, 3), "cannot have 3 steps"),
     ],
 )
 def test_impossible_fields_are_refused(arguments: tuple, message: str):

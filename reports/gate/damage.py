@@ -112,7 +112,7 @@ def _rounded(
     W = transform.apply_to_weight(t, source.weight.detach().float())
     q = quantize_weight(W, torch.eye(W.shape[1]), format, group_size, "rtn", "gaussian", 0, descent=0)
     activation = like.layer_spec.activation if activation is None else activation
-    spec = replace(LayerSpec(q.spec, activation), rotation=t.kind, block=t.rotation_block, smoothed=t.smoothed)
+    spec = replace(LayerSpec(q.spec, activation), rotation=t.kind, block=t.rotation_block, smoothed=t.smoothed, steps=t.steps)
     tensors: dict[str, Tensor] = {k: v.clone() for k, v in (q.tensors() | transform.tensors(t)).items()}
     return QuantLinear.from_tensors(spec, tensors, source.bias if like.bias is None else like.bias)
 

@@ -13,7 +13,6 @@ from torch import nn
 
 from quantdit import checkpoint, recipe, transform
 from quantdit.calibration import choice
-from quantdit.calibration import rotate
 from quantdit.calibration import stats as statistics
 from quantdit.calibration.activations import quantized_inputs, static_scales
 from quantdit.calibration.layer import Quantized, quantize_layer, quantize_layers
@@ -144,8 +143,6 @@ def test_every_combination_survives_its_checkpoint(
 
     Every rotation with every smoothing, rank and method, the kinds of activations dealt out so that each meets all of them.
     """
-    whole = rotate.outlier_rotation
-    monkeypatch.setattr(rotate, "outlier_rotation", lambda x, block, seed, steps: whole(x, block, seed, 4))
     monkeypatch.setattr(choice, "ALPHAS", (0.5,))
     kinds = [k for k in KINDS if method != "hqq" or k != "a8 fp8"]
     place = list(recipe.ROTATIONS).index(rotation) * 3 + list(WEIGHTS).index(method)
