@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ def quantize_layer(weight: Tensor, bias: Tensor | None, stats: Stats, plan: Laye
     if bias is not None and centred:
         mended = as_stored((bias.detach().float() - delta @ transform.apply(t, stats.mean)), bias)
     report = {
-        "spec": asdict(spec),
+        "spec": spec.to_dict(),
         "method": rule.method,
         "rms": stats.rms,
         "weight_only_rel_rmse": relative_error(delta, G, weight, stats.gram),
@@ -119,6 +119,12 @@ def quantized_inputs(x: Tensor, activation: ActivationSpec, scales: Tensor | Non
 
     `scales` `[buckets]` of static activations, and the bucket of each row, `[r]`.
     """
+    if activation.edge_bits:
+        at_edge = (buckets == 0) | (buckets == activation.last_bucket)
+        seen = torch.empty_like(x)
+        for rows, how in ((at_edge, activation.edge), (~at_edge, activation.between)):
+            seen[rows] = quantized_inputs(x[rows], how, scales, buckets[rows])
+        return seen
     if activation.bits == 16:
         return x
     if activation.format == "fp8":

@@ -145,7 +145,7 @@ def quantize(job: Job, plans: Mapping[str, LayerPlan], folder: Path) -> Made:
         with job.timed("assignments"):
             _calibrate_end_to_end(job, linears, reports)
     layers = checkpoint.quant_layers(job.transformer)
-    if any(m.layer_spec.activation.buckets for m in layers.values()):
+    if any(m.layer_spec.activation.by_time for m in layers.values()):
         follow_timesteps(job.transformer, _timestep_edges(job))
     with job.timed("measure"):
         drift = _drift(job, plans, folder)
@@ -332,7 +332,7 @@ def _quantize_unit(
                 made[name] = quantize_layer(linear.weight, linear.bias, stats[name], plans[name], seed)
             else:
                 plan = layer_without_data(plans[name]) if len(unit.calls) else plans[name]
-                made[name] = quantize_without_data(linear.weight, linear.bias, plan, seed)
+                made[name] = quantize_without_data(linear.weight, linear.bias, plan, seed, job.buckets)
                 if len(unit.calls):
                     made[name].report["calibrated"] = False
             done(1)
@@ -508,7 +508,7 @@ def _replace(transformer: nn.Module, name: str, spec: LayerSpec, tensors: dict[s
 
 def _timestep_edges(job: Job) -> tuple[float, ...]:
     times = [(view(job.transformer, call.args, call.kwargs).time, call.bucket) for call in job.calls]
-    return edges_of([(time, bucket) for time, bucket in times if time is not None], job.buckets)
+    return edges_of([*((time, bucket) for time, bucket in times if time is not None), *job.calls.levels], job.buckets)
 
 
 def _number(number: int) -> str:
