@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PYTHONSAFEPATH = 1
 
 .PHONY: demo test test-slow fuzz lint gate baselines detection emoji-wan study study-layer study-peers clean
-.PHONY: bench bench-kernels bench-static bench-scaling bench-onnx onnx-formats lora-training
+.PHONY: bench bench-kernels bench-static bench-scaling bench-onnx onnx-formats lora-training edge-steps
 
 demo: $(VENV)/eval.done
 	$(BIN)/quantdit calibrate --model fashion-dit --bits w4a8 --output $(OUT)/fashion-dit-w4a8 --overwrite
@@ -82,6 +82,10 @@ bench-static: $(VENV)/test.done
 # The embedded video model quantized: figures, a sheet of frames, the clips moving. About an hour.
 emoji-wan: $(VENV)/eval.done
 	$(BIN)/python reports/emoji_wan.py
+
+# 16-bit activations on the first and the last steps: PSNR, flickering, cost. About an hour; rows that are there are kept.
+edge-steps: $(VENV)/eval.done
+	$(BIN)/python reports/edge_steps.py
 
 # A LoRA trained on the embedded video model, quantized and dequantized. Some minutes.
 lora-training: $(VENV)/test.done
