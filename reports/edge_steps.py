@@ -38,19 +38,21 @@ BITS = ("w8a8", "w4a8", "w4a4")
 EDGE_STEPS = (0, 1, 2, 3)
 EDGE_BITS = 16
 GUIDANCE, BATCH = 3.0, 8
+KINDS = ("model", "clips", "seeds", "steps", "calibration_samples", "calibration_timesteps")  # rows of one table share them
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is calibrated on and sampled."""
+    """How much is sampled and calibrated on: of the calibration's `samples` so many `timesteps` are kept."""
 
     clips: int = 8
     seeds: tuple[int, ...] = (1, 2)
     steps: int = 20
-    samples: int = 8
+    samples: int = 4
+    timesteps: int = 8
 
 
-QUICK = Sizes(clips=2, seeds=(1,), steps=8, samples=1)
+QUICK = Sizes(clips=2, seeds=(1,), steps=8, samples=1, timesteps=4)
 
 
 def with_edges(bits: str, edge_steps: int) -> Recipe:
@@ -107,14 +109,15 @@ def kept_sample(model: str, sizes: Sizes, kept: Path) -> tuple[torch.Tensor, dic
     """Return `sampled`, from a file if it is there."""
     if not kept.exists():
         clips, seen = sampled(model, sizes)
-        save_file({"clips": clips}, kept, {"seen": json.dumps(seen)})
         kept.with_suffix(".json").write_text(json.dumps(seen))
+        save_file({"clips": clips}, kept)
     return load_file(kept)["clips"], json.loads(kept.with_suffix(".json").read_text())
 
 
 def row_of(clips: torch.Tensor, reference: torch.Tensor, seen: dict) -> dict:
     """Return the figures of one model's clips."""
-    decibels = psnr(reference.flatten(1, -4), clips.flatten(1, -4))
+    pictures = [of.flatten(1, 2) if of.ndim == 5 else of for of in (reference, clips)]
+    decibels = psnr(*pictures)
     row = {"psnr": _with_interval(decibels, 2), **seen}
     if clips.ndim == 5:
         ours, theirs = (torch.tensor([temporal_flickering(c) for c in of], dtype=torch.float64) for of in (clips, reference))
@@ -133,7 +136,8 @@ def _with_interval(values: torch.Tensor, digits: int) -> dict:
 
 def key_of(model: str, bits: str, edge_steps: int, sizes: Sizes) -> dict:
     """Return what tells a row from another."""
-    asked = {"clips": sizes.clips, "seeds": list(sizes.seeds), "steps": sizes.steps, "calibration_samples": sizes.samples}
+    asked = {"clips": sizes.clips, "seeds": list(sizes.seeds), "steps": sizes.steps}
+    asked |= {"calibration_samples": sizes.samples, "calibration_timesteps": sizes.timesteps}
     return {"model": Path(model).name, "bits": bits, "edge_steps": edge_steps, **asked}
 
 
@@ -142,7 +146,7 @@ def measured(model: str, bits: str, edge_steps: int, sizes: Sizes, work: Path) -
     name = f"{Path(model).name}-{bits}-{edge_steps}"
     output = work / name
     pipeline, source = load_pipeline(model)
-    settings = Settings(samples=sizes.samples, steps=sizes.steps, guidance=GUIDANCE)
+    settings = Settings(samples=sizes.samples, steps=sizes.steps, guidance=GUIDANCE, timesteps=sizes.timesteps)
     report = calibrate(pipeline, source, with_edges(bits, edge_steps), output, settings, resume=True)
     reference, _ = kept_sample(model, sizes, work / f"{Path(model).name}.safetensors")
     clips, seen = kept_sample(str(output), sizes, work / f"{name}.safetensors")
@@ -160,15 +164,21 @@ def page(rows: list[dict]) -> str:
         " `temporal_flickering` on frames as generated (1 for a still), here its difference to full precision: below 0 the clips"
         " flicker more, above 0 they move less. One thread of a CPU; a call is one of the transformer's, of the whole batch.",
     ]
-    heads = ("bits", "wide steps at either end", "PSNR, dB", "flickering, difference to full precision", "calls with wide")
-    heads = (*heads, "activations", "seconds of a call: narrow, wide", "model_rel_rmse")
-    titles = (*heads[:4], f"{heads[4]} {heads[5]}", *heads[6:])
+    titles = (
+        "bits",
+        "wide steps at either end",
+        "PSNR, dB",
+        "flickering, difference to full precision",
+        "calls with wide activations",
+        "seconds of a call: narrow, wide",
+        "model_rel_rmse",
+    )
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault(tuple(str(row[k]) for k in ("model", "clips", "seeds", "steps", "calibration_samples")), []).append(row)
-    for (model, clips, seeds, steps, samples), members in groups.items():
+        groups.setdefault(tuple(str(row[k]) for k in KINDS), []).append(row)
+    for (model, clips, seeds, steps, samples, timesteps), members in groups.items():
         sizes = f"`{model}`: {clips} prompts x seeds {seeds}, {steps} steps, guidance {GUIDANCE:g}"
-        sizes += f"; {samples} samples calibrated on"
+        sizes += f"; calibrated on {samples} samples, {timesteps} of the steps"
         lines += ["", f"{sizes}.", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
         for row in sorted(members, key=lambda r: (BITS.index(r["bits"]) if r["bits"] in BITS else 99, r["edge_steps"])):
             difference = row.get("temporal_flickering_difference")
