@@ -122,7 +122,8 @@ def sample(pipeline: object, settings: Settings, adapters: Mapping[str, Adapter]
 def sampled_times(pipeline: object, transformer: nn.Module, adapter: Adapter, steps: int) -> list[float]:
     """Return the times of a trajectory in the transformer's own units, the noisiest first, without sampling one.
 
-    They are those of the pipeline's scheduler; without a pipeline those of `trajectory`.
+    They are those of the pipeline's scheduler for so many steps; a pipeline that hands it sigmas of its own moves them a little;
+    without a pipeline those of `trajectory`.
 
     Raises:
         ValueError: the scheduler needs to know more, such as the size of the sample, or nothing is known of the class's time.
