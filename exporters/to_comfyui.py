@@ -144,10 +144,10 @@ def _check(name: str, layer: QuantLinear) -> None:
         expected = hadamard.regular_sign(layer.in_features, spec.block).to(layer.premultiplier.device)
         regular = torch.equal(layer.premultiplier, expected)
     reasons = (
+        (spec.activation.edge_bits > 0, f"activations {spec.activation}", "edge_steps = 0"),
         (spec.rank > 0, "a low-rank branch", "low_rank = 0"),
         (spec.smoothed, "smoothed inputs", 'smooth = "none"'),
         (spec.rotation != "none" and not regular, f"the rotation {spec.rotation!r}", 'rotation = "regular" or "none"'),
-        (spec.activation.edge_bits > 0, f"activations {spec.activation}", "edge_steps = 0"),
         (spec.activation not in ACTIVATIONS, f"activations {spec.activation}", "activation_bits = 8 or 16, dynamic, per token"),
         (decodes_to_fp8(spec.weight.format), f"the format {spec.weight.format}", "a weight that decodes to int8"),
     )
