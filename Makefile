@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PYTHONSAFEPATH = 1
 
 .PHONY: demo test test-slow fuzz lint gate baselines detection emoji-wan study study-layer study-peers clean
-.PHONY: robust robust-peers
+.PHONY: robust robust-peers edge-steps
 .PHONY: bench bench-kernels bench-static bench-scaling bench-onnx onnx-formats lora-training
 
 demo: $(VENV)/eval.done
@@ -83,6 +83,10 @@ bench-static: $(VENV)/test.done
 # The embedded video model quantized: figures, a sheet of frames, the clips moving. About an hour.
 emoji-wan: $(VENV)/eval.done
 	$(BIN)/python reports/emoji_wan.py
+
+# 16-bit activations on the first and the last steps: PSNR, flickering, cost. About an hour; rows that are there are kept.
+edge-steps: $(VENV)/eval.done
+	$(BIN)/python reports/edge_steps.py
 
 # A LoRA trained on the embedded video model, quantized and dequantized. Some minutes.
 lora-training: $(VENV)/test.done

@@ -16,6 +16,12 @@ def quantized_inputs(x: Tensor, activation: ActivationSpec, scales: Tensor | Non
 
     `scales` `[buckets]` of static activations, and the bucket of each row, `[r]`.
     """
+    if activation.edge_bits:
+        at_edge = (buckets == 0) | (buckets == activation.last_bucket)
+        seen = torch.empty_like(x)
+        for rows, how in ((at_edge, activation.edge), (~at_edge, activation.between)):
+            seen[rows] = quantized_inputs(x[rows], how, scales, buckets[rows])
+        return seen
     if activation.bits == 16:
         return x
     if activation.format == "fp8":

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from quantdit import transform
 from quantdit.calibration import vectors
-from quantdit.calibration.calls import Call, rows_of
 from quantdit.calibration.activations import quantized_inputs
+from quantdit.calibration.calls import Call, rows_of
 from quantdit.calibration.layer import Quantized, as_stored, histogram, relative_error
 from quantdit.calibration.stats import Stats
 from quantdit.formats import FORMATS, QSpec

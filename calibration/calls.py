@@ -99,9 +99,15 @@ class StoredCall:
 
 @dataclass(frozen=True)
 class StoredCalls(Sequence):
-    """Calls that are read when they are asked for, one at a time."""
+    """Calls that are read when they are asked for, one at a time.
+
+    Attributes:
+        entries: where they lie.
+        levels: of the edges of the trajectory that they were taken from (timesteps.buckets_of); () without.
+    """
 
     entries: tuple[StoredCall, ...]
+    levels: tuple[tuple[float, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -111,7 +117,7 @@ class StoredCalls(Sequence):
     @overload
     def __getitem__(self, index: slice) -> StoredCalls: ...
     def __getitem__(self, index):
-        return StoredCalls(self.entries[index]) if isinstance(index, slice) else self.entries[index].load()
+        return replace(self, entries=self.entries[index]) if isinstance(index, slice) else self.entries[index].load()
 
     def __iter__(self) -> Iterator[Call]:
         return (entry.load() for entry in self.entries)
@@ -159,9 +165,9 @@ def forget_recorded(folder: Path, number: int) -> None:
     _output_path(folder, number).unlink(missing_ok=True)
 
 
-def finish_recorded(folder: Path, buckets: dict[int, int]) -> StoredCalls:
-    """Mark a folder of recorded calls as whole; the timestep bucket of each number."""
-    finish(folder, {"calls": list(buckets.items())})
+def finish_recorded(folder: Path, buckets: dict[int, int], levels: Sequence[tuple[float, int]] = ()) -> StoredCalls:
+    """Mark a folder of recorded calls as whole; the timestep bucket of each number, and the levels of the trajectory's edges."""
+    finish(folder, {"calls": list(buckets.items()), "levels": list(levels)})
     return recorded(folder)
 
 
@@ -175,7 +181,7 @@ def recorded(folder: Path) -> StoredCalls | None:
     for number, bucket in index["calls"]:
         output = _output_path(folder, number)
         entries.append(StoredCall(_call_path(folder, number), bucket, output if output in sums else None, sums=sums))
-    return StoredCalls(tuple(entries))
+    return StoredCalls(tuple(entries), tuple((time, bucket) for time, bucket in index.get("levels", ())))
 
 
 def store(calls: Iterable[Call], folder: Path) -> StoredCalls:

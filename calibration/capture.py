@@ -16,11 +16,17 @@ from quantdit.calibration.chain import run_call
 from quantdit.calibration.stats import Stats
 from quantdit.models.call_view import times_rise, view
 from quantdit.threads import one_thread
-from quantdit.timesteps import rising
+from quantdit.timesteps import buckets_of, rising
 
 
 def transformer_calls(
-    run: Callable[[], object], transformers: Mapping[str, nn.Module], steps: int, buckets: int, folder: Path, keep: int = 0
+    run: Callable[[], object],
+    transformers: Mapping[str, nn.Module],
+    steps: int,
+    buckets: int,
+    folder: Path,
+    keep: int = 0,
+    edge_steps: int = 0,
 ) -> dict[str, StoredCalls]:
     """Record the transformers' calls while `run()` samples from their pipeline; what `folder` holds already is not run again.
 
@@ -34,9 +40,10 @@ def transformer_calls(
         buckets: parts of a trajectory.
         folder: where the calls are kept.
         keep: timesteps of each transformer that are kept, evenly spread; 0 for all.
+        edge_steps: steps at each end of the trajectory, which all transformers share, that are a bucket of their own; 0 for none.
 
     Raises:
-        ValueError: `run` never called one of the transformers.
+        ValueError: `run` never called one of the transformers, or in too few steps to have such edges.
     """
     places = {name: folder / name for name in transformers}
     found = {name: call_files.recorded(place) for name, place in places.items()}
@@ -56,14 +63,16 @@ def transformer_calls(
     for name, timesteps in seen.items():
         if not timesteps:
             raise ValueError(f"the pipeline never called its {name} while sampling, so there is nothing to calibrate on")
-        order = {time: i for i, time in enumerate(_from_noise(transformers[name], timesteps))}
-        bucket = {time: min(i * buckets // max(steps, len(order)), buckets - 1) for time, i in order.items()}
-        kept = set(_spread(list(order), keep))
+        order = _from_noise(transformers[name], timesteps)
+        # Two transformers may share a trajectory, each with a part of its steps.
+        whole = _from_noise(transformers[name], [time for of in seen.values() for time in of]) if edge_steps else order
+        bucket, levels = buckets_of(whole, steps, buckets, edge_steps)
+        kept = set(_spread(order, keep))
         for number, time in enumerate(timesteps):
             if time not in kept:
                 call_files.forget_recorded(places[name], number)
         numbers = {number: bucket[time] for number, time in enumerate(timesteps) if time in kept}
-        found[name] = call_files.finish_recorded(places[name], numbers)
+        found[name] = call_files.finish_recorded(places[name], numbers, levels)
     return found
 
 

@@ -156,7 +156,7 @@ def is_tame(noise: float, activation: ActivationSpec, width: int) -> bool:
 @cache
 def _gaussian_noise(activation: ActivationSpec, width: int) -> float:
     x = torch.randn(GAUSSIAN_ROWS, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    return relative_noise(quantized_inputs(x, replace(activation, buckets=0), None, x.new_zeros(len(x))), x)
+    return relative_noise(quantized_inputs(x, replace(activation.between, buckets=0), None, x.new_zeros(len(x))), x)
 
 
 def _report(rule: Rule, best: Choice, measured: list[tuple[Candidate, float]]) -> dict:

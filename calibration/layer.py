@@ -1,9 +1,9 @@
-"""Linears of one input, from Stats and plan to the tensors of quantized layers: smooth, rotate, low rank, quantize, mend biases."""
+"""Linears of one input, from Stats and plan to tensors of quantized layers: smooth, rotate, low rank, quantize, mend biases."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -172,7 +172,7 @@ def _quantized(
     if bias is not None and rule.bias_correction:
         mended = as_stored((bias.detach().float() - made.delta @ transform.apply(t, stats.mean)), bias)
     report = {
-        "spec": asdict(spec),
+        "spec": spec.to_dict(),
         "method": rule.method,
         "rms": stats.rms,
         "weight_only_rel_rmse": relative_error(made.delta, G, weight.detach().float(), stats.gram),

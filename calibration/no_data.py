@@ -6,8 +6,6 @@ out its columns.
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 from torch import Tensor
 
@@ -18,12 +16,15 @@ from quantdit.calibration.quantize import quantize_weight
 from quantdit.layer_spec import LayerSpec
 from quantdit.recipe import LayerPlan
 from quantdit.threads import one_thread
+from quantdit.timesteps import LEAST_BUCKETS
 
 PART = 0.7  # of what evens out the columns; measured on tame and planted models
 
 
 @one_thread()
-def quantize_without_data(weight: Tensor, bias: Tensor | None, plan: LayerPlan, seed: int) -> Quantized:
+def quantize_without_data(
+    weight: Tensor, bias: Tensor | None, plan: LayerPlan, seed: int, buckets: int = LEAST_BUCKETS
+) -> Quantized:
     """Return one linear quantized as its plan says, which `recipe.without_data` has made one that needs no inputs.
 
     Args:
@@ -31,6 +32,7 @@ def quantize_without_data(weight: Tensor, bias: Tensor | None, plan: LayerPlan, 
         bias: `[out]` float or None; stays as it is.
         plan: the rule that matched it, made concrete.
         seed: of random signs and k-means.
+        buckets: parts of a trajectory, the first and the last of which may have activations of their own.
 
     Raises:
         ValueError: NaN or infinite weights.
@@ -42,10 +44,11 @@ def quantize_without_data(weight: Tensor, bias: Tensor | None, plan: LayerPlan, 
     W = transform.apply_to_weight(t, weight.detach().float())
     known = torch.ones(width, dtype=torch.float32).diag()
     q = quantize_weight(W, known, rule.weight, plan.group_size, rule.method, rule.table, seed, table_rows=rule.table_rows)
-    spec = LayerSpec(q.spec, rule.activation(plan.activation_group_size), t.kind, t.rotation_block, t.smoothed, steps=t.steps)
+    activation = rule.activation(plan.activation_group_size, buckets)
+    spec = LayerSpec(q.spec, activation, t.kind, t.rotation_block, t.smoothed, steps=t.steps)
     tensors = q.tensors() | transform.tensors(t)
     report = {
-        "spec": asdict(spec),
+        "spec": spec.to_dict(),
         "method": rule.method,
         "weight_rel_rmse": float((q.dequantize() - W).norm() / W.norm().clamp_min(1e-30)),
         "weight_histogram": histogram(W, q.scale),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def salient_calls(transformer: nn.Module, first_block: str, calls: StoredCalls, 
     usual = _mean([m for values in moved.values() for m in values])
     salience = {time: (_mean(moved[time]) if moved[time] else usual) * _mean(harm) for time, harm in harmed.items()}
     chosen = sorted(salience, key=lambda time: -salience[time])[:count]
-    return StoredCalls(tuple(entry for entry, time in zip(calls.entries, times, strict=True) if time in chosen))
+    return replace(calls, entries=tuple(entry for entry, time in zip(calls.entries, times, strict=True) if time in chosen))
 
 
 def _viewed(transformer: nn.Module, call: Call) -> CallView:

@@ -93,7 +93,7 @@ def smoothing_factor(activation: Tensor, weight: Tensor, alpha: float) -> Tensor
 
 
 def usual_alpha(activation_bits: int) -> float:
-    """Return the strength of `balanced` for activations of this width: USUAL_ALPHA, or NARROW_ALPHA where they are the narrow part.
+    """Return the strength of `balanced` for activations of this width: USUAL_ALPHA, or NARROW_ALPHA up to 4 bits.
 
     Measured on tame layers and on layers with planted outliers. One half would make `|X'| |W'|` least (Cauchy and Schwarz) and so
     the error of rounded inputs; error feedback leaves an error that grows with `|W'|` alone and wants less.

@@ -144,6 +144,7 @@ def _check(name: str, layer: QuantLinear) -> None:
         expected = hadamard.regular_sign(layer.in_features, spec.block).to(layer.premultiplier.device)
         regular = torch.equal(layer.premultiplier, expected)
     reasons = (
+        (spec.activation.edge_bits > 0, f"activations {spec.activation}", "edge_steps = 0"),
         (spec.rank > 0, "a low-rank branch", "low_rank = 0"),
         (spec.smoothed, "smoothed inputs", 'smooth = "none"'),
         (spec.rotation != "none" and not regular, f"the rotation {spec.rotation!r}", 'rotation = "regular" or "none"'),

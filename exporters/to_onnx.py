@@ -185,7 +185,7 @@ def graph_of(
     Weights stay where they are until the model is saved. `narrow`: dense weights are stored in 16 bits where that loses nothing.
 
     Raises:
-        ValueError: the transformer cannot be traced.
+        ValueError: the transformer cannot be traced, or its activations are wider on some steps.
     """
     import onnx_ir as ir
 
@@ -193,9 +193,10 @@ def graph_of(
     from quantdit.exporters.onnx_layers import Translation, emit_layer
     from quantdit.exporters.onnx_nbits import DOMAIN
 
+    layers = checkpoint.quant_layers(transformer)
+    _check_edges(layers)
     adapter = adapter_for(transformer)
     example, shapes = _dynamic(transformer, adapter, arguments)
-    layers = checkpoint.quant_layers(transformer)
     with _opaque(layers), _without_hooks(transformer):
         program = _traced(transformer, example, shapes)
     model: ir.Model = program.model
@@ -242,6 +243,16 @@ def graph_of(
         "layers": {name: f"{layer.spec.format} {layer.layer_spec.activation}" for name, layer in layers.items()},
     }
     return model, content, {name: Cut(*(value.name for value in pair)) for name, pair in ends.items()}
+
+
+def _check_edges(layers: Mapping[str, QuantLinear]) -> None:
+    """Refuse activations that are wider on some steps: a graph has one product for each layer."""
+    for name, layer in layers.items():
+        if layer.layer_spec.activation.edge_bits:
+            raise ValueError(
+                f"layer {name} has activations {layer.layer_spec.activation}, and an ONNX graph has one width for all steps;"
+                " calibrate with edge_steps = 0, or export --to dense"
+            )
 
 
 def _dynamic_note(transformer: nn.Module) -> str:

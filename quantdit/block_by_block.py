@@ -145,7 +145,7 @@ def quantize(job: Job, plans: Mapping[str, LayerPlan], folder: Path) -> Made:
         with job.timed("assignments"):
             _calibrate_end_to_end(job, linears, reports)
     layers = checkpoint.quant_layers(job.transformer)
-    if any(m.layer_spec.activation.buckets for m in layers.values()):
+    if any(m.layer_spec.activation.by_time for m in layers.values()):
         follow_timesteps(job.transformer, _timestep_edges(job))
     with job.timed("measure"):
         drift = _drift(job, plans, folder)
@@ -332,7 +332,7 @@ def _quantize_unit(
                 group = {name: (linears[name].weight, linears[name].bias) for name in names}
                 made |= quantize_layers(group, stats[names[0]], plans[names[0]], seed)
             else:
-                made |= {name: _without_data(unit, name, plans[name], seed) for name in names}
+                made |= {name: _without_data(unit, name, plans[name], seed, job.buckets) for name in names}
             done(len(names))
         made = {name: made[name] for name in linears}
     if job.training is not None and job.training.mode == "block" and stats and unit.path != OUTSIDE:
@@ -365,12 +365,12 @@ def _sharing(
     return [tuple(names) for names in groups.values()]
 
 
-def _without_data(unit: Unit, name: str, plan: LayerPlan, seed: int) -> Quantized:
+def _without_data(unit: Unit, name: str, plan: LayerPlan, seed: int, buckets: int) -> Quantized:
     """Quantize a layer from its weights; if there are calls and none reached it, its report says so."""
     linear = unit.linears[name]
     if not len(unit.calls):
-        return quantize_without_data(linear.weight, linear.bias, plan, seed)
-    made = quantize_without_data(linear.weight, linear.bias, layer_without_data(plan), seed)
+        return quantize_without_data(linear.weight, linear.bias, plan, seed, buckets)
+    made = quantize_without_data(linear.weight, linear.bias, layer_without_data(plan), seed, buckets)
     return replace(made, report=made.report | {"calibrated": False})
 
 
@@ -527,7 +527,7 @@ def _replace(transformer: nn.Module, name: str, spec: LayerSpec, tensors: dict[s
 
 def _timestep_edges(job: Job) -> tuple[float, ...]:
     times = [(view(job.transformer, call.args, call.kwargs).time, call.bucket) for call in job.calls]
-    return edges_of([(time, bucket) for time, bucket in times if time is not None], job.buckets)
+    return edges_of([*((time, bucket) for time, bucket in times if time is not None), *job.calls.levels], job.buckets)
 
 
 def _number(number: int) -> str:

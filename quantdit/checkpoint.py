@@ -17,7 +17,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -181,7 +180,7 @@ def describe(model: nn.Module, recipe: dict, provenance: dict) -> dict:
         "recipe": recipe,
         "provenance": provenance,
         "timestep_edges": list(getattr(model, "timestep_edges", ())),
-        "layers": {name: asdict(m.layer_spec) for name, m in quant_layers(model).items()},
+        "layers": {name: m.layer_spec.to_dict() for name, m in quant_layers(model).items()},
     }
 
 
@@ -589,6 +588,11 @@ def _timestep_edges(quantization: dict, layers: dict[str, QuantLinear], where: P
         if buckets not in (0, len(edges)):
             raise CheckpointError(
                 f"{where}: layer {name!r} has {buckets} static scales, but there are {len(edges)} timestep_edges"
+            )
+        last = layer.layer_spec.activation.last_bucket
+        if last and last + 1 != len(edges):
+            raise CheckpointError(
+                f"{where}: layer {name!r} has timestep bucket {last} as its last, but there are {len(edges)} timestep_edges"
             )
     return tuple(float(e) for e in edges)
 

@@ -31,8 +31,9 @@ from quantdit.linear import QuantLinear
 from quantdit.models import adapter as adapters
 from quantdit.pipeline import Source
 from quantdit.recipe import LayerPlan, Recipe
-from quantdit.sampling import Settings, conditions, sample
+from quantdit.sampling import Settings, conditions, sample, sampled_times
 from quantdit.streaming import Stream
+from quantdit.timesteps import buckets_of, check_edge_steps
 from quantdit.work_folder import REPORT
 
 ALREADY = "already_finished"
@@ -120,7 +121,8 @@ def _calibrate(
     if any(checkpoint.quant_layers(t) for t in transformers.values()):
         raise ValueError(f"{source.folder} is quantized already; calibrate from the full-precision model")
     if not settings.samples:
-        plan_recipe = recipe.without_data(plan_recipe)
+        plan_recipe = recipe.without_data(plan_recipe, times_are_known=True)
+    check_edge_steps(settings.steps, plan_recipe.edge_steps)
     found = {part: adapters.adapter_for(t) for part, t in transformers.items()}
     options = {part: recipe.options(plan_recipe, adapters.layers(t, found[part])) for part, t in transformers.items()}
     if not any(options.values()):
@@ -164,7 +166,7 @@ def _calibrate(
 
     work = partial / work_folder.WORK
     run = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    jobs = _jobs(pipeline, source, transformers, found, settings, work, training, run)
+    jobs = _jobs(pipeline, source, transformers, found, settings, work, training, run, plan_recipe.edge_steps)
     captured = time.perf_counter()
     made, extra = {}, {}
     for part, job in jobs.items():
@@ -262,6 +264,7 @@ def _jobs(
     work: Path,
     training: Training | None,
     run: str,
+    edge_steps: int,
 ) -> dict[str, Job]:
     """Sample from the pipeline, and return for each transformer its calls and what is needed to work on it."""
     streams = {
@@ -282,7 +285,12 @@ def _jobs(
                 settings.buckets,
                 work / "calls",
                 settings.timesteps if settings.timestep_choice == "even" else 0,
+                edge_steps,
             )
+    elif edge_steps:
+        for part, transformer in transformers.items():
+            times = sampled_times(pipeline, transformer, found[part], settings.steps)
+            calls[part] = StoredCalls((), buckets_of(times, settings.steps, settings.buckets, edge_steps)[1])
     jobs = {}
     for part, transformer in transformers.items():
         folder = work / part

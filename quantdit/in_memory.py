@@ -137,7 +137,7 @@ def quantize(
     transformer.requires_grad_(False).eval()
     dtypes = {name: transformer.get_submodule(name).weight.dtype for name in plans}
     with _eager(), tempfile.TemporaryDirectory(prefix="quantdit-") as folder:
-        calls = StoredCalls(()) if inputs is None else _record(transformer, inputs, Path(folder) / "calls")
+        calls = StoredCalls(()) if inputs is None else _record(transformer, inputs, Path(folder) / "calls", plan.edge_steps)
         blocks = block_by_block.blocks_of(transformer, adapter)
         job = Job(transformer, blocks, calls, BUCKETS, seed, Path(folder), tokens=tokens, training=training)
         with torch.no_grad():
@@ -169,10 +169,13 @@ def _eager() -> AbstractContextManager:
     return torch.compiler.set_stance("force_eager")
 
 
-def _record(transformer: nn.Module, inputs: Iterable[Mapping[str, object]] | Callable[[], object], folder: Path) -> StoredCalls:
+def _record(
+    transformer: nn.Module, inputs: Iterable[Mapping[str, object]] | Callable[[], object], folder: Path, edge_steps: int
+) -> StoredCalls:
     given = inputs if callable(inputs) else lambda: _call(transformer, inputs)
     # Timesteps are counted as they come, so the number of sampling steps need not be known.
-    return capture.transformer_calls(given, {"transformer": transformer}, 1, BUCKETS, folder)["transformer"]
+    found = capture.transformer_calls(given, {"transformer": transformer}, 1, BUCKETS, folder, edge_steps=edge_steps)
+    return found["transformer"]
 
 
 def _call(transformer: nn.Module, inputs: Iterable[Mapping[str, object]]) -> None:

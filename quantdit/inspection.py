@@ -33,6 +33,7 @@ EXPLAINED = {
     WITHOUT_DATA: "{}: error of the weight itself, relative to it: the layer saw no calibration data",
     "J": 'J: root mean square of the layer\'s inputs (LRQ-DiT, section 4.2); rotation = "ars" chooses by it',
 }
+EDGES = "edges: {} takes the wider activations from the noisiest time to {:g}, and from beyond {:g} to the cleanest"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class Inspected:
         report: what calibration_report.json says of each; empty without that file.
         allocation: how weight formats were chosen, None if they were not.
         size: as compiler.size_of.
+        edges: by transformer, the times that the wider activations of the first and of the last steps end at; those without such
+            activations are left out.
     """
 
     folder: Path
@@ -85,6 +88,7 @@ class Inspected:
     report: dict[str, dict]
     allocation: dict | None
     size: dict
+    edges: dict[str, tuple[float, float]]
 
 
 class Column(NamedTuple):
@@ -109,19 +113,21 @@ def read(folder: Path, accept_config: bool = False) -> Inspected:
     layers: dict[str, QuantLinear] = {}
     roles: dict[str, tuple[str, str]] = {}
     found: dict[str, dict] = {}
-    sizes = []
+    sizes, edges = [], {}
     for part, place in quantized.items():
         transformer = checkpoint.read_transformer(place, accept_config=accept_config)
         sizes.append(size_of(transformer, place))
         prefix = "" if part in ("", PARTS[0]) else f"{part}."
         own = checkpoint.quant_layers(transformer)
+        if any(layer.layer_spec.activation.edge_bits for layer in own.values()):
+            edges[part or PARTS[0]] = (transformer.timestep_edges[0], transformer.timestep_edges[-2])
         layers |= {f"{prefix}{name}": layer for name, layer in own.items()}
         roles |= {f"{prefix}{name}": where for name, where in _roles(transformer).items()}
         found |= {f"{prefix}{name}": entry for name, entry in _stated_errors(place, own).items()}
     content = files.read_json(folder / REPORT) if (folder / REPORT).exists() else {}
     report = _report(content, layers, folder / REPORT) if (folder / REPORT).exists() else {}
     rows = tuple(_row(name, layer, *roles[name], (report or found).get(name, {})) for name, layer in layers.items())
-    return Inspected(folder, layers, rows, report, _allocation(content, layers.keys(), folder / REPORT), added(sizes))
+    return Inspected(folder, layers, rows, report, _allocation(content, layers.keys(), folder / REPORT), added(sizes), edges)
 
 
 def describe(found: Inspected, width: int = 80, every: bool = False, by: str = GROUPS[0]) -> str:
@@ -148,6 +154,8 @@ def describe(found: Inspected, width: int = 80, every: bool = False, by: str = G
     if shown is worst and len(worst) < len(rows):
         lines += ["", f"the {len(worst)} worst of {len(rows)} layers; --all lists every one"]
     lines += ["", *_layer_table(shown, width)]
+    for part, levels in found.edges.items():
+        lines += _wrapped([EDGES.format(part, *levels)], width)
     names = [row.name for row in shown]
     lines += _candidates({name: found.report[name] for name in names if name in found.report}, width)
     if found.allocation:
@@ -158,7 +166,8 @@ def describe(found: Inspected, width: int = 80, every: bool = False, by: str = G
 def as_json(found: Inspected) -> dict:
     """Return what `describe` prints, of every layer, as JSON: `layers`, `size`, `allocation`, and `report` of each layer."""
     layers = {row.name: asdict(row) | {"report": found.report.get(row.name)} for row in found.rows}
-    return {"folder": str(found.folder), "size": found.size, "layers": layers, "allocation": found.allocation}
+    known = {"folder": str(found.folder), "size": found.size, "layers": layers, "allocation": found.allocation}
+    return known | ({"edges": found.edges} if found.edges else {})
 
 
 def allocation_summary(allocation: dict) -> str:

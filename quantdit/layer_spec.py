@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from quantdit import transform
 from quantdit.formats import FORMATS, Field, QSpec
 from quantdit.qtensor import spec_fields
+from quantdit.timesteps import LEAST_BUCKETS
 
 ACTIVATION_BITS = (4, 6, 8, 16)
 ACTIVATION_FORMATS = ("int", "affine", "fp8")
@@ -21,6 +22,7 @@ NARROWER = {
     "premultiplier": (transform.PREMULTIPLIER,),
     "permutation": (torch.uint8, torch.int16),
 }
+EDGES = {"edge_bits": 0, "last_bucket": 0}  # of an ActivationSpec without edges, whose dictionary leaves them out
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,17 @@ class ActivationSpec:
         group_size: consecutive inputs that share an integer multiplier (and offset) on the token's int8 grid; 0: none.
         buckets: 0: each token's scale is its own largest magnitude. Else the number of static scales, one per timestep bucket,
             fixed at calibration.
+        edge_bits: of the inputs in the first and the last timestep bucket, the first and the last steps of a trajectory (`edge`);
+            0: no edges, `bits` throughout.
+        last_bucket: number of the last timestep bucket; 0 without edges.
     """
 
     bits: int = 16
     format: str = "int"
     group_size: int = 0
     buckets: int = 0
+    edge_bits: int = 0
+    last_bucket: int = 0
 
     def __post_init__(self) -> None:
         """Check that the parts go together.
@@ -62,14 +69,56 @@ class ActivationSpec:
             raise ValueError("static scales are for symmetric integer activations")
         if self.group_size < 0 or not 0 <= self.buckets <= MAX_BUCKETS:
             raise ValueError(f"activation group size {self.group_size} or {self.buckets} buckets are not possible")
+        self._check_edges()
+
+    def _check_edges(self) -> None:
+        if not self.edge_bits:
+            if self.last_bucket:
+                raise ValueError(f"last_bucket = {self.last_bucket} goes with activations that are wider at the edges")
+            return
+        if self.edge_bits not in ACTIVATION_BITS or self.edge_bits <= self.bits:
+            wider = ", ".join(str(bits) for bits in ACTIVATION_BITS if bits > self.bits) or "none"
+            raise ValueError(
+                f"activations of {self.edge_bits} bits at the edges are not wider than the {self.bits} bits between them;"
+                f" wider: {wider}"
+            )
+        if self.buckets and self.edge_bits != 16:
+            raise ValueError(f"static scales are for {self.bits} bits alone: activations at the edges stay 16 bits, or dynamic")
+        if not LEAST_BUCKETS <= self.last_bucket + 1 <= MAX_BUCKETS or self.buckets not in (0, self.last_bucket + 1):
+            raise ValueError(f"last_bucket = {self.last_bucket} is not possible with edges and {self.buckets} static scales")
+
+    @property
+    def by_time(self) -> bool:
+        """Return whether inputs are quantized differently along a trajectory."""
+        return bool(self.buckets or self.edge_bits)
+
+    @property
+    def edge(self) -> ActivationSpec:
+        """Return how inputs are quantized at the edges: as elsewhere without `edge_bits`.
+
+        The format is the same, the groups too below 8 bits, from which on there are none.
+        """
+        if self.edge_bits == 16:
+            return ActivationSpec()
+        group_size = self.group_size if self.edge_bits < 8 else 0
+        return replace(self.between, bits=self.edge_bits, group_size=group_size) if self.edge_bits else self
+
+    @property
+    def between(self) -> ActivationSpec:
+        """Return how inputs are quantized between the edges."""
+        return replace(self, edge_bits=0, last_bucket=0)
+
+    def is_edge(self, bucket: int) -> bool:
+        """Return whether a timestep bucket is an edge."""
+        return self.edge_bits > 0 and bucket in (0, self.last_bucket)
 
     def __str__(self) -> str:
-        """Return it as `a8`, `a4 g64`, `a4 affine g64`, `a8 fp8`, `a8 static`."""
+        """Return it as `a8`, `a4 g64`, `a4 affine g64`, `a8 fp8`, `a8 static`, `a8, edges a16`."""
         words = [f"a{self.bits}"]
         words += [self.format] if self.format != "int" else []
         words += [f"g{self.group_size}"] if self.group_size else []
         words += ["static"] if self.buckets else []
-        return " ".join(words)
+        return " ".join(words) + (f", edges a{self.edge_bits}" if self.edge_bits else "")
 
 
 @dataclass(frozen=True)
@@ -94,9 +143,16 @@ class LayerSpec:
     rank: int = 0
     steps: int = 0
 
+    def to_dict(self) -> dict:
+        """Return a JSON-serialisable form that `from_dict` reads back; it names edges only if there are some."""
+        content = asdict(self)
+        if not self.activation.edge_bits:
+            content["activation"] = {key: value for key, value in content["activation"].items() if key not in EDGES}
+        return content
+
     @classmethod
     def from_dict(cls, content: dict) -> LayerSpec:
-        """Return what `asdict` made `content` of.
+        """Return what `to_dict` made `content` of.
 
         Raises:
             ValueError: other keys, values of another type than the field's, or a combination that is not possible.
@@ -104,9 +160,14 @@ class LayerSpec:
         known = {"steps": 0} | content if isinstance(content, dict) else content  # up to spec 3 there are none
         flat = _typed(cls, known) | {
             "weight": QSpec(**_typed(QSpec, content.get("weight"))),
-            "activation": ActivationSpec(**_typed(ActivationSpec, content.get("activation"))),
+            "activation": ActivationSpec(**_typed(ActivationSpec, _with_edges(content["activation"]))),
         }
         return cls(**flat)
+
+
+def _with_edges(activation: object) -> object:
+    """Return a dictionary of an ActivationSpec with what `to_dict` leaves out."""
+    return EDGES | activation if isinstance(activation, dict) and activation.keys().isdisjoint(EDGES) else activation
 
 
 def _typed(cls: type, content: object) -> dict:

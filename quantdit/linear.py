@@ -12,7 +12,7 @@ import quantdit.kernels.ops  # noqa: F401 - defines torch.ops.quantdit
 from quantdit import transform
 from quantdit.kernels.cpu import version_of
 from quantdit.kernels.triton_ops import dispatch
-from quantdit.layer_spec import LayerSpec, as_stored, layer_fields
+from quantdit.layer_spec import ActivationSpec, LayerSpec, as_stored, layer_fields
 from quantdit.models.call_view import view
 from quantdit.qtensor import FIELDS, QTensor
 from quantdit.timesteps import PerThread, bucket_of
@@ -41,6 +41,8 @@ class QuantLinear(nn.Linear):
         self.spec = layer_spec.weight
         self.in_features, self.out_features = self.spec.in_features, self.spec.out_features
         self._bucket, self._buckets = 0, PerThread()
+        self._at_edge = layer_spec.activation.is_edge(0)
+        self._activations = layer_spec.activation.between, layer_spec.activation.edge
         self.cache_decoded = True
         self.weight_dtype = torch.float32
         self._decoded: tuple[tuple, Tensor] | None = None  # what was decoded, and I
@@ -88,6 +90,13 @@ class QuantLinear(nn.Linear):
     @bucket.setter
     def bucket(self, number: int) -> None:
         self._bucket = self._buckets.bucket = number
+        self._at_edge = self._buckets.at_edge = self.layer_spec.activation.is_edge(number)
+
+    @property
+    def activation(self) -> ActivationSpec:
+        """Return how the next call quantizes its inputs. A compiled layer has a graph for either way, not one for each bucket."""
+        mine = self._buckets.at_edge
+        return self._activations[self._at_edge if mine is None else mine]
 
     @property
     def qtensor(self) -> QTensor:
@@ -207,7 +216,7 @@ class QuantLinear(nn.Linear):
             return self._on_cpu(x.float()).half()
         tokens = self._transformed(x)
         integers = self.decoded()
-        if self.layer_spec.activation.bits == 16:
+        if self.activation.bits == 16:
             y = torch.ops.quantdit.gemm_w8a16(tokens, integers, self.scale, self.bias)
         else:
             codes, token_scale = self._quantized(tokens)
@@ -218,8 +227,8 @@ class QuantLinear(nn.Linear):
 
     def _on_gpu(self, x: Tensor) -> Tensor:
         """The same by the way that triton_ops/dispatch.py chooses; the low-rank branch is added in float32."""
-        op, s, a = torch.ops.quantdit, self.layer_spec, self.layer_spec.activation
-        way = dispatch.choose(x.shape[0], s, x.dtype, dispatch.capability_of(x.device))
+        op, s, a = torch.ops.quantdit, self.layer_spec, self.activation
+        way = dispatch.choose(x.shape[0], s, x.dtype, dispatch.capability_of(x.device), a)
         if way.prepare == "fused":
             down = self.down if s.rank else None
             tokens = (x, self.premultiplier, s.block, a.format, a.bits, a.group_size, self._static_scale(), down)
@@ -264,7 +273,7 @@ class QuantLinear(nn.Linear):
         return nn.functional.linear(tokens, self.down.to(tokens.dtype))
 
     def _static_scale(self) -> Tensor | None:
-        return self.static_scale[self.bucket : self.bucket + 1] if self.layer_spec.activation.buckets else None
+        return self.static_scale[self.bucket : self.bucket + 1] if self.activation.buckets else None
 
     def _transformed(self, tokens: Tensor) -> Tensor:
         if self.layer_spec.rotation == "hadamard":
@@ -272,7 +281,7 @@ class QuantLinear(nn.Linear):
         return transform.apply(self.transform, tokens)
 
     def _quantized(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        a = self.layer_spec.activation
+        a = self.activation
         if a.format == "fp8":
             return torch.ops.quantdit.quantize_tokens_fp8(tokens)
         return torch.ops.quantdit.quantize_tokens(tokens, a.bits, a.group_size, a.format == "affine", self._static_scale())
@@ -321,12 +330,12 @@ def dense_linear(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
 
 
 def follow_timesteps(transformer: nn.Module, edges: tuple[float, ...]) -> None:
-    """Let every call of the transformer tell its layers with static scales the bucket of its timestep.
+    """Let every call of the transformer tell its layers with static scales, or with edges, the bucket of its timestep.
 
     Bucket b holds the times that reach `edges[b]` (`timesteps.bucket_of`); a call without a time uses the last one.
     """
     transformer.timestep_edges = tuple(edges)
-    if any(isinstance(m, QuantLinear) and m.layer_spec.activation.buckets for m in transformer.modules()):
+    if any(isinstance(m, QuantLinear) and m.layer_spec.activation.by_time for m in transformer.modules()):
         transformer.register_forward_pre_hook(_tell_timestep, with_kwargs=True)
 
 
@@ -334,5 +343,5 @@ def _tell_timestep(transformer: nn.Module, args: tuple, kwargs: dict) -> None:
     """Set the bucket of the layers that the transformer has by now: copies, pickles and adapters around them included."""
     bucket = bucket_of(view(transformer, args, kwargs).time, transformer.timestep_edges)
     for module in transformer.modules():
-        if isinstance(module, QuantLinear) and module.layer_spec.activation.buckets:
+        if isinstance(module, QuantLinear) and module.layer_spec.activation.by_time:
             module.bucket = bucket

@@ -14,6 +14,7 @@ from pathlib import Path
 from quantdit import files
 from quantdit.formats import FORMATS
 from quantdit.layer_spec import ACTIVATION_BITS, ACTIVATION_FORMATS, ActivationSpec, decodes_to_fp8
+from quantdit.timesteps import LEAST_BUCKETS
 
 DENSE = "dense"
 AUTO = "auto"
@@ -24,7 +25,9 @@ FIXED_ROTATIONS = ("none", "hadamard", "regular", "auto")  # for which weights a
 FIXED_SMOOTHINGS = ("none", "auto")
 SMOOTHINGS = ("none", "auto", "rms", "absmax", "salience")
 TABLES = ("lloyd-max", "twin-log", "twin-log-paper", "gaussian")
+EDGE_FIELDS = ("edge_activation_bits", "edge_steps")
 LARGEST_RANK = 512
+MOST_EDGE_STEPS = 100
 LEAST_OUTPUTS = 32  # of a trellis, whose windows go round: of fewer weights they leave too few to choose from
 
 
@@ -44,10 +47,14 @@ class Rule:
         activation_group_size: 32, 64, 128, or `token`: one step for the whole token. Where it does not divide the width, the next
             smaller one that does, else `token`.
         activation_scale: `dynamic` (of each token) or `static` (one per timestep bucket, fixed at calibration).
+        edge_activation_bits: of the activations in the first and the last `edge_steps` steps of the trajectory, wider than
+            `activation_bits`; 0 for no such steps.
+        edge_steps: how many steps at each end, of those that calibration samples. Others are told by their noise: a step is at an
+            edge if it is noisier, or cleaner, than half-way to the next sampled step. All rules that have some have as many.
         rotation: `hadamard` (blocks of the largest power of two up to 128 that divides the width), `outlier` (DuQuant's), `ars`
-            (Hadamard if J < ars_threshold, else outlier; LRQ-DiT section 4.2), `regular` (ConvRot's Hadamard, with fixed signs, in
-            blocks of a power of four; ComfyUI knows it), `none`, or `auto`: Hadamard where that leaves tokens as even as Gaussian
-            ones, elsewhere what measures best (calibration/choice.py).
+            (Hadamard if J < ars_threshold, else outlier; LRQ-DiT section 4.2), `regular` (ConvRot's Hadamard, with fixed signs,
+            in blocks of a power of four; ComfyUI knows it), `none`, or `auto`: Hadamard where that leaves tokens as even as
+            Gaussian ones, elsewhere what measures best (calibration/choice.py).
         ars_threshold: of J, the RMS of the layer's inputs.
         smooth: `none`; `auto`: a factor between inputs and weight, of fixed strength, left out where it measures worse; or what a
             factor is made of whose strength is searched: `rms` or `absmax` of each input channel, or `salience` over timesteps
@@ -71,6 +78,8 @@ class Rule:
     activation_format: str = "int"
     activation_group_size: int | str = "token"
     activation_scale: str = "dynamic"
+    edge_activation_bits: int = 0
+    edge_steps: int = 0
     rotation: str = "hadamard"
     ars_threshold: float = 1.0
     smooth: str = "none"
@@ -98,6 +107,7 @@ class Rule:
             "activation_format": ACTIVATION_FORMATS,
             "activation_group_size": (*GROUP_SIZES, "token"),
             "activation_scale": ("dynamic", "static"),
+            "edge_activation_bits": (0, *ACTIVATION_BITS),
             "rotation": ROTATIONS,
             "smooth": SMOOTHINGS,
             "method": METHODS,
@@ -112,7 +122,7 @@ class Rule:
             # 8.0 == 8 and True == 1 in Python, but a checkpoint's config distinguishes them.
             if not isinstance(value, int | str) or isinstance(value, bool) or value not in allowed:
                 raise ValueError(f"rule {self.match!r}: {key} = {value!r} is unknown{_near(value, allowed)}")
-        for key, low, high in (("low_rank", 0, LARGEST_RANK), ("descent", 0, 100)):
+        for key, low, high in (("low_rank", 0, LARGEST_RANK), ("descent", 0, 100), ("edge_steps", 0, MOST_EDGE_STEPS)):
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise ValueError(f"rule {self.match!r}: {key} = {value!r} must be a whole number, {low} to {high}")
@@ -122,6 +132,10 @@ class Rule:
         self._check_together()
 
     def _check_together(self) -> None:
+        if bool(self.edge_activation_bits) != bool(self.edge_steps):
+            missing = "edge_steps, such as 3" if self.edge_activation_bits else "edge_activation_bits, such as 16"
+            given = "edge_activation_bits" if self.edge_activation_bits else "edge_steps"
+            raise ValueError(f"rule {self.match!r}: {given} = {getattr(self, given)} needs {missing}; give both or neither")
         if self.otherwise and self.weight not in FORMATS:
             raise ValueError(f"rule {self.match!r}: otherwise = {self.otherwise!r} goes with a format, not with {self.weight!r}")
         if self.weight == DENSE:
@@ -154,10 +168,15 @@ class Rule:
         except ValueError as error:
             raise ValueError(f"rule {self.match!r}: {error}") from error
 
-    def activation(self, group_size: int, buckets: int = 1) -> ActivationSpec:
-        """Return how inputs are quantized; static scales come in `buckets`."""
+    def activation(self, group_size: int, buckets: int = LEAST_BUCKETS) -> ActivationSpec:
+        """Return how inputs are quantized, in `buckets` parts of a trajectory."""
         static = buckets if self.activation_scale == "static" else 0
-        return ActivationSpec(self.activation_bits, self.activation_format, group_size, static)
+        last = buckets - 1 if self.edge_steps else 0
+        return ActivationSpec(self.activation_bits, self.activation_format, group_size, static, self.edge_activation_bits, last)
+
+    def to_dict(self) -> dict:
+        """Return its fields, those of edges only if it has some: the file of a rule without them stays as it was."""
+        return {key: value for key, value in asdict(self).items() if self.edge_steps or key not in EDGE_FIELDS}
 
     def matches(self, name: str, role: str) -> bool:
         """Return whether the rule speaks of the layer of this path and role."""
@@ -173,9 +192,28 @@ class Recipe:
     name: str
     rules: tuple[Rule, ...]
 
+    def __post_init__(self) -> None:
+        """Check that the rules go together.
+
+        Raises:
+            ValueError: two ask for edges of different lengths.
+        """
+        lengths = {rule.edge_steps: rule for rule in self.rules if rule.edge_steps and rule.weight != DENSE}
+        if len(lengths) > 1:
+            first, second = list(lengths.values())[:2]
+            raise ValueError(
+                f"recipe {self.name}: edge_steps = {first.edge_steps} of rule {first.match!r} and {second.edge_steps} of rule"
+                f" {second.match!r}: one trajectory has edges of one length; give all rules the same, or none"
+            )
+
+    @property
+    def edge_steps(self) -> int:
+        """Return how many steps at each end of a trajectory some layers have wider activations on; 0 for none."""
+        return max((rule.edge_steps for rule in self.rules if rule.weight != DENSE), default=0)
+
     def to_dict(self) -> dict:
         """Return a JSON-serialisable form that `from_dict` reads back."""
-        return {"name": self.name, "rule": [asdict(rule) for rule in self.rules]}
+        return {"name": self.name, "rule": [rule.to_dict() for rule in self.rules]}
 
 
 @dataclass(frozen=True)
@@ -283,12 +321,13 @@ def with_weight_format(recipe: Recipe, kind: str) -> Recipe:
     return replace(recipe, rules=tuple(rules))
 
 
-def without_data(recipe: Recipe, remedy: str = "calibrate with --samples of at least 1") -> Recipe:
+def without_data(recipe: Recipe, remedy: str = "calibrate with --samples of at least 1", times_are_known: bool = False) -> Recipe:
     """Return the recipe with what needs calibration data taken out: rounding to nearest, fixed rotations, biases as they are.
 
     Args:
         recipe: to take it out of.
         remedy: what the error tells the user to do.
+        times_are_known: the times of the sampling steps are known, which tell where its edges end.
 
     Raises:
         ValueError: a rule that asks for what data alone can give: static activation scales, smoothing, a low-rank branch, a
@@ -302,6 +341,7 @@ def without_data(recipe: Recipe, remedy: str = "calibrate with --samples of at l
             f'smooth = "{rule.smooth}"': rule.smooth not in FIXED_SMOOTHINGS,
             f"low_rank = {rule.low_rank}": rule.low_rank > 0,
             f'rotation = "{rule.rotation}"': rule.rotation not in FIXED_ROTATIONS,
+            f"edge_steps = {rule.edge_steps}": rule.edge_steps > 0 and not times_are_known,
         }
         if rule.weight != DENSE and (what := next((key for key, is_needed in needs.items() if is_needed), None)):
             raise ValueError(f"rule {rule.match!r}: {what} needs calibration data; {remedy}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from quantdit import progress
 from quantdit.models.adapter import Adapter, Size
-from quantdit.models.synthetic import TRAIN_STEPS, latent_of, moved_inputs, prediction, synthetic_inputs
+from quantdit.models.synthetic import TRAIN_STEPS, latent_of, moved_inputs, own_time, prediction, synthetic_inputs
 from quantdit.pipeline import (
     SIZES,
     BareTransformer,
@@ -116,6 +117,29 @@ def sample(pipeline: object, settings: Settings, adapters: Mapping[str, Adapter]
         for part in parts:
             pipeline(**part, **_options(pipeline, settings))
             batch_done()
+
+
+def sampled_times(pipeline: object, transformer: nn.Module, adapter: Adapter, steps: int) -> list[float]:
+    """Return the times of a trajectory in the transformer's own units, the noisiest first, without sampling one.
+
+    They are those of the pipeline's scheduler for so many steps; a pipeline that hands it sigmas of its own moves them a little;
+    without a pipeline those of `trajectory`.
+
+    Raises:
+        ValueError: the scheduler needs to know more, such as the size of the sample, or nothing is known of the class's time.
+    """
+    bare = isinstance(pipeline, BareTransformer)
+    scheduler = _scheduler(adapter.scheduler) if bare else copy.deepcopy(getattr(pipeline, "scheduler", None))
+    remedy = "edge_steps needs the times of the sampling steps; calibrate with --samples of at least 1"
+    if scheduler is None or getattr(scheduler.config, "use_dynamic_shifting", False):
+        why = "has no scheduler" if scheduler is None else "shifts its times by the size of the sample"
+        raise ValueError(f"the pipeline {why}, and nothing is sampled: {remedy}")
+    scheduler.set_timesteps(steps)
+    times = [float(t) * TRAIN_STEPS / scheduler.config.num_train_timesteps for t in scheduler.timesteps]
+    try:
+        return list(dict.fromkeys(own_time(transformer, adapter, time) for time in times))
+    except ValueError as error:
+        raise ValueError(f"{error}: {remedy}") from error
 
 
 def trajectory(

@@ -1,4 +1,7 @@
-"""Timestep buckets: which part of the sampling trajectory a transformer call belongs to, for scales that are fixed per part.
+"""Timestep buckets: which part of the sampling trajectory a transformer call belongs to, for what differs between parts.
+
+Static activation scales have one for each bucket. Where activations are wider on the first and the last steps (`edge_steps` of a
+recipe), these steps are the first and the last bucket, and the steps between share the others.
 
 Bucket 0 is the noisiest. Along a trajectory times fall in most classes and rise in some. Edges are stored from the noisiest
 bucket to the cleanest, so falling edges mean falling times and rising edges mean rising times.
@@ -10,11 +13,14 @@ import itertools
 import threading
 from collections.abc import Sequence
 
+LEAST_BUCKETS = 3  # where the first and the last are edges
+
 
 class PerThread(threading.local):
-    """The bucket of this thread's latest call; None before its first. Copies and pickles start with None."""
+    """The bucket of this thread's latest call, and whether it is an edge; None before its first. Copies start with None."""
 
     bucket: int | None = None
+    at_edge: bool | None = None
 
     def __reduce__(self) -> tuple:
         return PerThread, ()
@@ -43,6 +49,56 @@ def bucket_of(time: float | None, edges: Sequence[float]) -> int:
     if edges[last] > edges[0]:
         return next((b for b, edge in enumerate(edges) if time <= edge), last)
     return next((b for b, edge in enumerate(edges) if time >= edge), last)
+
+
+def check_edge_steps(steps: int, edge_steps: int) -> None:
+    """Refuse a trajectory of so few steps that none lies between its first and its last `edge_steps`.
+
+    Raises:
+        ValueError: it has fewer than `2 * edge_steps + 1`.
+    """
+    least = 2 * edge_steps + 1
+    if edge_steps and steps < least:
+        raise ValueError(
+            f"edge_steps = {edge_steps} needs at least {least} sampling steps, so that one lies between the edges, got {steps};"
+            " sample more steps or choose fewer edge_steps"
+        )
+
+
+def buckets_of(
+    order: Sequence[float | None], steps: int, buckets: int, edge_steps: int = 0
+) -> tuple[dict[float | None, int], tuple[tuple[float, int], ...]]:
+    """Return the bucket of each time of a trajectory, and the levels that its edges end at.
+
+    Args:
+        order: the different times, the noisiest first; None, of calls without a time, last.
+        steps: sampling steps of the whole trajectory; as many as there are times where these are more.
+        buckets: number of buckets. Of equal length without `edge_steps`; with them the first and the last bucket hold as many
+            steps each, and those between are of equal length.
+        edge_steps: steps at each end that are an edge; 0 for none.
+
+    Returns:
+        The buckets by time. For `edges_of`, beside the times, a time and its bucket for each of the two levels: half-way from the
+        last step of the one edge to the next step, half-way from the step before the other edge to that edge; () without edges.
+
+    Raises:
+        ValueError: too few times or buckets for such edges.
+    """
+    if not edge_steps:
+        length = max(steps, len(order))
+        return {time: min(i * buckets // length, buckets - 1) for i, time in enumerate(order)}, ()
+    check_edge_steps(len(order), edge_steps)
+    if buckets < LEAST_BUCKETS:
+        raise ValueError(f"edge_steps = {edge_steps} needs at least {LEAST_BUCKETS} timestep buckets, got {buckets}")
+    between = len(order) - 2 * edge_steps
+    found = {}
+    for i, time in enumerate(order):
+        inner = 1 + (i - edge_steps) * (buckets - 2) // between
+        found[time] = 0 if i < edge_steps else buckets - 1 if i >= len(order) - edge_steps else inner
+    times = [time for time in order if time is not None]
+    noisy, clean = edge_steps, len(times) - edge_steps
+    levels = ((times[noisy - 1] + times[noisy]) / 2, 0), ((times[clean - 1] + times[clean]) / 2, buckets - 2)
+    return found, levels
 
 
 def edges_of(times: Sequence[tuple[float, int]], buckets: int) -> tuple[float, ...]:

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from quantdit.formats import FORMATS
 from quantdit.kernels import ops
-from quantdit.layer_spec import LayerSpec
+from quantdit.layer_spec import ActivationSpec, LayerSpec
 
 MODES = ("auto", "packed", "decode", "torch", "reference")
 ARCHITECTURES = (80, 89, 90, 100, 120)  # compute capability; others take the rows of the nearest below
@@ -87,9 +87,12 @@ class Way:
     product: str
 
 
-def choose(m: int, layer: LayerSpec, dtype: torch.dtype, capability: int) -> Way:
-    """Return the way of a layer with m tokens of a dtype on a GPU of this compute capability (90 for 9.0)."""
-    a, weight = layer.activation, layer.weight
+def choose(m: int, layer: LayerSpec, dtype: torch.dtype, capability: int, activation: ActivationSpec | None = None) -> Way:
+    """Return the way of a layer with m tokens of a dtype on a GPU of this compute capability (90 for 9.0).
+
+    `activation`: how its inputs are quantized, where that is not as the layer says throughout.
+    """
+    a, weight = activation or layer.activation, layer.weight
     if a.bits == 16:
         few = m <= CROSSOVER["w4a16_up_to_m"][architecture(capability)] and dtype != torch.float32 and mode != "reference"
         few = few and multiplies_packed(weight.format)

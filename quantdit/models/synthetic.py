@@ -77,6 +77,18 @@ def moved_inputs(model: nn.Module, adapter: Adapter, inputs: dict[str, object], 
     return moved
 
 
+def own_time(model: nn.Module, adapter: Adapter, time: float) -> float:
+    """Return a time (1000 is noise, 0 is data) as the class counts it.
+
+    Raises:
+        ValueError: nothing is known of the class's time.
+    """
+    spec = next((spec for spec in adapter.inputs if spec.kind in ("timestep", "reversed_timestep")), None)
+    if spec is None:
+        raise ValueError(f"nothing is known of the time that {type(model).__name__} takes")
+    return float(_timestep(spec, model, time, torch.empty((), dtype=torch.float64)))
+
+
 def prediction(adapter: Adapter, output: object, latent: Tensor) -> Tensor:
     """Return what a scheduler takes from the output of forward: float32, of the latent's shape and the usual sign.
 

@@ -454,6 +454,8 @@ def test_static_scales_are_of_their_bucket():
         ActivationSpec(4, "affine", 32),
         ActivationSpec(8, "fp8"),
         ActivationSpec(6, buckets=3),
+        ActivationSpec(8, buckets=3, edge_bits=16, last_bucket=2),
+        ActivationSpec(4, "affine", 32, edge_bits=8, last_bucket=2),
     ],
     ids=str,
 )
