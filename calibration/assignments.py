@@ -527,8 +527,9 @@ def _tables(layers: Sequence[SoftLinear], training: Training) -> tuple[list[Tens
     `rmsprop` has one rate in units of weights; codebooks are in units of their channels' scales, which then stay as they are.
     """
     if training.optimizer == "rmsprop":
-        codebooks = [(layer.codebook, 1 / float(layer.scale.detach().mean())) for layer in layers if layer.codebook is not None]
-        parts = codebooks + [(layer.output, 1.0) for layer in layers if layer.output is not None]
+        coded = [layer for layer in layers if layer.codebook is not None]
+        parts = [(layer.codebook, 1 / float(layer.scale.detach().mean().clamp_min(1e-30))) for layer in coded]
+        parts += [(layer.output, 1.0) for layer in layers if layer.output is not None]
     else:
         tables = [p for layer in layers for p in (layer.codebook, layer.scale, layer.output) if p is not None]
         parts = [(p, float(p.detach().square().mean().sqrt().clamp_min(1e-3))) for p in tables]

@@ -160,7 +160,10 @@ def _parser() -> argparse.ArgumentParser:
         " else table)",
     )
     vectors.add_argument(
-        "--calibration-steps", type=_count, metavar="N", help="optimizer steps, of each block or end to end (w2: 300, else 0)"
+        "--calibration-steps",
+        type=_count,
+        metavar="N",
+        help="optimizer steps, of each block or end to end (w2: 300, vq4dit: 500, else 0)",
     )
     vectors.add_argument("--calibration-mode", choices=("block", "end-to-end"), help="a block at a time, or all at once (block)")
     vectors.add_argument("--candidates", type=_positive, help="codewords that each sub-vector may choose among (2; w2: 1)")
