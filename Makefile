@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PYTHONSAFEPATH = 1
 
 .PHONY: demo test test-slow fuzz lint gate baselines detection emoji-wan study study-layer study-peers clean
-.PHONY: robust robust-peers edge-steps
+.PHONY: robust robust-peers edge-steps papers
 .PHONY: bench bench-kernels bench-static bench-scaling bench-onnx onnx-formats lora-training
 
 demo: $(VENV)/eval.done
@@ -101,6 +101,10 @@ study: $(VENV)/eval.done
 	$(BIN)/python reports/study/measure.py --floor --output reports/study/floor.jsonl
 	$(BIN)/python reports/study/methods.py --output reports/study/quantdit.jsonl
 	$(BIN)/python reports/study/render.py
+
+# LRQ-DiT and VQ4DiT part by part, an hour or two; QUICK=--quick for few samples. Rows that are there are kept.
+papers: $(VENV)/eval.done
+	$(BIN)/python reports/papers.py $(QUICK)
 
 # Weight codes on one layer of Wan's shape, and other packages' in environments of their own. Rows that are there are kept.
 LAYER_PEERS := orbitquant sdnq hqq bitsandbytes torchao

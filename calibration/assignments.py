@@ -3,10 +3,12 @@
 (VQ4DiT, Deng et al. 2024, arXiv 2408.17131, Eq. 5 to 9.)
 
     W_hat = sum_m r_m C[a_m],   r = softmax(z),   a_1 .. a_n the candidates of a sub-vector
-    loss  = |block(W_hat) - block(W)|^2 / |block(W)|^2 + weight * n mean(r (1 - r))
+    loss  = E (1 + weight * n mean(r (1 - r))),   E = |block(W_hat) - block(W)|^2 / |block(W)|^2, a constant in the second term
 
-The logits z are trained until each sub-vector has one codeword left; then the codebook, the channel scales and the bias are. A
-sub-vector is frozen once a ratio passes 0.99; what is not frozen when the steps for assignments are over takes its largest ratio.
+The logits z are trained until each sub-vector has one codeword left; then the codebook, the channel scales and the bias are (with
+`rmsprop`, the paper's way, they are from the first step on). A sub-vector is frozen once a ratio passes 0.99; what is not frozen
+when the steps for assignments are over takes its largest ratio. The paper weighs the second term by a constant: beside errors of
+.001 a constant near 1 makes the choice alone, and two candidates are then no better than one (reports/papers.md).
 
 Levels of a table are codewords of one weight, for which this is AdaRound (Nagel et al. 2020, arXiv 2004.10568) with a softmax.
 Trellis codes stay as they are, since none can change alone, and their table is fixed: scales and biases are what is trained.
@@ -30,7 +32,7 @@ from quantdit.calibration.stats import Stats
 from quantdit.formats import FORMATS, QSpec
 from quantdit.formats.codebook import words
 from quantdit.layer_spec import LayerSpec
-from quantdit.recipe import Rule
+from quantdit.recipe import BEST, METHODS, Rule
 
 FROZEN = 0.99
 CERTAIN = 30.0  # of a logit: the others' ratios are then 0 in float32
@@ -41,6 +43,8 @@ PATIENCE = 3  # checks without a gain, after which they are as good as they get
 HELD_OUT = 8  # one in so many samples is held out
 INITIAL = ("distance", "uniform")
 MODES = ("block", "end-to-end")
+OPTIMIZERS = ("adam", "rmsprop")
+DISTANCES = ("output", "weight")
 MOST_CANDIDATES = 4
 
 Run = Callable[[Call], Sequence[Tensor]]  # makes a call and returns its tensors
@@ -57,10 +61,13 @@ class Training:
         candidates: codewords a sub-vector may choose among; 1 trains codebooks, scales and biases alone. Trellis codes have one.
         initial: ratios begin as 1 / n (`uniform`) or in inverse proportion to the candidates' errors (`distance`).
         logit_rate: learning rate of the logits.
-        codebook_rate: of codebooks, scales and biases, as a part of their size.
-        regulariser: weight of the ratios' term.
+        codebook_rate: of codebooks, scales and biases, as a part of their size; with `rmsprop` in units of weights and biases.
+        regulariser: weight of the ratios' term, in parts of the step's error: much more, and the term makes the choice.
         gated: that term counts only while it is above the least it ever was, as in the released code; otherwise it grows with the
             square of the steps, so that nearly all is decided in the end.
+        optimizer: `adam`: codebooks, scales and biases are trained once the choice is made, at a rate that falls to 0; `rmsprop`,
+            the paper's: codebooks and biases at a constant rate, from the first step on, together with the logits.
+        distance: what makes codewords candidates: the layer's error in the `output`, or in the `weight` (Eq. 5).
         rows: samples of a call in one step.
         memory: bytes that logits, their gradients and averages, candidates and soft weights may take at once; layers that take
             more are trained in parts, one after the other.
@@ -72,8 +79,10 @@ class Training:
     initial: str = "distance"
     logit_rate: float = 5e-2
     codebook_rate: float = 1e-3
-    regulariser: float = 1.0
+    regulariser: float = 10.0
     gated: bool = False
+    optimizer: str = "adam"
+    distance: str = "output"
     rows: int = 16
     memory: int = 2 * 2**30
 
@@ -83,10 +92,15 @@ class Training:
         Raises:
             ValueError: an unknown word or an impossible number.
         """
-        if self.mode not in MODES:
-            raise ValueError(f"calibration mode {self.mode!r} is unknown; use one of {', '.join(MODES)}")
-        if self.initial not in INITIAL:
-            raise ValueError(f"initial ratios {self.initial!r} are unknown; use one of {', '.join(INITIAL)}")
+        known = {
+            "calibration mode": (self.mode, MODES),
+            "initial ratios": (self.initial, INITIAL),
+            "optimizer": (self.optimizer, OPTIMIZERS),
+            "distance": (self.distance, DISTANCES),
+        }
+        for what, (value, allowed) in known.items():
+            if value not in allowed:
+                raise ValueError(f"{what} {value!r} not known; use one of {', '.join(allowed)}")
         if self.memory < 1:
             raise ValueError(f"{self.memory} bytes of memory are not enough to train anything")
         if self.steps < 1 or not 1 <= self.candidates <= MOST_CANDIDATES:
@@ -96,11 +110,14 @@ class Training:
             )
 
 
-def preset(bits: str) -> Training | None:
-    """Return what the preset of `wXaY` calibrates: at 2 bits scales and biases, and codebooks where there are, else nothing.
+def preset(bits: str, method: str = BEST) -> Training | None:
+    """Return what a method of recipe.METHODS calibrates of `wXaY`; None for nothing.
 
-    One candidate: after error feedback, steps spent on the choice among two gain less than as many on codebooks (reports/study).
+    `best` does at 2 bits: scales and biases, and codebooks where there are. One candidate: after error feedback, steps spent on
+    the choice among two gain less than as many on codebooks (reports/study).
     """
+    if method != BEST:
+        return Training(**METHODS[method].training) if METHODS[method].training else None
     return Training(candidates=1) if bits.startswith("w2a") else None
 
 
@@ -317,7 +334,8 @@ def _choices(made: Quantized, W: Tensor, H: Tensor, training: Training) -> tuple
     scale = torch.where(made.tensors["scale"] > 0, made.tensors["scale"], 1.0)
     codebook = made.tensors["codebook"].float().reshape(-1, f.dim)
     codes = f.unpack(f, made.tensors["data"], W.shape[1] // f.dim).long()
-    candidates, errors = best_codes(codes, W / scale[:, None], H, codebook, training.candidates, f.sign_split)
+    metric = torch.eye(W.shape[1], dtype=H.dtype) if training.distance == "weight" else H
+    candidates, errors = best_codes(codes, W / scale[:, None], metric, codebook, training.candidates, f.sign_split)
     if training.initial == "uniform":
         logits = torch.zeros(candidates.shape, dtype=torch.float32)
     else:
@@ -448,50 +466,49 @@ def train(
         progress: told how many steps were made.
     """
     choosing = [layer for layer in layers if layer.is_open]
-    soft = [layer.logits for layer in choosing]
-    tables = [p for layer in layers for p in (layer.codebook, layer.scale, layer.output) if p is not None]
-    sizes = [float(p.detach().square().mean().sqrt().clamp_min(1e-3)) for p in tables]
-    until = round(training.steps * ASSIGNMENT_PART) if soft else 0
+    until = round(training.steps * ASSIGNMENT_PART) if choosing else 0
     batches = examples.batches(training.rows, torch.Generator().manual_seed(seed))
+    tables, rates = _tables(layers, training)
+    optimizer, together = _optimizer(tables, rates, training), training.optimizer == "rmsprop"
+
+    def step_on(optimizers: Sequence[torch.optim.Optimizer], spread: Tensor | float = 0.0) -> None:
+        loss = _error(run, *next(batches))
+        loss = loss + float(loss.detach()) * spread
+        for each in optimizers:
+            each.zero_grad()
+        loss.backward()
+        for each in optimizers:
+            each.step()
+        progress(1)
 
     report = {}
-    if soft:
-        optimizer, least = torch.optim.RMSprop(soft, lr=training.logit_rate, alpha=0.9), math.inf
+    if choosing:
+        soft, least = [layer.logits for layer in choosing], math.inf
+        logits = torch.optim.RMSprop(soft, lr=training.logit_rate, alpha=0.9)
         for step in range(until):
-            ratios = [logits.softmax(dim=0) for logits in soft]
+            ratios = [z.softmax(dim=0) for z in soft]
             spread = sum((r * (1 - r)).mean() * len(r) for r in ratios) / len(soft)
             if training.gated:
                 pull = training.regulariser if float(spread.detach()) > least else 0.0
                 least = min(least, float(spread.detach()))
             else:
                 pull = training.regulariser * (step / until) ** 2
-            loss = _error(run, *next(batches)) + pull * spread
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            step_on([logits, optimizer] if together else [logits], pull * spread)
             frozen = [layer.freeze() for layer in choosing]
-            progress(1)
         report["frozen"] = round(sum(frozen) / len(frozen), 4) if until else 0.0
         for layer in choosing:
             layer.freeze(0.0)
             layer.logits.requires_grad_(False)
-        report |= _keep_if_better(choosing, run, examples)
-        error = report["held_out_found" if report["assignments_kept"] else "held_out_had"]
-    else:
-        error = held_out_error(run, examples)
-    groups = [{"params": [p], "lr": training.codebook_rate * size} for p, size in zip(tables, sizes, strict=True)]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    best = error, [p.detach().clone() for p in tables]
+        if not together:  # else tables have followed the ratios, and other codes would not fit them
+            report |= _keep_if_better(choosing, run, examples)
+    best = held_out_error(run, examples), [p.detach().clone() for p in tables]
     report["held_out_assigned"] = best[0]
     left, checks, made = training.steps - until, 0, 0
     for step in range(left):
-        for group, size in zip(optimizer.param_groups, sizes, strict=True):
-            group["lr"] = training.codebook_rate * size * (1 - step / left)
-        loss = _error(run, *next(batches))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        progress(1)
+        if not together:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 - step / left)
+        step_on([optimizer])
         if (step + 1) % max(1, left // CHECKS) == 0:
             made, now, checks = step + 1, held_out_error(run, examples), checks + 1
             if now < best[0]:
@@ -503,6 +520,28 @@ def train(
         for p, kept in zip(tables, best[1], strict=True):
             p.copy_(kept)
     return report | {"held_out": best[0], "codebook_steps": made}
+
+
+def _tables(layers: Sequence[SoftLinear], training: Training) -> tuple[list[Tensor], list[float]]:
+    """Return what is trained besides logits, and the learning rate of each.
+
+    `rmsprop` has one rate in units of weights; codebooks are in units of their channels' scales, which then stay as they are.
+    """
+    if training.optimizer == "rmsprop":
+        coded = [layer for layer in layers if layer.codebook is not None]
+        parts = [(layer.codebook, 1 / float(layer.scale.detach().mean().clamp_min(1e-30))) for layer in coded]
+        parts += [(layer.output, 1.0) for layer in layers if layer.output is not None]
+    else:
+        tables = [p for layer in layers for p in (layer.codebook, layer.scale, layer.output) if p is not None]
+        parts = [(p, float(p.detach().square().mean().sqrt().clamp_min(1e-3))) for p in tables]
+    return [p for p, _ in parts], [training.codebook_rate * size for _, size in parts]
+
+
+def _optimizer(tables: Sequence[Tensor], rates: Sequence[float], training: Training) -> torch.optim.Optimizer:
+    groups = [{"params": [p], "lr": rate} for p, rate in zip(tables, rates, strict=True)]
+    if training.optimizer == "rmsprop":
+        return torch.optim.RMSprop(groups, alpha=0.9)
+    return torch.optim.Adam(groups, betas=(0.9, 0.99))
 
 
 @torch.no_grad()

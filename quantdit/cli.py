@@ -18,6 +18,8 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TextIO
 
+from quantdit.recipe import BEST, METHODS
+
 EXAMPLES = """examples:
   quantdit models
   quantdit calibrate --model fashion-dit --bits w4a8 --output out/fashion-dit-w4a8
@@ -152,6 +154,8 @@ def _parser() -> argparse.ArgumentParser:
         help="choose each layer's weight bits for the smallest size whose model_rel_rmse is at most this (0.05: 5 %%)",
     )
     sub.add_argument("--output", type=_path, help="folder to write (MODEL-BITS, here)")
+    whose = sub.add_argument_group("whose method makes a recipe of --bits", _methods())
+    whose.add_argument("--method", metavar="NAME", default=BEST, help="(%(default)s)")
     vectors = sub.add_argument_group("weights and how they are calibrated on the outputs of blocks (VQ4DiT)")
     vectors.add_argument(
         "--weight-format",
@@ -160,7 +164,10 @@ def _parser() -> argparse.ArgumentParser:
         " else table)",
     )
     vectors.add_argument(
-        "--calibration-steps", type=_count, metavar="N", help="optimizer steps, of each block or end to end (w2: 300, else 0)"
+        "--calibration-steps",
+        type=_count,
+        metavar="N",
+        help="optimizer steps, of each block or end to end (w2: 300, vq4dit: 500, else 0)",
     )
     vectors.add_argument("--calibration-mode", choices=("block", "end-to-end"), help="a block at a time, or all at once (block)")
     vectors.add_argument("--candidates", type=_positive, help="codewords that each sub-vector may choose among (2; w2: 1)")
@@ -405,7 +412,8 @@ def _calibrate(args: argparse.Namespace) -> int:
 
     plan, target = _plan(args)
     if args.output is None:
-        args.output = Path(f"{Path(args.model).resolve().name}-{args.bits if args.bits is not None else args.recipe.stem}")
+        named = plan.name.replace(" ", "-") if args.bits is not None else args.recipe.stem
+        args.output = Path(f"{Path(args.model).resolve().name}-{named}")
     with work_folder.clear_disk_errors(args.output), ExitStack() as stack:
         work_folder.check_output(args.output, args.overwrite, args.resume)
         given = {"recipe": args.recipe, "prompts": args.prompts, "--weights folder": args.weights}
@@ -454,7 +462,9 @@ def _plan(args: argparse.Namespace):
     from quantdit import recipe
     from quantdit.compiler import Target
 
-    plan = recipe.from_bits(args.bits) if args.bits is not None else recipe.from_toml(args.recipe)
+    plan = recipe.from_bits(args.bits, args.method) if args.bits is not None else recipe.from_toml(args.recipe)
+    if args.method != recipe.BEST:
+        _check_method(args)
     target = None
     if args.size_budget is not None or args.max_drift is not None:
         target = Target(args.size_budget, args.max_drift)
@@ -466,13 +476,37 @@ def _plan(args: argparse.Namespace):
     return plan, target
 
 
+def _methods() -> str:
+    """Return a line of each method, and one of the bits that it has where these are not all."""
+    width, lines = max(map(len, METHODS)), []
+    for name, method in METHODS.items():
+        lines.append(f"{name:{width}}  {method.about}")
+        lines += [f"{'':{width}}  (arXiv {method.arxiv}; {' '.join(method.bits)})"] if method.arxiv else []
+    no_images = "No method needs images: samples come from noise by the model itself, as in VQ4DiT's zero-data calibration."
+    return "\n".join([*lines, no_images])
+
+
+def _check_method(args: argparse.Namespace) -> None:
+    """Refuse what goes with the presets alone."""
+    given = {
+        "--recipe": args.recipe is not None,
+        "--weight-format": args.weight_format is not None,
+        "--size-budget": args.size_budget is not None,
+        "--max-drift": args.max_drift is not None,
+    }
+    if wrong := next((option for option, is_given in given.items() if is_given), None):
+        raise ValueError(f"--method {args.method} takes --bits and settles the weights itself; leave out {wrong}, or --method")
+    if args.samples == 0:
+        raise ValueError(f"--method {args.method} calibrates on samples that the model makes itself; leave out --samples 0")
+
+
 def _training(args: argparse.Namespace, settings, plan):
     """Return how assignments are calibrated: as the user said, else as the preset does where there are samples; or None."""
     from dataclasses import replace
 
     from quantdit.calibration.assignments import Training, chooses, preset, trains
 
-    training = preset(args.bits or "") if settings.samples and any(map(trains, plan.rules)) else None
+    training = preset(args.bits or "", args.method) if settings.samples and any(map(trains, plan.rules)) else None
     if args.calibration_steps is not None:
         training = replace(training or Training(), steps=args.calibration_steps) if args.calibration_steps else None
     given = {"mode": args.calibration_mode, "candidates": args.candidates, "initial": args.initial_ratios}

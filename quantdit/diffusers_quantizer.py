@@ -47,6 +47,7 @@ class QuantDiTConfig(QuantizationConfigMixin):
         weight_format: with bits: a kind of recipe.WEIGHT_FORMATS, instead of what the preset has.
         modules_to_not_convert: parts of names of layers that are left alone.
         seed: of random signs and k-means.
+        method: with bits, `best`; those of papers (recipe.METHODS) calibrate, which loading cannot.
         state: of a quantized folder, its `quantization_config`.
 
     Loading needs no data: round to nearest, fixed rotations (`quantdit calibrate --samples 0`). For more, calibrate.
@@ -63,6 +64,7 @@ class QuantDiTConfig(QuantizationConfigMixin):
         weight_format: str | None = None,
         modules_to_not_convert: list[str] | None = None,
         seed: int = 0,
+        method: str = recipes.BEST,
         **state: object,
     ) -> None:
         self.quant_method = Method.QUANTDIT
@@ -75,7 +77,12 @@ class QuantDiTConfig(QuantizationConfigMixin):
             raise TypeError(f"QuantDiTConfig takes no {unknown[0]!r}; give bits='w4a8' or recipe='mine.toml'")
         if (bits is None) == (recipe is None) or not isinstance(bits, str | None):
             raise ValueError("QuantDiTConfig takes bits='w4a8' or recipe='mine.toml', one of the two")
-        wanted = recipes.from_bits(bits) if bits else recipes.from_any(recipe)
+        wanted = recipes.from_bits(bits, method) if bits else recipes.from_any(recipe, method)
+        if method != recipes.BEST:
+            raise ValueError(
+                f"method {method!r} needs calibration data, and loading has none: calibrate with quantdit calibrate --method"
+                f" {method}, or with quantdit.quantize(model, {bits!r}, inputs=..., method={method!r})"
+            )
         wanted = recipes.with_weight_format(wanted, weight_format) if weight_format else wanted
         left_alone = tuple(Rule(f"*{name}*", weight=DENSE, optional=True) for name in modules_to_not_convert or ())
         self.recipe = Recipe(wanted.name, (*left_alone, *recipes.without_data(wanted, CALIBRATE).rules))

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -68,6 +68,7 @@ def quantize(
     seed: int = 0,
     tokens: int = 0,
     calibration_steps: int | None = None,
+    method: str = recipes.BEST,
 ) -> nn.Module:
     """Quantize a diffusers transformer in place, as `quantdit calibrate` does, and return it.
 
@@ -84,7 +85,8 @@ def quantize(
         seed: of random signs, k-means and the choice of rows.
         tokens: rows of each call that statistics are made of, evenly spread; 0 for all.
         calibration_steps: of the optimizer that trains scales, biases and codebooks on each block's outputs; None: as many as
-            the preset of these bits takes (w2 with inputs: 300, others none).
+            the method takes for these bits (`best`: w2 with inputs 300, others none; `vq4dit` 500).
+        method: with bits, whose: `best`, today's presets, or a paper's of recipe.METHODS, which needs inputs.
 
     Raises:
         ValueError: a recipe that does not fit or leaves widths open (`auto`), steps without inputs or with nothing to train,
@@ -108,7 +110,9 @@ def quantize(
         )
     if (wrong := class_tree.difference(transformer)) is not None:
         raise ValueError(f"this {type(transformer).__name__} is not as its class builds it: {wrong}")
-    plan = recipes.from_any(recipe)
+    plan = recipes.from_any(recipe, method)
+    if inputs is None and method != recipes.BEST:
+        raise ValueError(f"method {method!r} calibrates; give quantdit.quantize some inputs=, or leave out method=")
     if any(rule.weight == recipes.AUTO for rule in plan.rules):
         raise ValueError(
             f"recipe {plan.name} leaves widths open, which quantdit.quantize does not choose; give bits such as 'w4a8', or have"
@@ -119,16 +123,16 @@ def quantize(
     plans = recipes.resolve(plan, adapters.layers(transformer, adapter))
     if not plans:
         raise ValueError(f"recipe {plan.name} leaves every layer dense, so there is nothing to quantize")
-    training = None
-    if inputs is not None and calibration_steps is None and recipes.is_bits(recipe):
-        training = assignments.preset(recipe)
-    elif calibration_steps:
+    training = assignments.preset(recipe, method) if inputs is not None and recipes.is_bits(recipe) else None
+    if calibration_steps == 0:
+        training = None
+    elif calibration_steps is not None:
         if inputs is None:
             raise ValueError(
                 f"calibration_steps = {calibration_steps} needs inputs to train on; give quantdit.quantize some inputs="
             )
         assignments.check_trains(layer.rule for layer in plans.values())
-        training = Training(steps=calibration_steps, candidates=1)
+        training = replace(training or Training(candidates=1), steps=calibration_steps)
     _cast_up(transformer)
     for name, tensor in transformer.state_dict().items():
         if tensor.device.type == "meta":

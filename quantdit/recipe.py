@@ -6,8 +6,8 @@ import difflib
 import math
 import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from quantdit.timesteps import LEAST_BUCKETS
 
 DENSE = "dense"
 AUTO = "auto"
+BEST = "best"
 GROUP_SIZES = (32, 64, 128)
-METHODS = ("gptq", "rtn", "hqq")
+ROUNDINGS = ("gptq", "rtn", "hqq")
 ROTATIONS = ("none", "hadamard", "outlier", "ars", "auto", "regular")
 FIXED_ROTATIONS = ("none", "hadamard", "regular", "auto")  # for which weights are enough; auto is Hadamard then
 FIXED_SMOOTHINGS = ("none", "auto")
@@ -110,7 +111,7 @@ class Rule:
             "edge_activation_bits": (0, *ACTIVATION_BITS),
             "rotation": ROTATIONS,
             "smooth": SMOOTHINGS,
-            "method": METHODS,
+            "method": ROUNDINGS,
             "table": TABLES,
             "table_rows": ("layer", "channel"),
         }
@@ -262,21 +263,34 @@ ROBUST = {"rotation": "auto", "smooth": "auto"}
 ACTIVATIONS = {4: {"activation_format": "affine", "activation_group_size": 32}}
 
 
-def from_bits(bits: str) -> Recipe:
-    """Return the preset for `wXaY`, X in 2, 3, 4, 6, 8 and Y in 4, 6, 8, 16; or `autoaY`: X is left open; `auto` is `autoa8`.
+def from_bits(bits: str, method: str = BEST) -> Recipe:
+    """Return what a method of METHODS makes of `wXaY`: of X bits a weight and Y an activation.
+
+    `best` has X in 2, 3, 4, 6, 8 and Y in 4, 6, 8, 16, and `autoaY`, where X is left open; `auto` is `autoa8`.
+
+    Raises:
+        ValueError: an unknown method, bits not of this form, or a width that the method does not have; names the nearest ones.
+    """
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"unknown method {method!r}{_near(method, list(METHODS), 0)}; known: {', '.join(METHODS)}")
+    known = METHODS[method].bits
+    if bits not in known:
+        elsewhere = method != BEST and bits in METHODS[BEST].bits
+        other = f"; --method {BEST} has {bits}" if elsewhere else ""
+        of = f" of method {method}" if method != BEST else ""
+        raise ValueError(f"unknown bits {bits!r}{of}{_near_bits(bits, list(known))}; known: {', '.join(known)}{other}")
+    return METHODS[method].recipe(bits)
+
+
+def _preset(bits: str) -> Recipe:
+    """Return today's preset.
 
     The block linears get X and Y. Modulation (AdaLN) and embedder linears inside blocks see one row per image, so their
     activations cost nothing and stay 16 bit; what lies outside the blocks stays dense.
-
-    Raises:
-        ValueError: not of this form, or a width that is not offered; names the nearest that are.
     """
-    if bits == AUTO or re.fullmatch(f"{AUTO}a({'|'.join(map(str, ACTIVATION_BITS))})", bits):
-        return with_auto(replace(from_bits(f"w4{bits.removeprefix(AUTO) or 'a8'}"), name=bits))
-    known = [f"w{x}a{y}" for x in WEIGHTS for y in ACTIVATION_BITS] + [AUTO, *(f"{AUTO}a{y}" for y in ACTIVATION_BITS)]
-    if bits not in known:
-        raise ValueError(f"unknown bits {bits!r}{_near_bits(bits, known)}; known: {', '.join(known)}")
-    x, y = (int(n) for n in re.findall(r"\d+", bits))
+    if bits.startswith(AUTO):
+        return with_auto(replace(_preset(f"w4{bits.removeprefix(AUTO) or 'a8'}"), name=bits))
+    x, y = _widths(bits)
     side = PRESETS[x]
     otherwise = "" if side == WEIGHTS[x] else WEIGHTS[x]
     return Recipe(
@@ -288,6 +302,99 @@ def from_bits(bits: str) -> Recipe:
             Rule("*", weight=side, otherwise=otherwise, activation_bits=y, **ROBUST, **ACTIVATIONS.get(y, {})),
         ),
     )
+
+
+# Rounded to nearest, biases as they are: what papers without error feedback do.
+PLAIN = {"method": "rtn", "act_order": False, "descent": 0, "bias_correction": False}
+
+
+def _lrq_dit(bits: str) -> Recipe:
+    """Return LRQ-DiT's recipe: attention and feed-forward linears; modulation and embedders stay as they are.
+
+    Twin-log levels of each output channel (section 4.1, Eq. 4 to 7), rotations by J (section 4.2, Eq. 11 and 12), one symmetric
+    step a token, rounding to nearest.
+    """
+    x, y = _widths(bits)
+    twin_log = {"weight": WEIGHTS[x], "table": "twin-log", "table_rows": "channel"}
+    return Recipe(
+        f"{bits} lrq-dit",
+        (
+            *(Rule(f"role:{role}", weight=DENSE, optional=True) for role in ("outside", "modulation", "embedder")),
+            Rule("*", activation_bits=y, rotation="ars", **twin_log, **PLAIN),
+        ),
+    )
+
+
+def _vq4dit(bits: str) -> Recipe:
+    """Return VQ4DiT's recipe: every linear of the blocks, modulation too, embedders as they are; k-means without a rotation.
+
+    At 2 bits 256 codewords of 4 weights, at 3 bits 64 of 2. Layers whose width a codeword does not divide get a table of as many
+    bits.
+    """
+    x, _ = _widths(bits)
+    return Recipe(
+        f"{bits} vq4dit",
+        (
+            *(Rule(f"role:{role}", weight=DENSE, optional=True) for role in ("outside", "embedder")),
+            Rule("*", weight=WEIGHT_FORMATS["vq"][x], otherwise=WEIGHTS[x], rotation="none", **PLAIN),
+        ),
+    )
+
+
+def _widths(bits: str) -> tuple[int, int]:
+    """Return X and Y of `wXaY`."""
+    x, y = re.findall(r"\d+", bits)
+    return int(x), int(y)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How bits become a recipe, and how its codes are then trained.
+
+    Attributes:
+        about: what it is, for the help: of a paper its title.
+        bits: that it has.
+        recipe: of bits.
+        arxiv: the paper's number; "" for the presets.
+        training: fields of calibration.assignments.Training; empty for what the presets train, a paper's for nothing.
+    """
+
+    about: str
+    bits: tuple[str, ...]
+    recipe: Callable[[str], Recipe]
+    arxiv: str = ""
+    training: Mapping[str, object] = field(default_factory=dict)
+
+
+# LRQ-DiT's tables and generated results have weights of 3 and 4 bits; VQ4DiT quantizes weights alone. What the released code of
+# either does otherwise than its paper is not copied: see calibration/rotate.py, twinlog.py, assignments.py.
+METHODS = {
+    BEST: Method(
+        "today's presets: what measures best on the embedded models",
+        (*(f"w{x}a{y}" for x in WEIGHTS for y in ACTIVATION_BITS), AUTO, *(f"{AUTO}a{y}" for y in ACTIVATION_BITS)),
+        _preset,
+    ),
+    "lrq-dit": Method(
+        "LRQ-DiT: Log-Rotation Post-Training Quantization of Diffusion Transformers for Image and Video Generation",
+        tuple(f"w{x}a{y}" for x in (3, 4) for y in (4, 6, 8)),
+        _lrq_dit,
+        "2508.03485",
+    ),
+    "vq4dit": Method(
+        "VQ4DiT: Efficient Post-Training Vector Quantization for Diffusion Transformers",
+        ("w2a16", "w3a16"),
+        _vq4dit,
+        "2408.17131",
+        {
+            "steps": 500,
+            "candidates": 2,
+            "distance": "weight",
+            "optimizer": "rmsprop",
+            "logit_rate": 5e-2,
+            "codebook_rate": 1e-4,
+        },
+    ),
+}
 
 
 def with_auto(recipe: Recipe) -> Recipe:
@@ -367,13 +474,15 @@ def layer_without_data(plan: LayerPlan) -> LayerPlan:
     return replace(plan, rule=fixed)
 
 
-def from_any(given: Recipe | Mapping | str | Path) -> Recipe:
-    """Return the recipe itself, or that of a dictionary, of a TOML file, or of bits such as `w4a8`.
+def from_any(given: Recipe | Mapping | str | Path, method: str = BEST) -> Recipe:
+    """Return the recipe itself, or that of a dictionary, of a TOML file, or what a method makes of bits such as `w4a8`.
 
     Raises:
-        ValueError: as `from_bits`, `from_toml`, `from_dict`.
+        ValueError: as `from_bits`, `from_toml`, `from_dict`; or a method beside a whole recipe.
         OSError: the file cannot be read.
     """
+    if method != BEST and not is_bits(given):
+        raise ValueError(f"method {method!r} goes with bits such as 'w4a8'; a recipe says all by itself, leave out method=")
     if isinstance(given, Recipe):
         return given
     if isinstance(given, Mapping):
@@ -381,7 +490,7 @@ def from_any(given: Recipe | Mapping | str | Path) -> Recipe:
     if not isinstance(given, str | Path):
         kind = type(given).__name__
         raise ValueError(f"a recipe is bits such as 'w4a8', the path of a TOML file, a dictionary or a Recipe, got a {kind}")
-    return from_bits(given) if is_bits(given) else from_toml(Path(given))
+    return from_bits(given, method) if is_bits(given) else from_toml(Path(given))
 
 
 def is_bits(given: object) -> bool:

@@ -124,9 +124,9 @@ METHODS: tuple[tuple[str, str, dict], ...] = (
 )
 
 
-def changed(bits: str, changes: dict) -> Recipe:
-    """Return the preset with `changes` in every rule that quantizes; activations only where the preset quantizes them."""
-    preset = recipe.from_bits(bits)
+def changed(bits: str, changes: dict, method: str = recipe.BEST) -> Recipe:
+    """Return a method's recipe with `changes` in every rule that quantizes; activations only where it quantizes them."""
+    preset = recipe.from_bits(bits, method)
     changes = {key: value for key, value in changes.items() if not key.startswith("training.")}
     rules = []
     for rule in preset.rules:
@@ -135,13 +135,13 @@ def changed(bits: str, changes: dict) -> Recipe:
             # Changes may need one another, and a weight its own group size.
             rule = replace(rule, **fitting)
         rules.append(rule)
-    return Recipe(bits, tuple(rules))
+    return Recipe(preset.name, tuple(rules))
 
 
-def trained(bits: str, changes: dict) -> Training | None:
-    """Return the preset's training with `changes`; None for no steps."""
+def trained(bits: str, changes: dict, method: str = recipe.BEST) -> Training | None:
+    """Return a method's training with `changes`; None for no steps."""
     given = {key.removeprefix("training."): value for key, value in changes.items() if key.startswith("training.")}
-    training = assignments.preset(bits)
+    training = assignments.preset(bits, method)
     return None if training is None or given.get("steps") == 0 else replace(training, **given)
 
 

@@ -188,6 +188,23 @@ def test_training_lowers_the_held_out_error_and_ends_with_one_codeword_each(line
     assert 0 < decided.report["codebook_rounding"] < 0.02
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+def test_two_candidates_beat_one_in_as_many_steps(linear: nn.Linear, optimizer: str):
+    how = {"steps": 240, "rows": 32, "optimizer": optimizer}
+    how |= {"distance": "weight", "codebook_rate": 1e-4} if optimizer == "rmsprop" else {}
+    made, seen = made_of(linear, weight="vq64x2", method="rtn", rotation="none", bias_correction=False)
+    examples = examples_of(linear)
+
+    def ends(candidates: int, seed: int) -> float:
+        training = Training(candidates=candidates, **how)
+        soft = soft_linear(made, linear.weight, linear.bias, seen, training)
+        report = train([soft], lambda call: [torch.tanh(soft(call.args[0]))], examples, training, seed)
+        return report["held_out"]
+
+    one, two = ([ends(candidates, seed) for seed in range(3)] for candidates in (1, 2))
+    assert max(two) < 0.9 * min(one)
+
+
 def test_same_seed_same_layer(linear: nn.Linear):
     ends = []
     for seed in (0, 0, 1):
