@@ -7,6 +7,7 @@ layers pay for measuring more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -102,19 +103,20 @@ def choose(
     best = Choice(first, t, attempt(t), {})
     measured = [(first, best.made.error)]
     if others and not is_tame(best.made.noise, activation, weight.shape[1]):
+        # A candidate can mend the part of the error that the inputs make.
         rest = max(0.0, best.made.error**2 - activation_error(t) ** 2)
         built = [(candidate, candidate.build()) for candidate in others]
-        bounds = [(rest + activation_error(t) ** 2) ** 0.5 for _, t in built]
+        bounds = [math.hypot(rest**0.5, activation_error(t)) for _, t in built]
         for number in sorted(range(len(built)), key=bounds.__getitem__):
-            if bounds[number] > GAIN * best.made.error:
-                break
             candidate, t = built[number]
+            if bounds[number] > GAIN * best.made.error:
+                continue
             made = attempt(t)
             measured.append((candidate, made.error))
-            if made.error < GAIN * best.made.error:
+            if made.error < GAIN * best.made.error or not math.isfinite(best.made.error):
                 best = Choice(candidate, t, made, {})
-    if not best.made.error < float("inf"):  # NaN is not
-        raise ValueError(f"no rotation gives a finite output error: {[error for _, error in measured]}")
+    if not math.isfinite(best.made.error):
+        raise ValueError(f"no smoothing and rotation gives a finite output error, tried {len(measured)}; the layer is broken")
     return Choice(best.candidate, best.transform, best.made, _report(rule, best, measured))
 
 

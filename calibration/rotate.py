@@ -1,4 +1,4 @@
-"""Which rotation a layer's inputs get: LRQ-DiT's Adaptive Rotation Scheme (section 4.2), or the least measured output error.
+"""Rotations of a layer's inputs, and LRQ-DiT's Adaptive Rotation Scheme (section 4.2), which takes one by the inputs' RMS.
 
 Outlier-aware rotation after DuQuant (Lin et al. 2024, arXiv 2406.01721): R1 P R2, greedily built block by block, of inputs that
 are smoothed first: both released codes do, DuQuant's with `max|X|^.6 / max|W|^.4`, LRQ-DiT's with `max|X|^.5 / max|W|^.5`.
@@ -7,28 +7,15 @@ What they do and is not followed: one rotation shared by all blocks, and the row
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from quantdit import hadamard, transform
 from quantdit.transform import Transform
 
-ROTATIONS = ("none", "hadamard", "outlier", "ars", "auto", "regular")
 BUILT = (*transform.KINDS, "regular")
 GREEDY_STEPS = 8  # on rows that were not fitted, 256 random rotations are no flatter
 ARS_THRESHOLD = 1.0
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The rotation chosen, a name of transform.KINDS; its transform; the error of each candidate that was compared."""
-
-    kind: str
-    transform: Transform
-    errors: dict[str, float]
 
 
 def ars(rms: float, threshold: float = ARS_THRESHOLD) -> str:
@@ -65,51 +52,6 @@ def build(kind: str, rows: Tensor, seed: int, factor: Tensor | None = None, step
     else:
         rotation = outlier_rotation(transform.apply(transform.smooth(Transform(), factor), rows.float()), block, steps)
     return transform.smooth(rotation, factor)
-
-
-def candidates(rows: Tensor, seed: int, factor: Tensor | None = None, steps: int = GREEDY_STEPS) -> dict[str, Transform]:
-    """Return `build(kind, ...)` of every kind."""
-    return {kind: build(kind, rows, seed, factor, steps) for kind in transform.KINDS}
-
-
-def choose(
-    rotation: str,
-    rows: Tensor,
-    rms: float,
-    error: Callable[[Transform], float],
-    seed: int,
-    factor: Tensor | None = None,
-    threshold: float = ARS_THRESHOLD,
-) -> Choice:
-    """Return the rotation of one layer.
-
-    Args:
-        rotation: a kind; `ars`, which takes the kind J asks for; or `auto`, which takes the kind of least `error`, the simplest
-            if they tie.
-        rows: `[r, k]`, the inputs an outlier rotation is fitted to.
-        rms: J, root mean square of the layer's inputs (Stats.rms).
-        error: the output error of the layer quantized with a transform, measured on rows other than `rows`. It is asked only
-            where there is something to compare, that is for `auto`.
-        seed: see `build`.
-        factor: see `build`.
-        threshold: of J.
-
-    Raises:
-        ValueError: unknown rotation, rows with NaN or infinite entries, or no candidate with a finite error.
-    """
-    if rotation not in ROTATIONS:
-        raise ValueError(f"unknown rotation {rotation!r}; known: {', '.join(ROTATIONS)}")
-    if rotation != "auto":
-        kind = ars(rms, threshold) if rotation == "ars" else rotation
-        built = build(kind, rows, seed, factor)
-        return Choice(built.kind if kind == "regular" else kind, built, {})
-    built = candidates(rows, seed, factor)
-    errors = {kind: error(t) for kind, t in built.items()}
-    finite = {kind: e for kind, e in errors.items() if e < float("inf")}  # NaN is not
-    if not finite:
-        raise ValueError(f"no rotation gives a finite output error: {errors}")
-    best = min(finite, key=finite.__getitem__)
-    return Choice(best, built[best], errors)
 
 
 def outlier_rotation(x: Tensor, block: int, steps: int = GREEDY_STEPS) -> Transform:

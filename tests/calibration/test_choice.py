@@ -108,10 +108,9 @@ def test_only_what_the_rule_leaves_open_is_tried():
 
 def test_no_finite_error_is_refused():
     nan = dict.fromkeys(FLAT, float("nan"))
-    with pytest.raises(ValueError, match="no rotation gives a finite output error"):
+    with pytest.raises(ValueError, match="finite output error, tried 6"):
         chosen(nan, OPEN)
-    found, _ = chosen(nan | {"none": 0.1}, Rule("*", rotation="none", activation_bits=8))
-    assert found.made.error == 0.1
+    assert name_of(chosen(nan | {"none": 0.1}, OPEN)[0].transform) == "none"
 
 
 @pytest.mark.parametrize("activation", [EIGHT, FOUR, ActivationSpec(4, "affine", 32)], ids=str)
@@ -131,7 +130,7 @@ def test_gaussian_tokens_are_tame_and_peaky_ones_are_not(activation: ActivationS
 def test_balanced_smoothing_evens_out_both_sides():
     """Half and half is where |X'| |W'| is least; either end evens out its own side."""
     rms, weight = random(WIDTH).exp(), random(OUT, WIDTH, seed=1) * random(1, WIDTH, seed=2).exp()
-    norm = weight.norm(dim=0)
+    norm = (weight / weight.norm(dim=1, keepdim=True)).norm(dim=0)
 
     def product(alpha: float) -> float:
         s = smooth.balanced(rms, weight, alpha)
@@ -141,4 +140,17 @@ def test_balanced_smoothing_evens_out_both_sides():
     assert all(product(alpha) > product(0.5) for alpha in (0.0, 0.25, 0.75, 1.0))
     assert float((norm * smooth.balanced(rms, weight, 0.0)).std()) < 1e-4
     assert float((rms / smooth.balanced(rms, weight, 1.0)).std()) < 1e-4
+    assert torch.equal(
+        smooth.balanced(rms, weight * random(OUT, 1).sign() * 2.0 ** (torch.arange(OUT)[:, None] % 20), 0.5),
+        smooth.balanced(rms, weight, 0.5),
+    )
     assert smooth.usual_alpha(4) > smooth.usual_alpha(8) == smooth.usual_alpha(16)
+
+
+def test_ars_follows_j():
+    """LRQ-DiT section 4.2: the outlier rotation from a root mean square of the threshold on."""
+    rms = float((random(64, WIDTH) * torch.linspace(0.5, 4, WIDTH)).square().mean().sqrt())
+    for threshold, kind in ((rms * 1.01, "hadamard"), (rms * 0.99, "outlier")):
+        rule = Rule("*", rotation="ars", ars_threshold=threshold, activation_bits=8)
+        found, tried = chosen(FLAT, rule)
+        assert tried == [kind] == [found.report["rotation"]["chosen"]] and found.report["rotation"]["asked"] == "ars"

@@ -120,36 +120,11 @@ def test_zigzag_by_hand():
 def test_ars_threshold(rms: float, kind: str):
     assert rotate.ars(rms) == kind
     assert rotate.ars(rms * 7, threshold=7) == kind
-    choice = rotate.choose("ars", planted(8, 32), rms, error=lambda t: pytest.fail("nothing to compare"), seed=0)
-    assert choice.kind == choice.transform.kind == kind
-    assert choice.errors == {}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fixed_kinds(kind: str):
-    choice = rotate.choose(kind, planted(8, 32), 0.5, error=lambda t: pytest.fail("nothing to compare"), seed=0)
-    assert choice.kind == choice.transform.kind == kind
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_auto_is_never_worse_than_any_kind(seed: int):
-    x, w = planted(96, 32, seed=seed), torch.randn(40, 32, generator=torch.Generator().manual_seed(seed))
-    error = output_error(x[1::2], w)
-    choice = rotate.choose("auto", x[::2], 0.5, error, seed)
-    assert choice.errors.keys() == set(KINDS)
-    for kind, t in rotate.candidates(x[::2], seed).items():
-        assert choice.errors[kind] == error(t)
-        assert error(choice.transform) <= error(t)
-    assert choice.errors[choice.kind] == error(choice.transform)
-    assert choice.kind != "none"  # 4 bits and outliers of 30 sigma
-
-
-def test_auto_takes_the_simplest_of_equals_and_passes_over_nan():
-    x = planted(8, 32)
-    assert rotate.choose("auto", x, 0.5, lambda t: 1.0, 0).kind == "none"
-    assert rotate.choose("auto", x, 0.5, lambda t: 1.0 if t.kind == "outlier" else float("nan"), 0).kind == "outlier"
-    with pytest.raises(ValueError, match="finite output error"):
-        rotate.choose("auto", x, 0.5, lambda t: float("nan"), 0)
+    assert rotate.build(kind, planted(8, 32), 0).kind == kind
 
 
 def test_rotations_are_fitted_to_smoothed_rows():
@@ -177,13 +152,13 @@ def test_an_outlier_rotation_depends_on_the_inputs_alone():
 
 @pytest.mark.parametrize("rows", [0, 1, 5])
 def test_rows_of_zeros_and_no_rows(rows: int):
-    for t in rotate.candidates(torch.zeros(rows, 192), 0, steps=STEPS).values():
+    for t in (rotate.build(kind, torch.zeros(rows, 192), 0, steps=STEPS) for kind in KINDS):
         assert transform.check_values(t) is None
         assert torch.equal(transform.apply(t, torch.zeros(2, 192)), torch.zeros(2, 192))
 
 
 def test_odd_widths_have_no_rotation():
-    assert all(t.identity for t in rotate.candidates(planted(8, 63), 0).values())
+    assert all(rotate.build(kind, planted(8, 63), 0).identity for kind in KINDS)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -197,8 +172,6 @@ def test_broken_rows_are_refused(bad: float):
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"unknown rotation 'givens'; known: none, hadamard, outlier, regular$"):
         rotate.build("givens", planted(4, 8), 0)
-    with pytest.raises(ValueError, match=r"unknown rotation 'givens'; known: none, hadamard, outlier, ars, auto, regular$"):
-        rotate.choose("givens", planted(4, 8), 0.5, lambda t: 0.0, 0)
 
 
 def test_a_regular_rotation_has_no_random_signs():
@@ -206,7 +179,6 @@ def test_a_regular_rotation_has_no_random_signs():
     assert torch.equal(a.premultiplier, b.premultiplier) and (a.kind, a.block) == ("hadamard", 16)
     x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(transform.apply(a, x).norm(dim=1), x.norm(dim=1))
-    assert rotate.choose("regular", x, 1.0, lambda t: 0.0, 0).kind == "hadamard"
     assert rotate.build("regular", torch.zeros(0, 6), 0).identity
 
 
