@@ -312,7 +312,8 @@ def _lrq_dit(bits: str) -> Recipe:
     """Return LRQ-DiT's recipe: attention and feed-forward linears; modulation and embedders stay as they are.
 
     Twin-log levels of each output channel (section 4.1, Eq. 4 to 7), rotations by J (section 4.2, Eq. 11 and 12), one symmetric
-    step a token, rounding to nearest.
+    step a token, rounding to nearest. Inputs are smoothed first, as in the released scripts and in DuQuant, whose rotation it is:
+    without that salient channels ruin the weights (reports/papers.md).
     """
     x, y = _widths(bits)
     twin_log = {"weight": WEIGHTS[x], "table": "twin-log", "table_rows": "channel"}
@@ -320,7 +321,7 @@ def _lrq_dit(bits: str) -> Recipe:
         f"{bits} lrq-dit",
         (
             *(Rule(f"role:{role}", weight=DENSE, optional=True) for role in ("outside", "modulation", "embedder")),
-            Rule("*", activation_bits=y, rotation="ars", **twin_log, **PLAIN),
+            Rule("*", activation_bits=y, rotation="ars", smooth="absmax", **twin_log, **PLAIN),
         ),
     )
 

@@ -65,14 +65,15 @@ class Part:
 def lrq_parts(bits: str) -> tuple[Part, ...]:
     """Return LRQ-DiT part by part, its variants, and the preset."""
     uniform = {"weight": f"int{bits[1]}", "group_size": "channel", "table": "lloyd-max", "table_rows": "layer"}
+    bare = {"smooth": "none"}
     return (
-        Part("uniform", uniform | {"rotation": "none"}, LRQ),
-        Part("TLQ", {"rotation": "none"}, LRQ),
-        Part("TLQ + Hadamard", {"rotation": "hadamard"}, LRQ),
-        Part("TLQ + ARS: LRQ-DiT", {}, LRQ),
-        Part("Eq. 7 as printed + ARS", {"table": "twin-log-paper"}, LRQ),
-        Part("one TLQ table a layer + ARS", {"table_rows": "layer"}, LRQ),
-        Part("smoothing + TLQ + ARS", {"smooth": "absmax"}, LRQ),
+        Part("uniform", uniform | bare | {"rotation": "none"}, LRQ),
+        Part("TLQ", bare | {"rotation": "none"}, LRQ),
+        Part("TLQ + Hadamard", bare | {"rotation": "hadamard"}, LRQ),
+        Part("TLQ + ARS", bare, LRQ),
+        Part("smoothing + TLQ + ARS: LRQ-DiT", {}, LRQ),
+        Part("Eq. 7 as printed + ARS", bare | {"table": "twin-log-paper"}, LRQ),
+        Part("one TLQ table a layer + ARS", bare | {"table_rows": "layer"}, LRQ),
         Part("preset", {}, recipe.BEST),
     )
 
@@ -127,8 +128,10 @@ DIFFERENCES = {
         "Not reproduced of the released code: J is never computed there (layers are listed by name), all blocks share one greedy"
         " rotation, rows and columns are mixed up in it, the negative side has one level more, zeros of the other sign pin the"
         " clip.",
-        "The released scripts smooth with strength 0.5 before they rotate (`--smooth_flag True`), which the paper's equations"
-        " (11), (12) leave out: the row `smoothing + TLQ + ARS`, its strength chosen by output error.",
+        "The paper's equations (11), (12) rotate alone; the released scripts smooth first, with strength 0.5 (`--smooth_flag"
+        " True --smooth_alpha 0.5`), as DuQuant does. `--method lrq-dit` smooths, its strength chosen by output error. Rows"
+        " without it show that rotation alone does not do it: columns of weights that read salient channels are tiny, and a"
+        " rotation mixes them with others.",
         "Modulation and embedder linears stay as they are, as in the released scripts. A preset quantizes them, too: its file is"
         " smaller and it has more to lose.",
     ),

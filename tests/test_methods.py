@@ -23,7 +23,7 @@ FEW = ("--samples", "16", "--steps", "2")
 
 # What the papers say of each rule: LRQ-DiT sections 4.1 and 4.2, VQ4DiT's settings.
 NEAREST = {"method": "rtn", "act_order": False, "descent": 0, "bias_correction": False}
-TLQ = {"table": "twin-log", "table_rows": "channel", "rotation": "ars", "ars_threshold": 1.0, "smooth": "none", "low_rank": 0}
+TLQ = {"table": "twin-log", "table_rows": "channel", "rotation": "ars", "ars_threshold": 1.0, "smooth": "absmax", "low_rank": 0}
 TOKEN = {"activation_format": "int", "activation_group_size": "token", "activation_scale": "dynamic"}
 WORDS = {"rotation": "none", "activation_bits": 16, "smooth": "none", "low_rank": 0}
 SAID = {
