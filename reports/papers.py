@@ -136,8 +136,8 @@ DIFFERENCES = {
         " rotation mixes them with others.",
         "Smoothing was put into `--method lrq-dit` after these quick rows without it had been seen; the scripts are the reason.",
         "TLQ's tables of each channel take 0.2 to 0.5 bits a weight at 192 inputs, which `uniform` (clipped for least error) does"
-        " not have. With one table a layer, at about equal bits, no gain over `uniform` shows at w4a8. ARS rotates nothing"
-        " otherwise where no J reaches 1, so its rows equal Hadamard's on the model as it is.",
+        " not have. With one table a layer, at about equal bits, no gain over `uniform` shows at w4a8. On the model as it"
+        " is no J reaches 1, so ARS is Hadamard there and its rows say nothing of the outlier rotation.",
         "Modulation and embedder linears stay as they are, as in the released scripts. A preset quantizes them, too: its file is"
         " smaller and it has more to lose.",
     ),
@@ -156,8 +156,8 @@ DIFFERENCES = {
         " and 1) against .0372, .0374 (n = 1); with weight .001 and nothing else changed at .0313, .0319; with ratios by distance"
         " and a term that grows as well at .0250 (seed 0).",
         "How that was chosen: some fifteen settings of n = 2 on held-out errors of block 1 alone. n = 1 has neither knob, its"
-        " learning rate was not searched, and its error still fell at the last of its 500 steps: part of the gain may be that n = 2"
-        " was tuned. The two rows at w2a16 are of one calibration seed.",
+        " learning rate was not searched, and its error still fell at the last of its 500 steps: part of the gain may be that"
+        " n = 2 was tuned. The two rows at w2a16 are of one calibration seed.",
     ),
 }
 
@@ -309,7 +309,8 @@ def page(rows: list[dict]) -> str:
         "`make papers` wrote this page: the methods of two papers as `quantdit calibrate --method` has them, part by part, beside"
         f" the presets. PSNR is to full precision, on the same noise: {FULL.samples} images of each of {len(FULL.seeds)} seeds"
         f" ({QUICK.samples} of one where a row says quick). Intervals of {LEVEL:.0%}: over calibration seeds where a row has"
-        " several, else over images. Gain: on the row above, of variants and presets on the method, pair by pair. Planted: two channels in front of every attention and"
+        " several, else over images. Gain: on the row above, of variants on what they vary, of presets on"
+        " the method, pair by pair. Planted: two channels in front of every attention and"
         f" feed-forward are {SALIENT} times as large, and the function is the same.",
     ]
     for paper in PAPERS:
