@@ -30,6 +30,7 @@ class TextEncoderConfig(QuantizationConfigMixin):
         weight_format: str | None = None,
         modules_to_not_convert: list[str] | None = None,
         seed: int = 0,
+        method: str = "best",
         **state: object,
     ) -> None:
         raise ValueError(

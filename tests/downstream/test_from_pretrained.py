@@ -141,10 +141,10 @@ def test_scales_of_trellis_codes_are_trained_in_memory_too(tiny):
 
 def test_bits_are_trained_as_their_preset_says(tiny, monkeypatch: pytest.MonkeyPatch):
     asked = []
-    monkeypatch.setattr("quantdit.calibration.assignments.preset", asked.append)
+    monkeypatch.setattr("quantdit.calibration.assignments.preset", lambda *given: asked.append(given))
     model, inputs = tiny("DiTTransformer2DModel")
     quantdit.quantize(model, "w8a8", inputs)
-    assert asked == ["w8a8"]
+    assert asked == [("w8a8", "best")]
 
 
 @pytest.mark.parametrize(("name", "asked"), [("fashion-dit", [3]), ("emoji-wan", "a bat moving left")])
