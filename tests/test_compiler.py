@@ -23,7 +23,7 @@ from torch import nn
 
 from quantdit import block_by_block, checkpoint, compiler, files, hadamard, recipe
 from quantdit.calibration import stats as statistics
-from quantdit.calibration.layer import quantize_layer
+from quantdit.calibration.layer import quantize_layer, quantize_layers
 from quantdit.checkpoint import quant_layers, read_transformer
 from quantdit.compiler import REPORT, Settings, calibrate
 from quantdit.linear import QuantLinear
@@ -264,25 +264,25 @@ def test_number_of_threads_changes_nothing(cli, pixel_dit: Path, tmp_path: Path,
 
 
 @contextmanager
-def interrupted_after(monkeypatch: pytest.MonkeyPatch, layers: int) -> Iterator[None]:
-    """Press Ctrl-C when so many layers are quantized."""
-    left = [layers]
+def interrupted_after(monkeypatch: pytest.MonkeyPatch, inputs: int) -> Iterator[None]:
+    """Press Ctrl-C when the layers of so many inputs are quantized."""
+    left = [inputs]
 
     def counted(*args, **kwargs):
         if left[0] == 0:
             raise KeyboardInterrupt
         left[0] -= 1
-        return quantize_layer(*args, **kwargs)
+        return quantize_layers(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(block_by_block, "quantize_layer", counted)
+        patch.setattr(block_by_block, "quantize_layers", counted)
         yield
 
 
 @pytest.fixture
 def begun(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The work folder of a run interrupted in its second block (four attention linears a block)."""
-    with interrupted_after(monkeypatch, 6):
+    """The work folder of a run interrupted in its second block (in each, q, k and v have one input, the output projection its own)."""
+    with interrupted_after(monkeypatch, 3):
         ran = run()
     assert ran.code == 130 and "--resume" in ran.err and "Traceback" not in ran.err
     assert not (tmp_path / "out").exists()
@@ -292,10 +292,10 @@ def begun(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_resumed_run_gives_the_bytes_of_an_uninterrupted_one(run, begun: Path, monkeypatch, tmp_path: Path):
     assert run(output="whole").code == 0
     done = []
-    monkeypatch.setattr(block_by_block, "quantize_layer", lambda *a: done.append(1) or quantize_layer(*a))
+    monkeypatch.setattr(block_by_block, "quantize_layers", lambda *a: done.append(1) or quantize_layers(*a))
     ran = run("--resume")
     assert ran.code == 0, ran.err
-    assert len(done) == 4, "the first block was not done again"
+    assert len(done) == 2, "the first block was not done again"
     assert transformer_digests(tmp_path / "out") == transformer_digests(tmp_path / "whole")
     reports = [json.loads((tmp_path / name / REPORT).read_text()) for name in ("out", "whole")]
     assert reports[0]["layers"] == reports[1]["layers"] and reports[0]["size"] == reports[1]["size"]

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from quantdit import block_by_block, compiler, files, recipe
 from quantdit.calibration.allocate import Option, allocate, total_error
-from quantdit.calibration.layer import quantize_layer
+from quantdit.calibration.layer import quantize_layers
 from quantdit.compiler import REPORT, Settings, Target, calibrate
 from quantdit.pipeline import load_pipeline
 from quantdit.recipe import WEIGHTS, Layer, Recipe, Rule
@@ -247,7 +247,7 @@ def test_resumed_run_gives_the_bytes_of_an_uninterrupted_one(
         if stop == "sensitivity":
             patch.setattr(compiler.sensitivity, "sensitivity", broken(compiler.sensitivity.sensitivity, 1))
         else:
-            patch.setattr(block_by_block, "quantize_layer", broken(quantize_layer, 12))
+            patch.setattr(block_by_block, "quantize_layers", broken(quantize_layers, 6))
         assert run(*target).code == 130
     kept = {p.name for p in (tmp_path / "out.partial" / "work" / "transformer" / "sensitivity").glob("*.json")}
     assert kept == {f"transformer_blocks.{i}.json" for i in range(1 if stop == "sensitivity" else 2)}
