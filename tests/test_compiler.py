@@ -281,8 +281,8 @@ def interrupted_after(monkeypatch: pytest.MonkeyPatch, inputs: int) -> Iterator[
 
 @pytest.fixture
 def begun(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The work folder of a run interrupted in its second block (in each, q, k and v have one input, the output projection its own)."""
-    with interrupted_after(monkeypatch, 3):
+    """The work folder of a run interrupted in its second block; each block has two inputs, of q, k, v and of the projection."""
+    with interrupted_after(monkeypatch, 4):
         ran = run()
     assert ran.code == 130 and "--resume" in ran.err and "Traceback" not in ran.err
     assert not (tmp_path / "out").exists()
@@ -295,7 +295,7 @@ def test_resumed_run_gives_the_bytes_of_an_uninterrupted_one(run, begun: Path, m
     monkeypatch.setattr(block_by_block, "quantize_layers", lambda *a: done.append(1) or quantize_layers(*a))
     ran = run("--resume")
     assert ran.code == 0, ran.err
-    assert len(done) == 2, "the first block was not done again"
+    assert len(done) == 3, "the first block was not done again"
     assert transformer_digests(tmp_path / "out") == transformer_digests(tmp_path / "whole")
     reports = [json.loads((tmp_path / name / REPORT).read_text()) for name in ("out", "whole")]
     assert reports[0]["layers"] == reports[1]["layers"] and reports[0]["size"] == reports[1]["size"]

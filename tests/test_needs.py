@@ -175,4 +175,4 @@ def test_plan_without_data_keeps_what_needs_none():
     layers = [recipe.Layer("x.attn1.to_q", "attention", 64, 64)]
     plan = recipe.layer_without_data(recipe.resolve(Recipe("r", (HARD,)), layers)["x.attn1.to_q"])
     assert (plan.rule.weight, plan.rule.activation_bits, plan.rule.activation_scale) == ("int8", 8, "dynamic")
-    assert (plan.rule.smooth, plan.rule.low_rank, plan.rule.rotation, plan.rule.method) == ("none", 0, "hadamard", "rtn")
+    assert (plan.rule.smooth, plan.rule.low_rank, plan.rule.rotation, plan.rule.method) == ("auto", 0, "auto", "rtn")

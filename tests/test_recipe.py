@@ -453,7 +453,7 @@ def test_a_key_that_would_mean_nothing_is_refused(weight: str, keys: dict, words
 
 @pytest.mark.parametrize(
     "keys",
-    [{"rotation": "ars"}, {"rotation": "outlier"}, {"rotation": "auto"}, {"smooth": "rms"}, {"low_rank": 4}],
+    [{"rotation": "ars"}, {"rotation": "outlier"}, {"smooth": "rms"}, {"low_rank": 4}],
     ids=lambda keys: "-".join(map(str, *keys.items())),
 )
 def test_what_only_data_can_give_is_refused_without(keys: dict):

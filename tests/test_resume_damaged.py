@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from quantdit import block_by_block, files
-from quantdit.calibration.layer import quantize_layer
+from quantdit.calibration.layer import quantize_layers
 from quantdit.compiler import REPORT
 
 RECIPE = """
@@ -44,17 +44,16 @@ def begun(run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run interrupted in its last block, and an uninterrupted one, `whole`."""
     if not (folder / "whole").exists():
         assert run("whole").code == 0
-        left = [7]  # three widths of each of two layers are tried first
+        left = [1]  # each block has one layer
 
         def counted(*args, **kwargs):
             if left[0] == 0:
                 raise KeyboardInterrupt
             left[0] -= 1
-            return quantize_layer(*args, **kwargs)
+            return quantize_layers(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr("quantdit.calibration.sensitivity.quantize_layer", counted)
-            patch.setattr(block_by_block, "quantize_layer", counted)
+            patch.setattr(block_by_block, "quantize_layers", counted)
             assert run("begun").code == 130
     return folder / "begun.partial"
 

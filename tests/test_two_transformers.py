@@ -180,7 +180,7 @@ def test_interrupted_in_the_second_goes_on_there(calibrate, bare: Path, tmp_path
     quick = ("--samples", "1", "--steps", "2")
     assert calibrate(bare, *quick, output="whole").code == 0
     done: list[int] = []
-    real = block_by_block.quantize_layer
+    real = block_by_block.quantize_layers
 
     def interrupted(*args: object) -> object:
         if len(done) == 3:
@@ -189,10 +189,10 @@ def test_interrupted_in_the_second_goes_on_there(calibrate, bare: Path, tmp_path
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(block_by_block, "quantize_layer", interrupted)
+        patch.setattr(block_by_block, "quantize_layers", interrupted)
         assert calibrate(bare, *quick).code == 130
     with monkeypatch.context() as patch:
-        patch.setattr(block_by_block, "quantize_layer", lambda *a: done.append(1) or real(*a))
+        patch.setattr(block_by_block, "quantize_layers", lambda *a: done.append(1) or real(*a))
         assert calibrate(bare, *quick, "--resume").code == 0
     assert len(done) == 4, "only the last block was left"
     for part in PARTS:

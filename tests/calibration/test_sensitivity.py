@@ -14,6 +14,7 @@ from quantdit.calibration import capture, chain, sensitivity
 from quantdit.calibration.calls import Call
 from quantdit.calibration.layer import quantize_layer
 from quantdit.calibration.sensitivity import Part
+from quantdit.layer_spec import as_stored
 from quantdit.linear import QuantLinear
 from quantdit.models import adapter as adapters
 from quantdit.pipeline import generate, load_pipeline
@@ -82,7 +83,7 @@ def test_bytes_are_those_of_the_tensors_also_where_nothing_was_quantized(found: 
     for name, linear in list(found.part.linears.items())[2:5]:
         for weight, plan in found.plans[name].items():
             made = quantize_layer(linear.weight, linear.bias, found.part.stats[name], plan, 0)
-            assert found.result[name][weight]["bytes"] == sum(t.nbytes for t in made.tensors.values())
+            assert found.result[name][weight]["bytes"] == sum(as_stored(n, t).nbytes for n, t in made.tensors.items())
 
 
 def test_prediction_is_the_error_of_the_model(found: Found):
