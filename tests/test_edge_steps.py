@@ -90,8 +90,6 @@ CASES = {
     "a8, a16": (A8, WIDE, {}),
     "a8 static, a16": (A8 | {"activation_scale": "static"}, WIDE, {}),
     "a4, a8": (A4, WIDE | {"edge_activation_bits": 8}, {"activation_bits": 8, "activation_format": "affine"}),
-    "a4, a6": (A4, WIDE | {"edge_activation_bits": 6}, A4 | {"activation_bits": 6}),
-    "a4, a16": (A4, WIDE, {}),
 }
 
 
@@ -106,8 +104,8 @@ def test_the_edges_are_those_of_the_wider_model_and_the_rest_those_of_the_narrow
         assert not torch.equal(found.outputs[i], other.outputs[i]), i
 
 
-@pytest.mark.parametrize("name", ["MochiTransformer3DModel", "FluxTransformer2DModel"])
-def test_whichever_way_time_runs_and_whatever_its_unit(name: str):
+def test_times_may_rise_and_have_any_unit():
+    name = "MochiTransformer3DModel"
     found, wider, narrower = steps(name, **A8, **WIDE), steps(name), steps(name, **A8)
     for i in range(STEPS):
         assert torch.equal(found.outputs[i], (wider if at_edge(i) else narrower).outputs[i]), i
