@@ -75,7 +75,11 @@ class QuantDiTConfig(QuantizationConfigMixin):
             return
         if unknown := sorted(state.keys() - {"quant_method"}):
             raise TypeError(f"QuantDiTConfig takes no {unknown[0]!r}; give bits='w4a8' or recipe='mine.toml'")
-        if (bits is None) == (recipe is None) or not isinstance(bits, str | None):
+        if not isinstance(bits, str | None):
+            raise ValueError(
+                f"QuantDiTConfig: bits is {bits!r}, expected text such as 'w4a8', 4 bits a weight and 8 an activation"
+            )
+        if (bits is None) == (recipe is None):
             raise ValueError("QuantDiTConfig takes bits='w4a8' or recipe='mine.toml', one of the two")
         wanted = recipes.from_bits(bits, method) if bits else recipes.from_any(recipe, method)
         if method != recipes.BEST:

@@ -180,6 +180,9 @@ def as_list(given: str | int | Sequence | None) -> Sequence | None:
     return (given,) if isinstance(given, str | int) else given
 
 
+SYNONYMS = {"bits": "recipe", "model": "transformer", "prompt": "prompts"}  # what an option is called elsewhere
+
+
 def check_options(function: str, given: Iterable[str], known: Collection[str]) -> None:
     """Refuse an option that a function does not have.
 
@@ -188,7 +191,8 @@ def check_options(function: str, given: Iterable[str], known: Collection[str]) -
     """
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            meant = SYNONYMS.get(name)
+            near = [meant] if meant in known else difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
             raise ValueError(f"{function} has no option {name!r}; {hint}")
 

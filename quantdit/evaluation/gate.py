@@ -466,7 +466,7 @@ def _remedy(verdict: Verdict, undecided: Sequence[Finding]) -> str:
     if probes > verdict.samples:  # each probe has a sample's prompt
         samples = max(samples, probes)
     options = [f"--{name} {count}" for name, count in (("samples", samples), ("probes", probes)) if count]
-    return f"; run quantdit evaluate again with {' '.join(options)}" if options else ""
+    return f"; run quantdit evaluate again with {' '.join(options)}, for the baseline too" if options else ""
 
 
 def summary(verdict: Verdict) -> str:

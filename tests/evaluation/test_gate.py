@@ -90,7 +90,9 @@ def test_too_few_probes_are_answered_with_more_probes_and_the_samples_that_they_
     error = next(f for f in found.open if f.name == "model output error")
     total = PROMPTS * SEEDS + found.more
     assert found.verdict == INCONCLUSIVE and error.more and error.probed
-    assert gate.headline(found).endswith(f"; run quantdit evaluate again with --samples {total} --probes {total}")
+    assert gate.headline(found).endswith(
+        f"; run quantdit evaluate again with --samples {total} --probes {total}, for the baseline too"
+    )
 
 
 def test_noise_floor_is_the_same_seeds_and_other_seeds_are_a_column_of_their_own():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -242,3 +244,22 @@ def test_generate_takes_frames_and_a_negative_prompt(cli, folder: Path, tmp_path
     assert cli(*ask, "--frames", 6, "--negative-prompt", FOX, "--guidance", 2, "--dtype", "float16").code == 0
     assert Image.open(tmp_path / "a.gif").n_frames == 6
     assert "makes samples of height 16 alone; leave out --height" in cli(*ask, "--height", 32).error
+
+
+def test_the_main_job_needs_no_transformers(tmp_path: Path):
+    """`make demo` installs none, and diffusers without it has no LoRA loaders."""
+    code = f"""
+import importlib.util, sys
+absent, found = ("transformers", "peft"), importlib.util.find_spec  # peft needs transformers
+importlib.util.find_spec = lambda name, *more: None if name.split(".")[0] in absent else found(name, *more)
+class Absent:
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in absent:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent)
+from quantdit.cli import main
+where = {str(tmp_path / "out")!r}
+sys.exit(main(["calibrate", "--model", "fashion-dit", "--bits", "w8a8", "--samples", "0", "--output", where]))
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
