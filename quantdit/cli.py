@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import json
 import math
@@ -13,10 +14,11 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from itertools import takewhile
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from quantdit.recipe import BEST, METHODS
 
@@ -54,8 +56,12 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         named = isinstance(error, OSError) and error.filename is not None and error.strerror
         text = f"cannot open {error.filename2 or error.filename}: {error.strerror}; check the path" if named else str(error)
-        print("quantdit: error:", re.sub(r"\s*\n\s*", " ", text), file=sys.stderr)
+        _print_error(text)
         return 1
+
+
+def _print_error(text: str) -> None:
+    print("quantdit: error:", re.sub(r"\s*\n\s*", " ", text), file=sys.stderr)
 
 
 class _Forgiving(io.TextIOBase):
@@ -108,16 +114,54 @@ def _advice_as_lines() -> Iterator[None]:
         yield
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser without abbreviations, whose errors are one line that names what may have been meant."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        _print_error(f"{message}; see {self.prog} --help")
+        sys.exit(2)
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        given = sys.argv[1:] if args is None else list(args)
+        known = self._option_string_actions
+        # Before argparse complains of the option that is missing since its name was misspelled.
+        for text in takewhile(lambda text: text.startswith("-"), given) if self._subparsers else given:
+            name = text.partition("=")[0]
+            if text.startswith("--") and " " not in text and name not in known:
+                if name == "--":
+                    break
+                self.error(f"unknown option {name}{_meant(name, known)}")
+        found, rest = super().parse_known_args(given, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}{_meant(rest[0].partition('=')[0], known)}")
+        return found, rest
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(
+                action, f"invalid choice {value!r}{_meant(str(value), action.choices)}; choose from {known}"
+            )
+
+
+def _meant(given: str, known: Iterable[str]) -> str:
+    """Return a question that names the nearest of what is known, or nothing."""
+    near = difflib.get_close_matches(given, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
 def _parser() -> argparse.ArgumentParser:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "quantdit", description="Quantize diffusion transformers.", epilog=EXAMPLES, formatter_class=form
-    )
+    parser = _Parser("quantdit", description="Quantize diffusion transformers.", epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run, text: str, example: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, epilog=f"example:\n  {example}", formatter_class=form)
+        sub = commands.add_parser(name, help=text, description=text, epilog=f"example:\n  {example}")
         sub.add_argument("--traceback", action="store_true", help="print the whole traceback of an error")
         sub.set_defaults(run=run)
         return sub
@@ -143,13 +187,13 @@ def _parser() -> argparse.ArgumentParser:
     goal = sub.add_mutually_exclusive_group()
     goal.add_argument(
         "--size-budget",
-        type=float,
+        type=_number,
         metavar="PART",
         help="choose each layer's weight bits so that all take this part of their size in 16 bits (0.25: 4 bits a weight)",
     )
     goal.add_argument(
         "--max-drift",
-        type=float,
+        type=_number,
         metavar="ERROR",
         help="choose each layer's weight bits for the smallest size whose model_rel_rmse is at most this (0.05: 5 %%)",
     )
@@ -712,15 +756,22 @@ def _model(text: str) -> str:
     return text
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+
+
 def _positive(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
     return value
@@ -734,10 +785,17 @@ def _bytes(text: str) -> int:
 
 
 def _seed(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if not 0 <= value < 2**31:
         raise argparse.ArgumentTypeError(f"a seed lies in 0..2147483647, got {value}")
     return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
 
 
 def _class(text: str) -> int | str:
@@ -745,7 +803,7 @@ def _class(text: str) -> int | str:
 
 
 def _finite(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
     return value

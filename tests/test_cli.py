@@ -74,7 +74,37 @@ def test_version(cli):
 )
 def test_wrong_usage_is_2(cli, arguments: tuple[str, ...]):
     ran = cli(*arguments)
-    assert ran.code == 2 and "usage: quantdit" in ran.err and not ran.out
+    assert ran.code == 2 and re.search(r"; see quantdit( \w+)? --help$", ran.error) and not ran.out
+    assert ran.err.count("\n") == 1 and " invalid _" not in ran.error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("comply",), ("'comply'", "calibrate", "see quantdit --help")),
+        (("evalute", "x", "y"), ("did you mean evaluate?",)),
+        (("export", "x", "--to", "onxx", "--output", "y"), ("--to", "'onxx' (did you mean onnx?)", "dense, comfyui, onnx")),
+        (("inspect", "x", "--by", "7"), ("'7'; choose from role, block; see quantdit inspect --help",)),
+        (("generate", "x", "--outptu", "y.png"), ("unknown option --outptu (did you mean --output?); see quantdit generate",)),
+        (("generate", "x", "--output=y.png", "--promt=a b"), ("did you mean --prompt?",)),
+        (("generate", "x", "--output=y.png", "--promt", "a b"), ("--promt (did you mean --prompt?)",)),
+        (("inspect", "x", "y"), ("unrecognized arguments: y; see quantdit inspect --help",)),
+        (("--versoin",), ("did you mean --version?",)),
+        (("calibrate", "--model", "x", "--bits", "w4a8", "--out", "y"), ("unknown option --out ",)),
+        (("calibrate", "--model", "x", "--bits", "w4a8", "--size-budget", "many"), ("--size-budget: must be a number",)),
+        (("inspect", "x", "--a\nb"), ("unknown option --a b",)),
+    ],
+    ids=str,
+)
+def test_wrong_usage_is_one_line_that_names_what_was_meant(cli, arguments: tuple[str, ...], words: tuple[str, ...]):
+    ran = cli(*arguments)
+    assert ran.code == 2 and all(word in ran.error for word in words), ran.err
+    assert ran.err.count("\n") == 1
+
+
+def test_text_that_begins_like_an_option_is_text():
+    parsed = command_line._parser().parse_args(["generate", "x", "--output", "y.png", "--prompt", "--a fox=", "b"])
+    assert parsed.prompt == ["--a fox=", "b"]
 
 
 def test_traceback_only_on_request(cli):
@@ -97,7 +127,7 @@ def test_usage_error_reaches_the_shell():
     if not script.exists():
         pytest.skip("installed without its console script")
     done = subprocess.run([script, "calibrate"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "usage: quantdit calibrate" in done.stderr
+    assert done.returncode == 2 and "see quantdit calibrate --help" in done.stderr
 
 
 PATHS = (
