@@ -278,8 +278,14 @@ def from_bits(bits: str, method: str = BEST) -> Recipe:
         elsewhere = method != BEST and bits in METHODS[BEST].bits
         other = f"; --method {BEST} has {bits}" if elsewhere else ""
         of = f" of method {method}" if method != BEST else ""
-        raise ValueError(f"unknown bits {bits!r}{of}{_near_bits(bits, list(known))}; known: {', '.join(known)}{other}")
+        widths = _rule_of_bits() if method == BEST else f"known: {', '.join(known)}"
+        raise ValueError(f"unknown bits {bits!r}{of}{_near_bits(bits, list(known))}; {widths}{other}")
     return METHODS[method].recipe(bits)
+
+
+def _rule_of_bits() -> str:
+    x, y = (" ".join(map(str, widths)) for widths in (WEIGHTS, ACTIVATION_BITS))
+    return f"bits are wXaY, such as w4a8, with X one of {x} and Y one of {y}, {AUTO}, {AUTO}aY"
 
 
 def _preset(bits: str) -> Recipe:
