@@ -636,7 +636,12 @@ def _generate(args: argparse.Namespace) -> int:
     from quantdit.commands import generate
 
     _quiet()
-    generate(args.model, args.output, args.columns, args.device, args.onnx or (), accept_config=args.accept_config, **asked)
+    try:
+        generate(args.model, args.output, args.columns, args.device, args.onnx or (), accept_config=args.accept_config, **asked)
+    except ValueError as error:
+        if args.prompt is None or "--prompts" not in str(error):
+            raise
+        raise ValueError(str(error).replace("--prompts", "--prompt")) from error  # the one of the two that was given
     print(args.output)
     return 0
 
