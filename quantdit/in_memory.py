@@ -176,10 +176,31 @@ def _eager() -> AbstractContextManager:
 def _record(
     transformer: nn.Module, inputs: Iterable[Mapping[str, object]] | Callable[[], object], folder: Path, edge_steps: int
 ) -> StoredCalls:
+    if callable(inputs):
+        _check_takes_nothing(inputs)
     given = inputs if callable(inputs) else lambda: _call(transformer, inputs)
     # Timesteps are counted as they come, so the number of sampling steps need not be known.
     found = capture.transformer_calls(given, {"transformer": transformer}, 1, BUCKETS, folder, edge_steps=edge_steps)
     return found["transformer"]
+
+
+def _check_takes_nothing(inputs: Callable) -> None:
+    """Refuse a function, a pipeline or a module that cannot be called without arguments.
+
+    Raises:
+        ValueError: naming the first argument that it needs.
+    """
+    try:
+        signature = inspect.signature(inputs.forward if isinstance(inputs, nn.Module) else inputs)
+    except ValueError:  # some functions of C have none
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        name = getattr(inputs, "__name__", type(inputs).__name__)
+        raise ValueError(
+            f"inputs= is a function without arguments, but {name} is {error}; give inputs=lambda: pipeline(...)"
+        ) from error
 
 
 def _call(transformer: nn.Module, inputs: Iterable[Mapping[str, object]]) -> None:

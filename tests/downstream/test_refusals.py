@@ -252,6 +252,20 @@ def test_inputs_that_are_no_calls_are_refused(dit):
     assert not quant_layers(model) and all(torch.equal(t, state[key]) for key, t in model.state_dict().items())
 
 
+def test_inputs_that_need_arguments_are_refused(dit, plain_dit: Path):
+    def sample(prompt: str, steps: int = 2) -> None: ...
+
+    model, _ = dit
+    for inputs, words in (
+        (quantdit.load(plain_dit), "DiTPipeline is missing a required argument: 'class_labels'"),
+        (model, "DiTTransformer2DModel is missing a required argument: 'hidden_states'"),
+        (sample, "sample is missing a required argument: 'prompt'"),
+    ):
+        message = refusal(lambda inputs=inputs: quantdit.quantize(model, "w8a8", inputs=inputs))
+        assert words in message and "inputs=lambda: pipeline(...)" in message
+    assert not quant_layers(model)
+
+
 @pytest.mark.parametrize("bits", ["auto", "autoa4"])
 def test_widths_that_nothing_chooses_are_refused_in_terms_of_python(dit, bits: str):
     model, calls = dit
