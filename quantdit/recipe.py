@@ -122,14 +122,17 @@ class Rule:
             value = getattr(self, key)
             # 8.0 == 8 and True == 1 in Python, but a checkpoint's config distinguishes them.
             if not isinstance(value, int | str) or isinstance(value, bool) or value not in allowed:
-                raise ValueError(f"rule {self.match!r}: {key} = {value!r} is unknown{_near(value, allowed)}")
+                hint = _unquoted(key, value) if value in map(str, allowed) else _near(value, allowed)
+                raise ValueError(f"rule {self.match!r}: {key} = {value!r} is unknown{hint}")
         for key, low, high in (("low_rank", 0, LARGEST_RANK), ("descent", 0, 100), ("edge_steps", 0, MOST_EDGE_STEPS)):
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-                raise ValueError(f"rule {self.match!r}: {key} = {value!r} must be a whole number, {low} to {high}")
+                hint = _unquoted(key, value)
+                raise ValueError(f"rule {self.match!r}: {key} = {value!r} must be a whole number, {low} to {high}{hint}")
         threshold = self.ars_threshold
         if type(threshold) not in (int, float) or not 0 < threshold < math.inf:
-            raise ValueError(f"rule {self.match!r}: ars_threshold = {self.ars_threshold!r} must be a positive number")
+            hint = _unquoted("ars_threshold", threshold)
+            raise ValueError(f"rule {self.match!r}: ars_threshold = {threshold!r} must be a positive number{hint}")
         self._check_together()
 
     def _check_together(self) -> None:
@@ -639,6 +642,12 @@ def _near_bits(bits: str, known: list[str]) -> str:
     if width is not None and f"w{width[1]}a16" in known:
         return f" (did you mean w{width[1]}a16, weights alone, or w{width[1]}a8, activations too?)"
     return f" (did you mean {bits.lower()}?)" if bits.lower() in known else _near(bits, known, 0)
+
+
+def _unquoted(key: str, value: object) -> str:
+    """Return what to write for a number that was given as text, or nothing."""
+    is_text = isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?", value)
+    return f"; write {key} = {value} without quotes" if is_text else ""
 
 
 def _near(value: object, known: tuple | list, fallback: int = 12) -> str:

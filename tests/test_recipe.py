@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +89,21 @@ def test_other_bits_are_refused_with_what_is_known(bits: str, near: str | None):
     assert "known: " not in message and len(message) < 200
     if near:
         assert near in message.split("did you mean")[1].split("?")[0]
+
+
+NUMBERS = {"group_size": "64", "activation_bits": "8", "activation_group_size": "32", "edge_activation_bits": "16"}
+NUMBERS |= {"edge_steps": "3", "low_rank": "16", "descent": "2", "ars_threshold": "1.5"}
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_number_in_quotes_is_refused_with_how_to_write_it(key: str):
+    message = refusal(lambda: recipe.from_dict({"rule": [{"match": "*", key: NUMBERS[key]}]}))
+    assert f"{key} = {NUMBERS[key]!r}" in message and message.endswith(f"; write {key} = {NUMBERS[key]} without quotes")
+
+
+def test_every_key_that_is_a_number_is_tried_in_quotes():
+    numbers = {field.name for field in dataclasses.fields(Rule) if re.search("int|float", field.type)}
+    assert numbers == set(NUMBERS)
 
 
 def test_preset_quantizes_a_model_without_modulation_or_outside_layers():
