@@ -488,8 +488,7 @@ def from_any(given: Recipe | Mapping | str | Path, method: str = BEST) -> Recipe
     """Return the recipe itself, or that of a dictionary, of a TOML file, or what a method makes of bits such as `w4a8`.
 
     Raises:
-        ValueError: as `from_bits`, `from_toml`, `from_dict`; or a method beside a whole recipe.
-        OSError: the file cannot be read.
+        ValueError: as `from_bits`, `from_toml`, `from_dict`; a file that cannot be read; a method beside a whole recipe.
     """
     if method != BEST and not is_bits(given):
         raise ValueError(f"method {method!r} goes with bits such as 'w4a8'; a recipe says all by itself, leave out method=")
@@ -500,7 +499,15 @@ def from_any(given: Recipe | Mapping | str | Path, method: str = BEST) -> Recipe
     if not isinstance(given, str | Path):
         kind = type(given).__name__
         raise ValueError(f"a recipe is bits such as 'w4a8', the path of a TOML file, a dictionary or a Recipe, got a {kind}")
-    return from_bits(given, method) if is_bits(given) else from_toml(Path(given))
+    if is_bits(given):
+        return from_bits(given, method)
+    try:
+        return from_toml(Path(given))
+    except OSError as error:
+        raise ValueError(
+            f"recipe {given} cannot be read: {error.strerror}; give the path of a TOML file, bits such as 'w4a8', a dictionary"
+            " or a Recipe"
+        ) from error
 
 
 def is_bits(given: object) -> bool:

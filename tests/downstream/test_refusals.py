@@ -293,6 +293,14 @@ def test_what_is_no_recipe_is_refused(dit, recipe: object):
     refusal(lambda: quantdit.quantize(dit[0], recipe))
 
 
+@pytest.mark.parametrize("name", ["nope.toml", "w4a8", "."])
+@pytest.mark.parametrize("call", [quantdit.quantize, lambda _, recipe: quantdit.QuantDiTConfig(recipe=recipe)])
+def test_a_recipe_file_that_cannot_be_read_is_named(dit, tmp_path: Path, call: Callable, name: str):
+    for path in (tmp_path / name, *([str(tmp_path / name)] if name.endswith(".toml") else [])):
+        message = refusal(lambda path=path: call(dit[0], path))
+        assert f"recipe {path} " in message and "TOML file" in message
+
+
 def test_weights_that_are_elsewhere_are_refused(dit):
     assert "is not in memory" in refusal(lambda: quantdit.quantize(dit[0].to("meta"), "w8a8"))
 
