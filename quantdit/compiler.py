@@ -220,13 +220,24 @@ def _calibrate(
 
 
 def _finished_before(output: Path, source: Source, identity: dict) -> dict | None:
-    """Return the report of an output that is the whole result of a run of this identity, else None."""
+    """Return the report of an output that is the whole result of a run of this identity; None if it is not of a finished run.
+
+    Raises:
+        ValueError: it is that of a run of another identity; names the settings that differ.
+    """
     try:
         report = files.read_json(output / REPORT)
-        same = {key: report.get(key) for key in identity} == json.loads(json.dumps(identity))
-        return report if same and report.get("sha256") == files.digest(output / source.parts[0]) else None
+        is_whole = identity.keys() <= report.keys() and report.get("sha256") == files.digest(output / source.parts[0])
     except (files.CheckpointError, OSError):
         return None
+    if not is_whole:
+        return None
+    if other := work_folder.differences({key: report[key] for key in identity}, identity):
+        raise ValueError(
+            f"output {output} holds a finished run of other settings: {other}; choose another --output, or pass --overwrite to"
+            " replace it"
+        )
+    return report
 
 
 def size_of(transformer: nn.Module, folder: Path) -> dict:

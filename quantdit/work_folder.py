@@ -26,6 +26,7 @@ STATE = "identity.json"
 WORK = "work"
 FINISHED = "finished"
 FILES = "files"  # key of a report: what the run wrote into its output
+SHORT = 60  # characters of a value that an error shows; digests have 64
 LONGEST_NAME = 240  # bytes; file systems take 255, and the names beside the output are longer than its own
 
 # Files of weights and their indexes; those of them that a pipeline reads: diffusers' own names, without a variant's.
@@ -233,9 +234,10 @@ def open_partial(output: Path, identity: dict, resume: bool, overwrite: bool) ->
     state = partial / STATE
     stored = json.loads(json.dumps(identity))
     if partial.exists() and resume and state.exists():
-        if _identity(state) != stored:
+        if other := differences(_identity(state), identity):
             raise ValueError(
-                f"{partial} was begun with another source, recipe or settings; --resume needs the same, --overwrite begins again"
+                f"{partial} was begun with another source, recipe or settings: {other}; --resume needs the same, --overwrite"
+                " begins again"
             )
         return
     if os.path.lexists(partial):
@@ -247,6 +249,25 @@ def open_partial(output: Path, identity: dict, resume: bool, overwrite: bool) ->
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     sealed.write(state, stored, "")
+
+
+def differences(before: dict, now: dict) -> str:
+    """Name the settings in which the identities of two runs differ, with their values where these are short; or nothing."""
+    return ", ".join(_differing(before, json.loads(json.dumps(now))))
+
+
+def _differing(before: dict, now: dict) -> Iterator[str]:
+    for key in [*before, *(key for key in now if key not in before)]:
+        was, is_now = before.get(key), now.get(key)
+        if key in before and key in now and was == is_now:
+            continue
+        if isinstance(was, dict) and isinstance(is_now, dict) and key != "recipe":
+            yield from _differing(was, is_now)
+            continue
+        if key == "recipe":
+            was, is_now = (str(found.get("name")) if isinstance(found, dict) else found for found in (was, is_now))
+        is_short = was != is_now and all(len(str(v)) <= SHORT and not isinstance(v, dict | list) for v in (was, is_now))
+        yield f"{key} ({was}, now {is_now})" if is_short else key
 
 
 def is_finished(folder: Path, identity: dict) -> bool:

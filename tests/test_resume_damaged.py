@@ -109,4 +109,4 @@ def test_changed_source_is_another_source(cli, run, pixel_dit: Path, folder: Pat
     (source / name).write_text((source / name).read_text() + "\n")
     shutil.copytree(begun, tmp_path / "z.partial")
     ran = run("../z", "--resume", "--model", source, "--output", tmp_path / "z")
-    assert ran.code == 1 and "begun with another source" in ran.error
+    assert ran.code == 1 and "begun with another source, recipe or settings: source_config_sha256; --resume" in ran.error

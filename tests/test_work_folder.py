@@ -55,10 +55,28 @@ def test_finished_run_is_not_done_again(run, finished, tmp_path: Path):
     assert "already_finished" not in files.read_json(tmp_path / "out" / REPORT)
 
 
-@pytest.mark.parametrize("other", [("--seed", "1"), ("--steps", "3"), ("--guidance", "3"), ("--tokens", "7"), ()])
+OTHERS = {
+    ("--seed", "1"): "seed (0, now 1)",
+    ("--steps", "3"): "steps (2, now 3)",
+    ("--guidance", "3"): "guidance (None, now 3.0)",
+    ("--tokens", "7"): "tokens (0, now 7)",
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
 def test_run_of_other_settings_is_not_taken_for_it(run, finished, tmp_path: Path, other: tuple[str, ...]):
-    ran = run(*other) if not other else run("--resume", *other)
+    ran = run("--resume", *other)
+    assert ran.code == 1 and f"finished run of other settings: {OTHERS[other]}; choose another --output" in ran.error
+    assert "--overwrite" in ran.error and times(tmp_path / "out") == finished
+    ran = run(*other)
     assert ran.code == 1 and "not empty" in ran.error
+
+
+def test_finished_run_of_another_recipe_is_not_taken_for_it(run, finished, tmp_path: Path):
+    (tmp_path / "r.toml").write_text(RECIPE.replace("int8", "int6"))
+    assert "of other settings: recipe; choose" in run("--resume").error
+    (tmp_path / "r.toml").write_text(f'name = "mine"\n{RECIPE}')
+    assert "of other settings: recipe (r, now mine); choose" in run("--resume").error
     assert times(tmp_path / "out") == finished
 
 
