@@ -490,9 +490,10 @@ def _calibrate(args: argparse.Namespace) -> int:
         print(f"quantdit: warning: {report['warning']}", file=sys.stderr)
     if report.get(ALREADY):
         print(f"{args.output} is finished already, by a run of the same settings; --overwrite calibrates again")
-    memory = report["memory"]
+    memory, dense = report["memory"], report.get("dense_layers", 0)  # reports of earlier versions do not say
     print(
-        f"{args.output}: {len(layers)} layers at {size['bits_per_weight']:.2f} bits a weight, {size['file_bytes'] / 1e6:.2f} MB,"
+        f"{args.output}: {len(layers)} layers quantized{f', {dense} left dense' if dense else ''},"
+        f" {size['bits_per_weight']:.2f} bits a weight, {size['file_bytes'] / 1e6:.2f} MB,"
         f" mean {kind} {sum(errors) / max(1, len(errors)):.4f}, {sum(seconds.values()):.0f} s, at most"
         f" {memory['peak_bytes'] / 2**30:.1f} GiB of memory; report in {args.output / REPORT}"
     )

@@ -124,7 +124,8 @@ def _calibrate(
         plan_recipe = recipe.without_data(plan_recipe, times_are_known=True)
     check_edge_steps(settings.steps, plan_recipe.edge_steps)
     found = {part: adapters.adapter_for(t) for part, t in transformers.items()}
-    options = {part: recipe.options(plan_recipe, adapters.layers(t, found[part])) for part, t in transformers.items()}
+    linears = {part: adapters.layers(t, found[part]) for part, t in transformers.items()}
+    options = {part: recipe.options(plan_recipe, of_part) for part, of_part in linears.items()}
     if not any(options.values()):
         raise ValueError(f"recipe {plan_recipe.name} leaves every layer dense, so there is nothing to quantize")
     for part, transformer in transformers.items():
@@ -202,6 +203,7 @@ def _calibrate(
         "blocks": {part: block_by_block.describe_chain(job) for part, job in jobs.items()},
         "model_rel_rmse": made[first].drift,
         "size": added([size_of(t, partial / part) for part, t in transformers.items()]),
+        "dense_layers": sum(len(linears[part]) - len(options[part]) for part in linears),
         **extra,
         "layers": {
             name if part == first else f"{part}.{name}": layer

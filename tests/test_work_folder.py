@@ -8,10 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from quantdit import compiler, files
 from quantdit.compiler import REPORT
 from quantdit.files import WEIGHTS
+from quantdit.pipeline import load_pipeline
 from quantdit.work_folder import STATE
 
 RECIPE = """
@@ -78,6 +80,15 @@ def test_finished_run_of_another_recipe_is_not_taken_for_it(run, finished, tmp_p
     (tmp_path / "r.toml").write_text(f'name = "mine"\n{RECIPE}')
     assert "of other settings: recipe (r, now mine); choose" in run("--resume").error
     assert times(tmp_path / "out") == finished
+
+
+def test_the_last_line_counts_the_layers_that_stay_dense(run, tmp_path: Path):
+    ran = run()
+    quantized = len(files.read_json(tmp_path / "out" / REPORT)["layers"])
+    dense = sum(type(m) is torch.nn.Linear for m in load_pipeline(str(tmp_path / "out"))[0].transformer.modules())
+    assert dense and f" {quantized} layers quantized, {dense} left dense, 8." in ran.out
+    (tmp_path / "r.toml").write_text('[[rule]]\nmatch = "*"\nweight = "int8"\nmethod = "rtn"\n')
+    assert " layers quantized, 8." in run("--overwrite").out
 
 
 @pytest.mark.parametrize("damage", ["no report", "weights", "report", "no weights"])
