@@ -40,3 +40,12 @@ def test_blocks_run_as_they_stand(place: Path, monkeypatch: pytest.MonkeyPatch):
         exec(compile(block, f"README.md, python block {number}", "exec"), {})
     assert (place / "shirt.png").stat().st_size > 0
     assert (place / "out" / "calibrated" / "transformer" / "config.json").exists()
+
+
+def test_numbers_and_methods_in_the_text_are_those_of_the_code():
+    from quantdit.evaluation.run import LEAST_SAMPLES
+    from quantdit.recipe import METHODS
+
+    text = README.read_text()
+    assert f"`evaluate` needs at least {LEAST_SAMPLES} samples" in text
+    assert all(f"--method {name}" in text for name in METHODS if name != "vq4dit") and "lrq-dit, vq4dit" in text
