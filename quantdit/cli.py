@@ -297,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     number = sub.add_mutually_exclusive_group()
     number.add_argument("--seeds", type=_positive, metavar="N", help="samples of each prompt")
-    number.add_argument("--samples", type=_positive, help="samples of each model, prompts in turn (64)")
+    number.add_argument("--samples", type=_positive, help="samples of each model, prompts in turn, at least 4 (64)")
     sub.add_argument("--batch", type=_positive, default=32, help="samples at once (%(default)s)")
     sub.add_argument("--probes", type=_positive, default=16, help="samples whose inputs both transformers get (%(default)s)")
     sub.add_argument("--cache", type=_path, metavar="DIR", help="where samples are kept for the next time (OUTPUT/samples)")
