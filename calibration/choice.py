@@ -19,9 +19,9 @@ from torch import Tensor
 from quantdit.calibration import rotate, smooth
 from quantdit.calibration.activations import quantized_inputs, relative_noise
 from quantdit.calibration.stats import Stats
-from quantdit.layer_spec import ActivationSpec
-from quantdit.recipe import Rule
-from quantdit.transform import Transform
+from quantdit.recipes.recipe import Rule
+from quantdit.tensors.layer_spec import ActivationSpec
+from quantdit.tensors.transform import Transform
 
 AUTO = "auto"
 KINDS = ("hadamard", "none", "outlier")  # of rotation = "auto", in the order they are tried

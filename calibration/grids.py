@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantdit.calibration import viterbi
 from quantdit.calibration.hqq import hqq_zero_point
-from quantdit.calibration.levels import cells, gaussian, histogram, lloyd_max, prefix_sums, table_error
+from quantdit.calibration.lloyd_max import cells, gaussian, histogram, lloyd_max, prefix_sums, table_error
 from quantdit.calibration.twinlog import twin_log, twin_log_paper
 from quantdit.formats import FORMATS, QSpec
 from quantdit.formats.float8 import LARGEST

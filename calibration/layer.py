@@ -8,17 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantdit import files, transform
 from quantdit.calibration.activations import quantized_inputs, relative_noise, static_scales
 from quantdit.calibration.choice import choose
 from quantdit.calibration.lowrank import LowRank, low_rank
 from quantdit.calibration.quantize import energy, quantize_weight
 from quantdit.calibration.stats import Stats
-from quantdit.layer_spec import ActivationSpec, LayerSpec
-from quantdit.qtensor import QTensor
-from quantdit.recipe import LayerPlan
-from quantdit.threads import one_thread
-from quantdit.transform import Transform
+from quantdit.recipes.recipe import LayerPlan
+from quantdit.system import files
+from quantdit.system.threads import one_thread
+from quantdit.tensors import transform
+from quantdit.tensors.layer_spec import ActivationSpec, LayerSpec
+from quantdit.tensors.qtensor import QTensor
+from quantdit.tensors.transform import Transform
 
 HISTOGRAM_BINS = 97
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantdit.calibration import vectors
+from quantdit.calibration import gptvq
 from quantdit.calibration.gptq import descend, gptq, rtn
 from quantdit.calibration.grids import GRIDS
 from quantdit.calibration.kmeans import assign, kmeans
 from quantdit.formats import FORMATS, QSpec
-from quantdit.qtensor import QTensor
+from quantdit.tensors.qtensor import QTensor
 
 ENERGY_BLOCK = 1024
 CODEBOOK_ROUNDS = 2  # of error feedback and a codebook fitted to its codes
@@ -67,7 +67,7 @@ def quantize_weight(
     spec = QSpec(format, *weight.shape, group_size, grid.codebook_rows)
     q = QTensor(spec, f.pack(f, codes), _zero_rows(grid.scale, weight), **grid.fields(groups))
     q = _refine_scale(q, weight, gram) if method == "gptq" else q
-    return replace(q, scale=vectors.in_16_bits(q.scale)) if f.window else q
+    return replace(q, scale=gptvq.in_16_bits(q.scale)) if f.window else q
 
 
 def _quantize_vectors(
@@ -83,23 +83,23 @@ def _quantize_vectors(
     codebook = kmeans(groups.abs() if split else groups, weights, f.codewords, seed)
     if method == "gptq":
         for _ in range(CODEBOOK_ROUNDS):
-            codes = vectors.feedback(W, gram, codebook, act_order=act_order, sign_split=split)
-            codebook = vectors.fit_codebook(codebook, codes, W, gram, rms.square(), sign_split=split)
-    entries, unit = vectors.on_int8_grid(codebook.clamp_min(0) if split else codebook)
+            codes = gptvq.feedback(W, gram, codebook, act_order=act_order, sign_split=split)
+            codebook = gptvq.fit_codebook(codebook, codes, W, gram, rms.square(), sign_split=split)
+    entries, unit = gptvq.on_int8_grid(codebook.clamp_min(0) if split else codebook)
     W = W / unit
     if method == "gptq":
-        codes = vectors.feedback(W, gram, entries, act_order=act_order, sign_split=split)
-        codes = vectors.descend(codes, W, gram, entries, descent, split) if descent else codes
+        codes = gptvq.feedback(W, gram, entries, act_order=act_order, sign_split=split)
+        codes = gptvq.descend(codes, W, gram, entries, descent, split) if descent else codes
     else:
         groups = W.reshape(-1, f.dim)
         codes = assign(groups.abs() if split else groups, weights, entries)
-        codes = (codes + vectors.sign_codes(groups) * f.codewords if split else codes).reshape(out, width // f.dim)
+        codes = (codes + gptvq.sign_codes(groups) * f.codewords if split else codes).reshape(out, width // f.dim)
     spec = QSpec(format, out, width, width)
-    scale = vectors.in_16_bits(_zero_rows(rms * unit, weight))
+    scale = gptvq.in_16_bits(_zero_rows(rms * unit, weight))
     q = QTensor(spec, f.pack(f, codes.to(f.code_dtype)), scale, codebook=entries.to(torch.int8))
     if method == "gptq":
         q = _refine_scale(q, weight, gram)
-        q = replace(q, scale=vectors.in_16_bits(q.scale))
+        q = replace(q, scale=gptvq.in_16_bits(q.scale))
     return q
 
 

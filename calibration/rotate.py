@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantdit import hadamard, transform
-from quantdit.transform import Transform
+from quantdit.tensors import hadamard, transform
+from quantdit.tensors.transform import Transform
 
 BUILT = (*transform.KINDS, "regular")
 GREEDY_STEPS = 8  # on rows that were not fitted, 256 random rotations are no flatter

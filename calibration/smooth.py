@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantdit import transform
-from quantdit.transform import Transform
+from quantdit.tensors import transform
+from quantdit.tensors.transform import Transform
 
 ALPHAS = tuple(i / 10 for i in range(11))
 USUAL_ALPHA, NARROW_ALPHA = 0.25, 0.4

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantdit.calibration.levels import prefix_sums, table_error
+from quantdit.calibration.lloyd_max import prefix_sums, table_error
 
 SIDE_BINS = 512
 ETAS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)

@@ -16,9 +16,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from quantdit.files import Advice
 from quantdit.formats import Format
 from quantdit.formats.trellis import states, table
+from quantdit.system.files import Advice
 
 SEGMENT = 384  # weights: long against the windows around its ends, short enough for several to a column
 AROUND = 8  # windows to each side of a cut

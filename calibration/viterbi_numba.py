@@ -15,7 +15,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from quantdit.threads import allowed
+from quantdit.system.threads import allowed
 
 RUN = 64
 FEW = 2  # sequences that are worth a thread of their own

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantdit import files
-from quantdit.files import CheckpointError
+from quantdit.system import files
+from quantdit.system.files import CheckpointError
 
 if TYPE_CHECKING:
     import onnx

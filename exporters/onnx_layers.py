@@ -16,16 +16,16 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from quantdit import hadamard
 from quantdit.exporters.onnx_nbits import TARGET_BLOCKS, block_of, emit_nbits
 from quantdit.exporters.onnx_nodes import Nodes
 from quantdit.exporters.onnx_session import VNNI
 from quantdit.exporters.onnx_weights import ZERO_POINT, as_array, emit_integers
 from quantdit.formats.float8 import LARGEST
 from quantdit.kernels.cpu import unsafe_rows
-from quantdit.layer_spec import ActivationSpec, decodes_to_fp8
-from quantdit.linear import QuantLinear
-from quantdit.transform import NAMES
+from quantdit.layers.quant_linear import QuantLinear
+from quantdit.tensors import hadamard
+from quantdit.tensors.layer_spec import ActivationSpec, decodes_to_fp8
+from quantdit.tensors.transform import NAMES
 
 SPLIT_FROM = 128  # below, ONNX Runtime loses more to many small products than it saves
 SMALLEST = float(np.finfo(np.float32).tiny)  # in place of the scale of a token of zeros

@@ -19,8 +19,8 @@ import onnx_ir as ir
 from quantdit.exporters.onnx_nodes import Nodes
 from quantdit.exporters.onnx_weights import as_array, emit_integers
 from quantdit.formats import QSpec
-from quantdit.layer_spec import decodes_to_fp8
-from quantdit.qtensor import QTensor
+from quantdit.tensors.layer_spec import decodes_to_fp8
+from quantdit.tensors.qtensor import QTensor
 
 BLOCKS = (256, 128, 64, 32, 16)
 TARGET_BLOCKS = {"cpu-nbits": (128, 64, 32, 16), "cuda": (32,)}  # of 8 bits; cuda: what its fused GEMM takes

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from quantdit import checkpoint
+from quantdit.checkpoints import checkpoint
 from quantdit.exporters import onnx_digest
-from quantdit.files import CheckpointError
-from quantdit.pipeline import Source, checked_numbers
+from quantdit.pipelines.pipeline import Source, checked_numbers
+from quantdit.system.files import CheckpointError
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantdit import checkpoint, memory
-from quantdit.calibration.capture import first_tensor
+from quantdit.calibration.observe.capture import first_tensor
+from quantdit.checkpoints import checkpoint
 from quantdit.exporters import onnx_session
 from quantdit.exporters.onnx_session import OnnxForward, arguments_of
 from quantdit.models.adapter import Size, adapter_for
-from quantdit.pipeline import BareTransformer
-from quantdit.sampling import Settings, sample
+from quantdit.pipelines.pipeline import BareTransformer
+from quantdit.pipelines.sampling import Settings, sample
+from quantdit.system import memory
 
 TOLERANCE = 1e-3
 TIES = 4.0

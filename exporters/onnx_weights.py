@@ -19,8 +19,8 @@ from torch import Tensor
 from quantdit.exporters.onnx_nodes import Nodes
 from quantdit.formats import FORMATS, QSpec, trellis
 from quantdit.formats.packing import PLANES
-from quantdit.layer_spec import decodes_to_fp8
-from quantdit.qtensor import QTensor
+from quantdit.tensors.layer_spec import decodes_to_fp8
+from quantdit.tensors.qtensor import QTensor
 
 ZERO_POINT = 128
 PARTS = {"uint8": ir.DataType.UINT8, "int8": ir.DataType.INT8, "float32": ir.DataType.FLOAT}

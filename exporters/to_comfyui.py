@@ -24,9 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quantdit import checkpoint, files, hadamard
-from quantdit.layer_spec import ActivationSpec, decodes_to_fp8
-from quantdit.linear import QuantLinear
+from quantdit.checkpoints import checkpoint
+from quantdit.layers.quant_linear import QuantLinear
+from quantdit.system import files
+from quantdit.tensors import hadamard
+from quantdit.tensors.layer_spec import ActivationSpec, decodes_to_fp8
 
 GROUP = 16  # columns that share an entry of weight_s_rel
 BLOCKS = (16, 64)  # of ours, those that comfy-kitchen's kernels rotate by

@@ -11,11 +11,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from quantdit import checkpoint, files
-from quantdit.compiler import REPORT
-from quantdit.linear import dense_linear
-from quantdit.pipeline import PARTS, dtype_of
-from quantdit.work_folder import copy_rest
+from quantdit.checkpoints import checkpoint
+from quantdit.compiling.compiler import REPORT
+from quantdit.compiling.work_folder import copy_rest
+from quantdit.layers.quant_linear import dense_linear
+from quantdit.pipelines.pipeline import PARTS, dtype_of
+from quantdit.system import files
 
 
 def to_dense(folder: Path, output: Path, dtype: torch.dtype | str = torch.bfloat16, accept_config: bool = False) -> None:

@@ -20,14 +20,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantdit import checkpoint, files
+from quantdit.checkpoints import checkpoint
 from quantdit.exporters import onnx_digest
 from quantdit.exporters.onnx_session import NO_VNNI, VNNI, leaves, saturates
 from quantdit.exporters.onnx_verify import Cut, keep_decoded, recorded_calls, verified
-from quantdit.linear import QuantLinear
+from quantdit.layers.quant_linear import QuantLinear
 from quantdit.models.adapter import Adapter, adapter_for
 from quantdit.models.call_view import time_argument, times_rise
-from quantdit.pipeline import load_pipeline
+from quantdit.pipelines.pipeline import load_pipeline
+from quantdit.system import files
 
 OPSET = 23
 STORAGES = ("packed", "int8")

@@ -31,11 +31,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantdit import transform
 from quantdit.formats import FORMATS, QSpec
 from quantdit.formats.float8 import LARGEST
 from quantdit.kernels import cpu
-from quantdit.transform import Transform
+from quantdit.tensors import transform
+from quantdit.tensors.transform import Transform
 
 _library = torch.library.Library("quantdit", "DEF")
 _library.define("rotate(Tensor x, Tensor premultiplier, int block) -> Tensor")

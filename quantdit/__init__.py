@@ -6,14 +6,18 @@ Importing it makes diffusers' `from_pretrained` read quantized folders.
 from __future__ import annotations
 
 from importlib import import_module as _import_module
-from importlib.metadata import version as _version
+from pathlib import Path as _Path
 
-from quantdit.after_import import watch as _watch
+# In a clone the packages calibration, kernels and exporters lie beside this folder; an installation has them inside.
+if not _Path(__file__).with_name("kernels").is_dir():
+    __path__.append(str(_Path(__file__).parents[1]))
+
 from quantdit.formats import FORMATS, Format, QSpec
-from quantdit.qtensor import QTensor
-from quantdit.recipe import Recipe, Rule
+from quantdit.integrations.import_hooks import watch as _watch
+from quantdit.recipes.recipe import Recipe, Rule
+from quantdit.tensors.qtensor import QTensor
 
-__version__ = _version("quantdit")
+__version__ = "0.1.0"
 __all__ = [
     "FORMATS",
     "Format",
@@ -32,13 +36,13 @@ __all__ = [
 
 # Imported when they are asked for: they bring diffusers along.
 _LATER = {
-    "QuantDiTConfig": "quantdit.diffusers_quantizer",
+    "QuantDiTConfig": "quantdit.integrations.diffusers_quantizer",
     "evaluate": "quantdit.evaluation.run",
-    "export": "quantdit.commands",
-    "gate": "quantdit.evaluation.gate",
-    "generate": "quantdit.commands",
-    "load": "quantdit.in_memory",
-    "quantize": "quantdit.in_memory",
+    "export": "quantdit.api",
+    "gate": "quantdit.evaluation.gate.judge",
+    "generate": "quantdit.api",
+    "load": "quantdit.compiling.in_memory",
+    "quantize": "quantdit.compiling.in_memory",
 }
 
 

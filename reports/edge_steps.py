@@ -4,9 +4,10 @@
 
 Calibrates a model to each of BITS with EDGE_STEPS steps of 16-bit activations at either end, samples the same prompts with the
 same seeds, and keeps a row for each in `edge-steps.jsonl`: PSNR against full precision, VBench's temporal flickering of the clips
-(quantdit/evaluation/video.py computes it by its definition, on frames as generated) and its paired difference to full precision,
-the share of calls with wide activations, and the seconds of a call of either kind. Rows that are there are kept; `edge-steps.md`
-is written from all of them. With --work an interrupted run goes on where it was. --quick writes nothing: two clips of one model.
+(quantdit/evaluation/metrics/video.py computes it by its definition, on frames as generated) and its paired difference to full
+precision, the share of calls with wide activations, and the seconds of a call of either kind. Rows that are there are kept;
+`edge-steps.md` is written from all of them. With --work an interrupted run goes on where it was. --quick writes nothing: two
+clips of one model.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from quantdit.checkpoint import quant_layers
-from quantdit.compiler import calibrate
-from quantdit.evaluation.paired import bootstrap_interval, psnr
-from quantdit.evaluation.video import temporal_flickering
-from quantdit.pipeline import generate, load_pipeline
-from quantdit.recipe import Recipe, from_bits
-from quantdit.sampling import Settings
+from quantdit.checkpoints.checkpoint import quant_layers
+from quantdit.compiling.compiler import calibrate
+from quantdit.evaluation.metrics.paired import bootstrap_interval, psnr
+from quantdit.evaluation.metrics.video import temporal_flickering
+from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.pipelines.sampling import Settings
+from quantdit.recipes.recipe import Recipe, from_bits
 
 HERE = Path(__file__).parent
 ROWS, PAGE = HERE / "edge-steps.jsonl", HERE / "edge-steps.md"

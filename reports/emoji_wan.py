@@ -5,7 +5,7 @@
 Calibrates emoji-wan to each of RECIPES as `quantdit calibrate --model emoji-wan` does, samples every prompt that it has
 the embeddings of with SEEDS, and writes `emoji-wan.json` and `emoji-wan.md`, a sheet of frames and the same clips moving. Beside
 the paired error there is what the model is for: the share of clips whose thing moves the way its prompt says
-(quantdit/models/train/emoji_quality.py). With --work an interrupted run goes on where it was; --only makes the clips of some
+(reports/training/emoji_quality.py). With --work an interrupted run goes on where it was; --only makes the clips of some
 recipes there, and leaves the report to a run that has all.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,16 +21,19 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 
-from quantdit import files
 from quantdit.cli import main as quantdit
-from quantdit.compiler import REPORT
-from quantdit.evaluation.clips import write_clips
-from quantdit.evaluation.paired import bootstrap_interval, psnr
-from quantdit.models.train.emoji_clips import MOTIONS
-from quantdit.models.train.emoji_quality import motion_of, share
-from quantdit.pipeline import generate, load_pipeline
+from quantdit.compiling.compiler import REPORT
+from quantdit.evaluation.metrics.paired import bootstrap_interval, psnr
+from quantdit.evaluation.report.clips import write_clips
+from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.system import files
 
 HERE = Path(__file__).parent
+# PYTHONSAFEPATH, which the Makefile sets, keeps this folder off the path.
+sys.path.append(str(HERE / "training"))
+from emoji_clips import MOTIONS  # noqa: E402
+from emoji_quality import motion_of, share  # noqa: E402
+
 MODEL = "emoji-wan"
 RECIPES = {
     "w4a8": ("--bits", "w4a8"),

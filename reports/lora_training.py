@@ -12,6 +12,7 @@ the quantized one.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from statistics import mean, median
 
@@ -20,9 +21,12 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from torch import Tensor, nn
 
 import quantdit
-from quantdit.models.train.emoji_wan import flow_loss
 
 HERE = Path(__file__).parent
+# PYTHONSAFEPATH, which the Makefile sets, keeps this folder off the path.
+sys.path.append(str(HERE / "training"))
+from train_emoji_wan import flow_loss  # noqa: E402
+
 MODEL = "emoji-wan"
 BITS = ("w8a8", "w4a8", "w4a4")
 CLIPS, SAMPLING_STEPS, CALIBRATION_STEPS = 16, 10, 4

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from quantdit import recipe
-from quantdit.compiler import Settings, calibrate
-from quantdit.evaluation.paired import capped, psnr
+from quantdit.compiling.compiler import Settings, calibrate
+from quantdit.evaluation.metrics.paired import capped, psnr
 from quantdit.evaluation.samples import as_images
 from quantdit.exporters.onnx_session import use_graph
 from quantdit.exporters.to_onnx import to_onnx
-from quantdit.pipeline import generate, load_pipeline
+from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.recipes import recipe
 
 HERE = Path(__file__).parent
 OUTPUT = HERE / "onnx-formats.json"

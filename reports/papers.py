@@ -21,10 +21,10 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from quantdit import recipe
-from quantdit.compiler import Settings, calibrate
-from quantdit.evaluation.paired import capped, psnr
-from quantdit.pipeline import load_pipeline
+from quantdit.compiling.compiler import Settings, calibrate
+from quantdit.evaluation.metrics.paired import capped, psnr
+from quantdit.pipelines.pipeline import load_pipeline
+from quantdit.recipes import recipe
 
 sys.path.append(str(Path(__file__).parent / "study"))
 import measure

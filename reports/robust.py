@@ -28,14 +28,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from quantdit import files
 from quantdit.cli import main as quantdit
-from quantdit.compiler import REPORT
-from quantdit.evaluation.paired import bootstrap_interval, capped, psnr
+from quantdit.compiling.compiler import REPORT
+from quantdit.evaluation.metrics.paired import bootstrap_interval, capped, psnr
 from quantdit.models.adapter import adapter_for
 from quantdit.models.planted import plant
 from quantdit.models.synthetic import synthetic_inputs
-from quantdit.pipeline import generate, load_pipeline
+from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.system import files
 
 HERE = Path(__file__).parent
 # PYTHONSAFEPATH, which the Makefile sets, keeps these folders off the path.

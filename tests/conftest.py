@@ -257,9 +257,9 @@ class Compiled:
 @pytest.fixture(scope="session")
 def everything(pixel_dit: Path, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """`pixel_dit` with every weight format in it (MIXED). Read only; `damaged` copies it."""
-    from quantdit import recipe
-    from quantdit.compiler import Settings, calibrate
-    from quantdit.pipeline import load_pipeline
+    from quantdit.compiling.compiler import Settings, calibrate
+    from quantdit.pipelines.pipeline import load_pipeline
+    from quantdit.recipes import recipe
 
     folder = tmp_path_factory.mktemp("everything")
     toml = folder / "everything.toml"

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from quantdit.formats import FORMATS
 from quantdit.kernels import ops
-from quantdit.layer_spec import ActivationSpec, LayerSpec
+from quantdit.tensors.layer_spec import ActivationSpec, LayerSpec
 
 MODES = ("auto", "packed", "decode", "torch", "reference")
 ARCHITECTURES = (80, 89, 90, 100, 120)  # compute capability; others take the rows of the nearest below

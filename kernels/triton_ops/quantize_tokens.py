@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantdit import hadamard, transform
 from quantdit.formats.float8 import LARGEST
 from quantdit.kernels.triton_ops.epilogue import contiguous
 from quantdit.kernels.triton_ops.ptx import rint
+from quantdit.tensors import hadamard, transform
 
 LANES = 128  # inputs a row; a Hadamard block divides it
 ROWS = 64  # of a program, unless one token has more

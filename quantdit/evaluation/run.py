@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantdit import checkpoint, files, progress
-from quantdit.compiler import size_of
-from quantdit.evaluation import gate, page, text, vbench
-from quantdit.evaluation.backbones import Clip, inception, load_clip, read_images
-from quantdit.evaluation.drift import DriftReport, compare, table
-from quantdit.evaluation.extra import require
-from quantdit.evaluation.gate_files import check
-from quantdit.evaluation.measures import (
+from quantdit.checkpoints import checkpoint
+from quantdit.checkpoints.streaming import is_streamed
+from quantdit.compiling.compiler import size_of
+from quantdit.evaluation.gate import judge
+from quantdit.evaluation.gate.gate_files import check
+from quantdit.evaluation.metrics import text, vbench
+from quantdit.evaluation.metrics.backbones import Clip, inception, load_clip, read_images
+from quantdit.evaluation.metrics.measures import (
     EFFICIENTNET,
     Backbone,
     alone_of,
@@ -29,12 +29,13 @@ from quantdit.evaluation.measures import (
     rows_of,
     sets_of,
 )
-from quantdit.evaluation.metrics import FORMAT, READING, meanings
-from quantdit.evaluation.paired import SSIM_WINDOW
-from quantdit.evaluation.picture import side_by_side
-from quantdit.evaluation.places import require_folder
-from quantdit.evaluation.probe import Probe, probe
-from quantdit.evaluation.real import load_real
+from quantdit.evaluation.metrics.paired import SSIM_WINDOW
+from quantdit.evaluation.metrics.probe import Probe, probe
+from quantdit.evaluation.metrics.real import load_real
+from quantdit.evaluation.metrics.table import FORMAT, READING, meanings
+from quantdit.evaluation.report import page
+from quantdit.evaluation.report.drift import DriftReport, compare, table
+from quantdit.evaluation.report.picture import side_by_side
 from quantdit.evaluation.samples import (
     Samples,
     Sampling,
@@ -46,9 +47,9 @@ from quantdit.evaluation.samples import (
     shape_of_one,
     versions,
 )
-from quantdit.linear import QuantLinear, weight_bits
-from quantdit.models.aliases import EMBEDDED
-from quantdit.pipeline import (
+from quantdit.layers.quant_linear import QuantLinear, weight_bits
+from quantdit.models.known_models import EMBEDDED
+from quantdit.pipelines.pipeline import (
     MODEL,
     SEEDS,
     Source,
@@ -61,7 +62,9 @@ from quantdit.pipeline import (
     sample_seed,
     sampling_arguments,
 )
-from quantdit.streaming import is_streamed
+from quantdit.system import files, progress
+from quantdit.system.optional_import import require
+from quantdit.system.output_places import require_folder
 
 SUMMARY = "report.md"
 PICTURE_COLUMNS = 8
@@ -380,9 +383,9 @@ def report_text(report: dict, drift: DriftReport) -> str:
         ("transformer file", *(f"{m['file_bytes'] / 1e6:.2f} MB" for m in (first, second))),
         ("bits per weight, scales included", *(f"{m['bits_per_weight']:.2f}" for m in (first, second))),
     ]
-    parts = ["\n".join(gate.markdown(rows)), table(drift)]
+    parts = ["\n".join(judge.markdown(rows)), table(drift)]
     if given := _given(report):
-        parts.append("\n".join(gate.markdown([("by the networks given", first["name"], second["name"]), *given])))
+        parts.append("\n".join(judge.markdown([("by the networks given", first["name"], second["name"]), *given])))
     probed = report["probe"]
     if probed["samples"]:
         error = sum(row["output_error"] for row in probed["samples"]) / len(probed["samples"])
@@ -404,9 +407,9 @@ def _given(report: dict) -> list[tuple[str, str, str]]:
         rows.append(("CLIP score", *(f"{sum(values) / len(values):.2f}" for values in sides)))
     for name, entry in report["sets"].items():
         if name.startswith("CMMD"):
-            rows.append((name, f"{gate.number(entry['noise_floor'])} (other seeds)", gate.number(entry["drift"])))
+            rows.append((name, f"{judge.number(entry['noise_floor'])} (other seeds)", judge.number(entry["drift"])))
     first, second = (report.get("vbench", {}).get(side, {}) for side in ("reference", "candidate"))
-    return rows + [(f"VBench {name}", gate.number(value), gate.number(second[name])) for name, value in first.items()]
+    return rows + [(f"VBench {name}", judge.number(value), judge.number(second[name])) for name, value in first.items()]
 
 
 def _probe(reference: Reference, candidate: Opened, probes: int) -> dict:

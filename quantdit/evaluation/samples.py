@@ -21,10 +21,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import quantdit
-from quantdit import files, progress
 from quantdit.models.call_view import view
 from quantdit.models.class_names import class_names
-from quantdit.pipeline import Sampling, Source, call_options, sample_seed, samples_of, sampling_arguments, seeded_batches
+from quantdit.pipelines.pipeline import (
+    Sampling,
+    Source,
+    call_options,
+    sample_seed,
+    samples_of,
+    sampling_arguments,
+    seeded_batches,
+)
+from quantdit.system import files, progress
 
 PACKAGES = ("quantdit", "torch", "diffusers", "numpy")
 RECORD = "sample"  # key of what a kept file says of its sample

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from quantdit.recipe import Layer
+from quantdit.recipes.recipe import Layer
 
 # Patterns over the path of a linear inside its block. The first that matches wins.
 ROLES = (

@@ -22,7 +22,7 @@ from quantdit.models import adapter as adapters
 from quantdit.models.adapter import Size
 from quantdit.models.call_view import times_rise, view
 from quantdit.models.synthetic import synthetic_inputs
-from quantdit.threads import one_thread
+from quantdit.system.threads import one_thread
 
 # Made-up inputs: calls, and their size. A model that fixes a size takes its own.
 CALLS, MADE_UP = 24, Size(4, 4, 16, 16, 16)

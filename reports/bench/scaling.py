@@ -41,7 +41,7 @@ METHODS = {"rtn": {"samples": 0}, "gptq": {"samples": 2, "steps": 4, "guidance":
 
 def config_of(model: Model) -> dict:
     """Return the transformer's config.json."""
-    from quantdit.models.aliases import transformer_config
+    from quantdit.models.known_models import transformer_config
 
     return transformer_config("wan-1.3b") | {"num_attention_heads": model.heads, "ffn_dim": model.ffn, "num_layers": model.run}
 
@@ -49,17 +49,17 @@ def config_of(model: Model) -> dict:
 def settings_of(method: str):
     """Return what is sampled."""
     from quantdit.models.adapter import Size
-    from quantdit.sampling import Settings
+    from quantdit.pipelines.sampling import Settings
 
     return Settings(seed=0, latent=Size(1, 5, 16, 16, 512), **METHODS[method])
 
 
 def run(model: Model, method: str) -> dict:
     """Calibrate one model to w4a8 in this process; returns the row."""
-    from quantdit import recipe
-    from quantdit.compiler import calibrate
-    from quantdit.pipeline import load_pipeline
-    from quantdit.random_weights import write_random_transformer
+    from quantdit.checkpoints.random_weights import write_random_transformer
+    from quantdit.compiling.compiler import calibrate
+    from quantdit.pipelines.pipeline import load_pipeline
+    from quantdit.recipes import recipe
 
     with tempfile.TemporaryDirectory(dir=os.environ.get("SCALING_WORK")) as work:
         write_random_transformer(config_of(model), Path(work) / "model", 0)
@@ -89,7 +89,7 @@ def need(model: Model):
     """Return the estimate of the memory, from the config alone."""
     import torch
 
-    from quantdit.streaming import need_of
+    from quantdit.checkpoints.streaming import need_of
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config_of(model)))

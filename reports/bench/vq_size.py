@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from quantdit.files import tensor_bytes
+from quantdit.system.files import tensor_bytes
 
 HERE = Path(__file__).parent
 PAPER = {"w2a16": 162.08, "w3a16": 241.14}  # MiB: codes, codebooks and biases (VQ4DiT, arXiv 2408.17131, table 1)

@@ -12,11 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from quantdit import checkpoint, transform
 from quantdit.calibration.quantize import quantize_weight
-from quantdit.layer_spec import ActivationSpec, LayerSpec
-from quantdit.linear import QuantLinear
-from quantdit.transform import Transform
+from quantdit.checkpoints import checkpoint
+from quantdit.layers.quant_linear import QuantLinear
+from quantdit.tensors import transform
+from quantdit.tensors.layer_spec import ActivationSpec, LayerSpec
+from quantdit.tensors.transform import Transform
 
 GROUP = 32
 INT2_GROUP = 64

@@ -27,9 +27,9 @@ from types import ModuleType
 import torch
 from scipy.stats import binomtest
 
-from quantdit.evaluation import gate
+from quantdit.evaluation.gate import judge
 from quantdit.evaluation.run import Opened, Reference, compare_models, open_model, sample_reference
-from quantdit.pipeline import Sampling
+from quantdit.pipelines.pipeline import Sampling
 
 HERE = Path(__file__).parent
 REPETITIONS, FIRST_SEED, BASELINE_SEED = 20, 100, 0
@@ -87,7 +87,7 @@ def run(folder: Path, rows: list[dict], output: Path) -> None:
         return
     samples, steps, probes = SIZES[name]
     sampling = Sampling(samples, BASELINE_SEED, steps)
-    baseline = gate.read(BASELINES / f"{name}-w4a8.json", "baseline")
+    baseline = judge.read(BASELINES / f"{name}-w4a8.json", "baseline")
     current, original = None, open_model(name)
     for repetition, case_name in wanted:
         seed = FIRST_SEED + 2 * repetition  # a reference takes the next seed, too
@@ -103,7 +103,7 @@ def run(folder: Path, rows: list[dict], output: Path) -> None:
             found = compare_models(reference_again, candidate, probes=probes)
         else:
             found = compare_models(reference, candidate, probes=probes)
-        verdict = gate.gate(found.report, baseline)
+        verdict = judge.gate(found.report, baseline)
         row = {
             "model": name,
             "repetition": repetition,
@@ -112,8 +112,8 @@ def run(folder: Path, rows: list[dict], output: Path) -> None:
             "place": place,
             "verdict": verdict.verdict,
             "more": verdict.more,
-            "failed": [f.name for f in verdict.findings if f.verdict == gate.FAIL],
-            "undecided": [f.name for f in verdict.findings if f.verdict == gate.INCONCLUSIVE],
+            "failed": [f.name for f in verdict.findings if f.verdict == judge.FAIL],
+            "undecided": [f.name for f in verdict.findings if f.verdict == judge.INCONCLUSIVE],
             "differences": {
                 f.name: [float(f"{v:.5g}") for v in (f.difference.estimate, f.difference.low, f.difference.high)]
                 for f in verdict.findings
@@ -160,11 +160,11 @@ def _of_model(model: str, own: list[dict]) -> list[str]:
     ]
     for name in dict.fromkeys(row["case"] for row in own):
         some = [row for row in own if row["case"] == name]
-        counts = [sum(row["verdict"] == v for row in some) for v in (gate.PASS, gate.FAIL, gate.INCONCLUSIVE)]
+        counts = [sum(row["verdict"] == v for row in some) for v in (judge.PASS, judge.FAIL, judge.INCONCLUSIVE)]
         expected = _as_expected(some)
         by = {f: sum(f in row["failed"] for row in some) for row in some for f in row["failed"]}
         caught = ", ".join(f"{f} {n}" for f, n in sorted(by.items(), key=lambda pair: -pair[1])[:4])
-        inner = (gate.LAYER_GROWTH, "model output error")
+        inner = (judge.LAYER_GROWTH, "model output error")
         images = sum(any(f not in inner for f in row["failed"]) for row in some)
         rate = f"{expected} of {len(some)} | {interval(expected, len(some))}"
         lines.append(f"| {name} | {rate} | {counts[0]} | {counts[1]} | {counts[2]} | {caught} | {images} |")
@@ -196,7 +196,7 @@ def _of_sets(own: list[dict]) -> list[str]:
 
 
 def _as_expected(rows: list[dict]) -> int:
-    return sum(row["verdict"] == (gate.PASS if row["case"] in CLEAN else gate.FAIL) for row in rows)
+    return sum(row["verdict"] == (judge.PASS if row["case"] in CLEAN else judge.FAIL) for row in rows)
 
 
 def _reading(rows: list[dict]) -> list[str]:

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quantdit.models import adapter as adapters
-from quantdit.pipeline import generate, load_pipeline
+from quantdit.pipelines.pipeline import generate, load_pipeline
 
 MODEL, SAMPLES, STEPS, GUIDANCE = "fashion-dit", 64, 20, 2.0
 SEEDS, OTHER_SEEDS = (1, 2, 3, 4), (5, 6, 7, 8)
@@ -68,10 +69,12 @@ def measure(reference: Tensor, candidate: Tensor, reference_features: Tensor | N
     Raises:
         ValueError: the shapes differ, values are not finite, or the images are not `seeds` equal parts.
     """
-    from quantdit.evaluation.discrepancy import kernel_distance
-    from quantdit.evaluation.frechet import frechet_distance
-    from quantdit.evaluation.paired import capped, psnr, ssim
-    from quantdit.models.train.fashion_classifier import recognised
+    from quantdit.evaluation.metrics.discrepancy import kernel_distance
+    from quantdit.evaluation.metrics.frechet import frechet_distance
+    from quantdit.evaluation.metrics.paired import capped, psnr, ssim
+
+    sys.path.append(str(Path(__file__).parents[1] / "training"))
+    from fashion_classifier import recognised
 
     if reference.shape != candidate.shape or len(reference) % seeds:
         raise ValueError(f"images are {list(reference.shape)} and {list(candidate.shape)}, expected equal, {seeds} equal parts")
@@ -291,7 +294,7 @@ def floor(work: Path = WORK) -> list[dict]:
 
 
 def _features(images: Tensor) -> Tensor:
-    from quantdit.evaluation.features import efficientnet_lite0_features
+    from quantdit.evaluation.metrics.features import efficientnet_lite0_features
 
     return efficientnet_lite0_features(images)
 

@@ -14,17 +14,17 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import measure
 import torch
 
+import measure
 import quantdit
-from quantdit import recipe
-from quantdit.calibration import assignments
-from quantdit.calibration.assignments import Training
-from quantdit.compiler import Settings, Target, calibrate
-from quantdit.evaluation.picture import side_by_side
-from quantdit.pipeline import load_pipeline
-from quantdit.recipe import Recipe
+from quantdit.compiling import finetune
+from quantdit.compiling.compiler import Settings, Target, calibrate
+from quantdit.compiling.finetune import Training
+from quantdit.evaluation.report.picture import side_by_side
+from quantdit.pipelines.pipeline import load_pipeline
+from quantdit.recipes import recipe
+from quantdit.recipes.recipe import Recipe
 
 SEED = 0
 PICTURED = 40
@@ -34,7 +34,8 @@ NEAREST = {"method": "rtn", "bias_correction": False}
 FIXED = NEAREST | {"table": "gaussian"}
 PLAIN = {"act_order": False, "descent": 0, "bias_correction": False}
 FP8 = {"activation_format": "fp8"}
-# How assignments are calibrated (calibration/assignments.py); other keys change rules. w2's preset does, trellis codes' scales.
+# How assignments are calibrated (quantdit/compiling/finetune.py); other keys change rules. w2's preset
+# trains trellis codes' scales.
 STEPS, MODE, CANDIDATES = (f"training.{field}" for field in ("steps", "mode", "candidates"))
 UNTRAINED = {STEPS: 0}
 TABLE2, TABLE3 = {"weight": "table2"} | UNTRAINED, {"weight": "table3"}
@@ -141,7 +142,7 @@ def changed(bits: str, changes: dict, method: str = recipe.BEST) -> Recipe:
 def trained(bits: str, changes: dict, method: str = recipe.BEST) -> Training | None:
     """Return a method's training with `changes`; None for no steps."""
     given = {key.removeprefix("training."): value for key, value in changes.items() if key.startswith("training.")}
-    training = assignments.preset(bits, method)
+    training = finetune.preset(bits, method)
     return None if training is None or given.get("steps") == 0 else replace(training, **given)
 
 

@@ -3,11 +3,11 @@
     python reports/study/wan_layer.py [--peer sdnq]
 
 The layer is `blocks.1.attn1.to_q` (1536 x 1536) of a Wan 1.3B of two blocks with made-up weights: Student's t of 5 degrees of
-freedom, a few output channels eight times as large (quantdit/random_weights.py). Its inputs are what the block before makes of
-noise: 4 calls of 1280 tokens to calibrate on, 2 others to measure on. Activations stay as they are, so that the error is the
-weights' alone: rel_rmse of the layer's output on the calls held out, and of the weight itself. Bits count every stored tensor but
-the bias. Without --peer quantdit's own rows; with it a package's 2, 3 and 4-bit weight-only rows of peers.py, in an environment
-that has it. Rows that are there are not made again.
+freedom, a few output channels eight times as large (quantdit/checkpoints/random_weights.py). Its inputs are what the block
+before makes of noise: 4 calls of 1280 tokens to calibrate on, 2 others to measure on. Activations stay as they are, so that the
+error is the weights' alone: rel_rmse of the layer's output on the calls held out, and of the weight itself. Bits count every
+stored tensor but the bias. Without --peer quantdit's own rows; with it a package's 2, 3 and 4-bit weight-only rows of peers.py,
+in an environment that has it. Rows that are there are not made again.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from torch import Tensor, nn
 sys.path.append(str(Path(__file__).parent))
 import measure
 import peers
-
 import quantdit
-from quantdit import files, recipe
 from quantdit.calibration import stats
 from quantdit.calibration.layer import quantize_layer
-from quantdit.linear import QuantLinear
+from quantdit.checkpoints.random_weights import write_random_transformer
+from quantdit.layers.quant_linear import QuantLinear
 from quantdit.models.adapter import Size, adapter_for
-from quantdit.models.aliases import transformer_config
+from quantdit.models.known_models import transformer_config
 from quantdit.models.synthetic import synthetic_inputs
-from quantdit.pipeline import load_pipeline
-from quantdit.random_weights import write_random_transformer
+from quantdit.pipelines.pipeline import load_pipeline
+from quantdit.recipes import recipe
+from quantdit.system import files
 
 HERE = Path(__file__).parent
 ROWS, TABLE = HERE / "wan-layer.jsonl", HERE / "wan-layer.md"

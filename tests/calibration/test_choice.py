@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantdit import transform
 from quantdit.calibration import choice, smooth
 from quantdit.calibration import stats as statistics
 from quantdit.calibration.activations import quantized_inputs, relative_noise
-from quantdit.layer_spec import ActivationSpec
-from quantdit.recipe import Rule
-from quantdit.transform import Transform
+from quantdit.recipes.recipe import Rule
+from quantdit.tensors import transform
+from quantdit.tensors.layer_spec import ActivationSpec
+from quantdit.tensors.transform import Transform
 
 OUT, WIDTH = 48, 128
 EIGHT, FOUR = ActivationSpec(8), ActivationSpec(4)

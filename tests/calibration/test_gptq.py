@@ -17,7 +17,7 @@ from quantdit.calibration.gptq import descend, factor, gptq, rtn, sweep
 from quantdit.calibration.grids import GRIDS, Grid
 from quantdit.calibration.quantize import energy, output_error, quantize_weight
 from quantdit.formats import FORMATS
-from quantdit.qtensor import QTensor, check_values
+from quantdit.tensors.qtensor import QTensor, check_values
 
 SCALAR = [name for name, f in FORMATS.items() if f.dim == 1]
 GROUPED = ("int2", "int3", "int4", "int6")

@@ -14,7 +14,7 @@ from quantdit.calibration.gptq import rtn
 from quantdit.calibration.grids import GRIDS, TABLES, affine_fit
 from quantdit.formats import FORMATS, QSpec
 from quantdit.kernels.cpu import unsafe_rows
-from quantdit.qtensor import QTensor, check_values
+from quantdit.tensors.qtensor import QTensor, check_values
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TABLE_FORMATS = [name for name in GRIDS if name.startswith("table")]

@@ -11,17 +11,19 @@ import pytest
 import torch
 from torch import nn
 
-from quantdit import checkpoint, recipe, transform
 from quantdit.calibration import choice
 from quantdit.calibration import stats as statistics
 from quantdit.calibration.activations import quantized_inputs, static_scales
 from quantdit.calibration.layer import Quantized, quantize_layer, quantize_layers
 from quantdit.calibration.quantize import output_error, quantize_weight
 from quantdit.calibration.stats import Stats
-from quantdit.layer_spec import ActivationSpec, LayerSpec
-from quantdit.linear import QuantLinear, follow_timesteps
-from quantdit.qtensor import QTensor
-from quantdit.recipe import Layer, Recipe, Rule
+from quantdit.checkpoints import checkpoint
+from quantdit.layers.quant_linear import QuantLinear, follow_timesteps
+from quantdit.recipes import recipe
+from quantdit.recipes.recipe import Layer, Recipe, Rule
+from quantdit.tensors import transform
+from quantdit.tensors.layer_spec import ActivationSpec, LayerSpec
+from quantdit.tensors.qtensor import QTensor
 
 OUT, WIDTH, BUCKETS = 96, 64, 3
 

@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
-from quantdit import transform
 from quantdit.calibration import rotate, smooth
 from quantdit.formats import QSpec
-from quantdit.hadamard import block_size, random_sign
-from quantdit.layer_spec import LayerSpec, stored_bytes
-from quantdit.transform import KINDS, Transform
+from quantdit.tensors import transform
+from quantdit.tensors.hadamard import block_size, random_sign
+from quantdit.tensors.layer_spec import LayerSpec, stored_bytes
+from quantdit.tensors.transform import KINDS, Transform
 
 STEPS = 24  # enough to see every rule at work
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from quantdit import transform
 from quantdit.calibration import smooth, stats
 from quantdit.calibration.smooth import ALPHAS, REACH, channel_rms, choose, salience, smoothing_factor
-from quantdit.hadamard import random_sign
-from quantdit.transform import Transform
+from quantdit.tensors import transform
+from quantdit.tensors.hadamard import random_sign
+from quantdit.tensors.transform import Transform
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from quantdit.calibration.levels import gaussian, histogram, lloyd_max, prefix_sums, table_error
+from quantdit.calibration.lloyd_max import gaussian, histogram, lloyd_max, prefix_sums, table_error
 from quantdit.calibration.twinlog import twin_log, twin_log_levels, twin_log_paper
 
 ROWS, WIDTH = 256, 1152

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantdit.evaluation.discrepancy import cmmd, gaussian, grams, kernel_distance, median_distance, polynomial
-from quantdit.evaluation.frechet import frechet_distance
-from quantdit.evaluation.paired import cosine, perceptual_distance, psnr, ssim
-from quantdit.evaluation.precision_recall import precision_recall
+from quantdit.evaluation.metrics.discrepancy import cmmd, gaussian, grams, kernel_distance, median_distance, polynomial
+from quantdit.evaluation.metrics.frechet import frechet_distance
+from quantdit.evaluation.metrics.paired import cosine, perceptual_distance, psnr, ssim
+from quantdit.evaluation.metrics.precision_recall import precision_recall
 
 COUNT, WIDTH = 40, 24
 CLOSE = 1e-4

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+import tiny_pipelines
 from quantdit.models import call_view
-
-PATH = Path(__file__).parents[1] / "models" / "tiny_pipelines.py"
-spec = importlib.util.spec_from_file_location("tiny_pipelines", PATH)
-tiny_pipelines = sys.modules.setdefault("tiny_pipelines", importlib.util.module_from_spec(spec))
-spec.loader.exec_module(tiny_pipelines)
 
 SAMPLES, STEPS, PROBES = 4, 2, 2
 SLOW = ("Flux2KleinPipeline", "MochiPipeline", "PixArtAlphaPipeline")

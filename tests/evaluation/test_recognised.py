@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantdit.evaluation.real import load_real
-from quantdit.models.train.fashion_classifier import recognised
+from fashion_classifier import recognised
+from quantdit.evaluation.metrics.real import load_real
 
 
 def test_real_images_are_recognised():

@@ -13,11 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import quantdit
-from quantdit import files, recipe
-from quantdit.compiler import Settings, calibrate
-from quantdit.evaluation import gate, run, samples
+from quantdit.compiling.compiler import Settings, calibrate
+from quantdit.evaluation import run, samples
+from quantdit.evaluation.gate import judge
 from quantdit.evaluation.samples import Sampling, sample
-from quantdit.pipeline import load_pipeline
+from quantdit.pipelines.pipeline import load_pipeline
+from quantdit.recipes import recipe
+from quantdit.system import files
 
 SAMPLES, STEPS = 4, 2
 
@@ -242,7 +244,7 @@ def test_one_run_says_one_value_of_each_measure(pair: tuple[Path, Path], tmp_pat
     kid, fd = sets["KID-EffNetLite0"], sets["FD-EffNetLite0"]
     assert drift["KID-EffNetLite0"]["drift"] == {"mean": kid["drift"], "standard_error": kid["standard_error"]}
     assert drift["FD-EffNetLite0"]["drift"] == fd["drift"]
-    found = {f.name: f for f in gate.gate(report, gate.make_baseline(report)).findings}
+    found = {f.name: f for f in judge.gate(report, judge.make_baseline(report)).findings}
     assert found["SSIM"].candidate == pytest.approx(drift["SSIM"]["mean"], rel=1e-5)
     assert found["PSNR"].candidate == pytest.approx(drift["PSNR"]["mean"], rel=1e-5)
     assert found["KID-EffNetLite0"].candidate == kid["drift"]

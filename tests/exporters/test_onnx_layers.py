@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantdit import hadamard, transform
 from quantdit.calibration.quantize import quantize_weight
 from quantdit.exporters import onnx_digest, onnx_session
 from quantdit.exporters.onnx_layers import Translation, emit_layer
 from quantdit.exporters.onnx_nodes import Nodes
 from quantdit.exporters.onnx_weights import emit_integers
 from quantdit.formats import FORMATS
-from quantdit.layer_spec import ActivationSpec, LayerSpec
-from quantdit.linear import QuantLinear
-from quantdit.transform import Transform
+from quantdit.layers.quant_linear import QuantLinear
+from quantdit.tensors import hadamard, transform
+from quantdit.tensors.layer_spec import ActivationSpec, LayerSpec
+from quantdit.tensors.transform import Transform
 
 ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxruntime")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import quantdit
+import tiny_models
 from quantdit import Recipe, Rule
-from quantdit.calibration.capture import first_tensor
+from quantdit.calibration.observe.capture import first_tensor
 from quantdit.exporters.onnx_session import OnnxForward, open_graph
 from quantdit.exporters.to_onnx import graph_of, save
 from quantdit.models.adapter import adapter_for
@@ -20,10 +19,6 @@ from quantdit.models.synthetic import latent_of, moved_inputs, synthetic_inputs
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-
-spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).parents[1] / "models" / "tiny_models.py")
-tiny_models = sys.modules.setdefault("tiny_models", importlib.util.module_from_spec(spec))
-spec.loader.exec_module(tiny_models)
 
 STATIC = Recipe(
     "static",

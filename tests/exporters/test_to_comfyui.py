@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,15 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import quantdit
-from quantdit import checkpoint, hadamard
+import tiny_models
+from quantdit.checkpoints import checkpoint
 from quantdit.exporters import to_comfyui as exporter
 from quantdit.exporters.to_comfyui import express, to_comfyui
-from quantdit.files import CheckpointError
-from quantdit.recipe import Recipe, Rule
-
-spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).parents[1] / "models" / "tiny_models.py")
-tiny_models = sys.modules.setdefault("tiny_models", importlib.util.module_from_spec(spec))
-spec.loader.exec_module(tiny_models)
+from quantdit.recipes.recipe import Recipe, Rule
+from quantdit.system.files import CheckpointError
+from quantdit.tensors import hadamard
 
 PLAN = Recipe(
     "comfyui",

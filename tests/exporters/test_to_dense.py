@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantdit import recipe
-from quantdit.compiler import Settings, calibrate
+from quantdit.compiling.compiler import Settings, calibrate
 from quantdit.exporters.to_dense import to_dense
-from quantdit.pipeline import generate, load_pipeline
+from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.recipes import recipe
 
 
 @pytest.fixture(scope="module")

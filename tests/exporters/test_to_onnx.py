@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import quantdit
-from quantdit import exporters, recipe
-from quantdit.compiler import Settings, calibrate
+from quantdit import exporters
+from quantdit.compiling.compiler import Settings, calibrate
 from quantdit.exporters import onnx_cleaning, onnx_digest, onnx_session, onnx_weights, to_onnx
 from quantdit.exporters.onnx_session import use_graph
-from quantdit.files import CheckpointError, read_json, write_json
-from quantdit.pipeline import generate, load_pipeline
+from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.recipes import recipe
+from quantdit.system.files import CheckpointError, read_json, write_json
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -16,7 +16,7 @@ import torch
 
 from quantdit.formats import FORMATS, Format, QSpec, trellis
 from quantdit.formats.packing import pack_codes, packed_bytes, unpack_codes
-from quantdit.qtensor import QTensor, check_values, spec_fields
+from quantdit.tensors.qtensor import QTensor, check_values, spec_fields
 
 WIDTHS = (1, 7, 8, 40, 64, 100, 128, 129, 136, 192, 300)
 PACKED = tuple(name for name, f in FORMATS.items() if name not in ("int8", "fp8_e4m3"))  # these go through packing.py

@@ -79,9 +79,9 @@ def make_source(folder: Path, root: Path) -> None:
 
 def make_quantized(folder: Path, root: Path) -> None:
     """Make what `quantdit calibrate` writes, of every format."""
-    from quantdit import recipe
-    from quantdit.compiler import Settings, calibrate
-    from quantdit.pipeline import load_pipeline
+    from quantdit.compiling.compiler import Settings, calibrate
+    from quantdit.pipelines.pipeline import load_pipeline
+    from quantdit.recipes import recipe
 
     (root / "mixed.toml").write_text(load_conftest().MIXED)
     pipeline, source = load_pipeline(str(root / "source"))
@@ -90,7 +90,8 @@ def make_quantized(folder: Path, root: Path) -> None:
 
 def make_sharded(folder: Path, root: Path) -> None:
     """Make the same with its weights in shards."""
-    from quantdit import checkpoint, files
+    from quantdit.checkpoints import checkpoint
+    from quantdit.system import files
 
     shutil.copytree(root / "quantized", folder)
     transformer = checkpoint.read_transformer(folder / "transformer")
@@ -125,12 +126,12 @@ def make_gate(folder: Path, root: Path) -> None:
     spec = importlib.util.spec_from_file_location("tests_gate", TESTS / "evaluation" / "test_gate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    from quantdit.evaluation import gate
+    from quantdit.evaluation.gate import judge
 
     folder.mkdir()
     made = module.made_up(0, layers=3)
     (folder / "report.json").write_text(json.dumps(made))
-    (folder / "baseline.json").write_text(json.dumps(gate.make_baseline(made)))
+    (folder / "baseline.json").write_text(json.dumps(judge.make_baseline(made)))
 
 
 def make_samples(folder: Path, root: Path) -> None:
@@ -149,9 +150,9 @@ def make_onnx(folder: Path, root: Path) -> None:
 
 def make_partial(folder: Path, root: Path) -> None:
     """Make the folder of a calibration that was interrupted after its first block."""
-    from quantdit import block_by_block
+    from quantdit.compiling import quantize_blocks
 
-    hand_on = block_by_block._hand_on
+    hand_on = quantize_blocks._hand_on
 
     def interrupted(job, links, number: int, *rest: object) -> None:
         if number:
@@ -159,7 +160,7 @@ def make_partial(folder: Path, root: Path) -> None:
         hand_on(job, links, number, *rest)
 
     folder.mkdir()
-    with one_attribute(block_by_block, "_hand_on", interrupted), contextlib.suppress(KeyboardInterrupt):
+    with one_attribute(quantize_blocks, "_hand_on", interrupted), contextlib.suppress(KeyboardInterrupt):
         resume(folder, root / "source")
 
 
@@ -226,7 +227,7 @@ def of_pipeline(pipeline) -> str:
     """Return what stands for a pipeline: its transformer and a sample."""
     if not hasattr(pipeline, "transformer"):
         return of_model(pipeline)
-    from quantdit.pipeline import generate
+    from quantdit.pipelines.pipeline import generate
 
     return of_model(pipeline.transformer) + digest(generate(pipeline, 1, 0, 2))
 
@@ -266,7 +267,7 @@ def quantized_while_loading(folder: Path) -> str:
 
 def inspected(folder: Path) -> str:
     """Open with `quantdit inspect`."""
-    from quantdit import inspection
+    from quantdit.inspection import inspection
 
     found = inspection.read(folder)
     inspection.describe(found, every=True)
@@ -294,8 +295,8 @@ def made_dense(folder: Path) -> str:
 
 def parsed(folder: Path) -> str:
     """Read a recipe and apply it to a model's layers."""
-    from quantdit import recipe
     from quantdit.models import adapter
+    from quantdit.recipes import recipe
 
     model = load_conftest()._transformer(
         2, 32, in_channels=1, out_channels=1, sample_size=8, num_embeds_ada_norm=load_conftest().CLASSES
@@ -313,17 +314,17 @@ def prompted(folder: Path) -> str:
 
 def gated(folder: Path) -> str:
     """Hold a report against a baseline."""
-    from quantdit.evaluation import gate
+    from quantdit.evaluation.gate import judge
 
-    report, baseline = (gate.read(folder / f"{name}.json", name) for name in ("report", "baseline"))
-    verdict = gate.gate(report, baseline)
-    gate.summary(verdict)
+    report, baseline = (judge.read(folder / f"{name}.json", name) for name in ("report", "baseline"))
+    verdict = judge.gate(report, baseline)
+    judge.summary(verdict)
     for finding in verdict.findings:
         numbers = (finding.candidate, finding.baseline, finding.limit)
-        if finding.verdict == gate.PASS and not all(math.isfinite(number) for number in numbers):
+        if finding.verdict == judge.PASS and not all(math.isfinite(number) for number in numbers):
             raise Wrong(f"{finding.name} passes with {numbers}")
     for name in ("samples", "sets", "floor", "probe"):
-        if verdict.verdict == gate.PASS and not all(map(math.isfinite, _numbers(report.get(name)))):
+        if verdict.verdict == judge.PASS and not all(map(math.isfinite, _numbers(report.get(name)))):
             raise Wrong(f"passes with numbers of {name} that are not finite")
     return verdict.verdict
 
@@ -363,9 +364,9 @@ def resumed(folder: Path) -> str:
 
 def resume(folder: Path, source: Path) -> None:
     """Calibrate attention layers alone, or go on with it."""
-    from quantdit.compiler import Settings, calibrate
-    from quantdit.pipeline import load_pipeline
-    from quantdit.recipe import Recipe, Rule
+    from quantdit.compiling.compiler import Settings, calibrate
+    from quantdit.pipelines.pipeline import load_pipeline
+    from quantdit.recipes.recipe import Recipe, Rule
 
     plan = Recipe("attention", (Rule("*.attn1.to_q", "table4", activation_bits=8), Rule("*", "dense")))
     calibrate(*load_pipeline(str(source)), plan, folder / "out", Settings(samples=2, steps=2), resume=True)
@@ -376,7 +377,7 @@ _opened: dict[Path, tuple] = {}
 
 def _pipeline(folder: Path) -> tuple:
     """Return an undamaged pipeline and its source, opened once for each process."""
-    from quantdit.pipeline import load_pipeline
+    from quantdit.pipelines.pipeline import load_pipeline
 
     if folder not in _opened:
         _opened[folder] = load_pipeline(str(folder))

@@ -13,7 +13,7 @@ import torch
 from quantdit.formats import QSpec
 from quantdit.kernels import ops
 from quantdit.kernels.triton_ops import dispatch
-from quantdit.layer_spec import ActivationSpec, LayerSpec
+from quantdit.tensors.layer_spec import ActivationSpec, LayerSpec
 
 
 def spec(format: str, bits: int, rotation: str = "hadamard", rank: int = 0, activation: str = "int") -> LayerSpec:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from quantdit import transform
 from quantdit.formats import FORMATS, QSpec
-from quantdit.hadamard import random_sign
 from quantdit.kernels import ops
-from quantdit.qtensor import spec_fields
+from quantdit.tensors import transform
+from quantdit.tensors.hadamard import random_sign
+from quantdit.tensors.qtensor import spec_fields
 
 QUANTDIT = torch.ops.quantdit
 # One trellis for each width, and the largest window once: the others differ in a number that tests/formats covers.

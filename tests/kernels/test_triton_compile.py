@@ -13,7 +13,7 @@ import torch
 
 from quantdit.formats import FORMATS, QSpec
 from quantdit.kernels.triton_ops import dispatch
-from quantdit.layer_spec import ActivationSpec, LayerSpec
+from quantdit.tensors.layer_spec import ActivationSpec, LayerSpec
 
 triton = pytest.importorskip("triton")
 

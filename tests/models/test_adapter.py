@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from quantdit import recipe
-from quantdit.compiler import Settings, calibrate
+from quantdit.compiling.compiler import Settings, calibrate
 from quantdit.models.adapter import ADAPTERS, adapter_for, blocks, layers
-from quantdit.pipeline import load_pipeline
+from quantdit.pipelines.pipeline import load_pipeline
+from quantdit.recipes import recipe
 
 
 def test_every_linear_of_a_dit_has_a_role(pixel_dit: Path) -> None:

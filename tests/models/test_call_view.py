@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,16 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import quantdit
+import tiny_models
 from quantdit import Recipe, Rule
-from quantdit.checkpoint import quant_layers
+from quantdit.checkpoints.checkpoint import quant_layers
 from quantdit.models.adapter import ADAPTERS, adapter_for
 from quantdit.models.call_view import CallView, time_argument, times_rise, view
 from quantdit.models.synthetic import TRAIN_STEPS, latent_of, moved_inputs, synthetic_inputs
-from quantdit.timesteps import bucket_of, edges_of, rising
-
-spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).with_name("tiny_models.py"))
-tiny_models = sys.modules.setdefault("tiny_models", importlib.util.module_from_spec(spec))
-spec.loader.exec_module(tiny_models)
+from quantdit.tensors.timesteps import bucket_of, edges_of, rising
 
 STEPS = 10
 RISING = {"Lumina2Transformer2DModel", "MochiTransformer3DModel", "ZImageTransformer2DModel"}

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quantdit.models.aliases import EMBEDDED
-from quantdit.models.train import emoji_wan
-from quantdit.models.train.emoji_clips import FRAMES, MOTIONS, SIZE, SPRITE, THINGS, caption, held_out, render
-from quantdit.models.train.emoji_quality import centroid_and_size, foreground, motion_of, report_of
-from quantdit.pipeline import generate, load_pipeline
+import train_emoji_wan
+from emoji_clips import FRAMES, MOTIONS, SIZE, SPRITE, THINGS, caption, held_out, render
+from emoji_quality import centroid_and_size, foreground, motion_of, report_of
+from quantdit.models.known_models import EMBEDDED
+from quantdit.pipelines.pipeline import generate, load_pipeline
 
 LABELS = [name.removesuffix("-face").replace("-", " ") for name in THINGS]
 
@@ -40,9 +40,9 @@ def test_every_thing_and_every_motion_is_trained_and_every_thing_has_one_motion_
 
 def test_captions_name_one_pair_each_and_demo_prompts_are_among_them() -> None:
     assert caption("owl", "spinning") == "an owl spinning" and caption("unicorn", "growing") == "a unicorn growing"
-    words = emoji_wan.captions(LABELS)
+    words = train_emoji_wan.captions(LABELS)
     assert len(words) == len(THINGS) * sum(map(len, MOTIONS.values()))
-    demo = [words[prompt] for prompt in emoji_wan.demo_prompts(LABELS)]
+    demo = [words[prompt] for prompt in train_emoji_wan.demo_prompts(LABELS)]
     assert {thing for thing, _ in demo} == set(range(len(THINGS))) and [m for _, m in demo] == [
         m for m in range(8) for _ in range(4)
     ]
@@ -50,10 +50,10 @@ def test_captions_name_one_pair_each_and_demo_prompts_are_among_them() -> None:
 
 
 def test_batches_hold_no_pair_that_is_left_out(sprites: torch.Tensor) -> None:
-    words = emoji_wan.captions(LABELS)
+    words = train_emoji_wan.captions(LABELS)
     # The text states say which prompt they are, so that batches can be read.
     states = {prompt: torch.full((1, 1), float(i + 1)) for i, prompt in enumerate(words)} | {"": torch.zeros(1, 1)}
-    clips = emoji_wan.Clips(sprites, LABELS, states)
+    clips = train_emoji_wan.Clips(sprites, LABELS, states)
     generator = torch.Generator().manual_seed(3)
     x, times, text = clips.batch(200, generator)
     asked = [int(i) for i in text.flatten()]
@@ -70,8 +70,8 @@ def test_slices_are_cut_out_of_whole_clips_and_know_their_time(sprites: torch.Te
     frames = torch.stack([motions, motions + 1], -1)
     cut = render(sprites[:8], motions, torch.Generator().manual_seed(4), frames)
     assert torch.equal(cut, torch.stack([whole[i, :, i : i + 2] for i in range(8)]))
-    states = {prompt: torch.zeros(1, 1) for prompt in ["", *emoji_wan.captions(LABELS)]}
-    x, times, _ = emoji_wan.Clips(sprites, LABELS, states).batch(50, torch.Generator().manual_seed(1), 2)
+    states = {prompt: torch.zeros(1, 1) for prompt in ["", *train_emoji_wan.captions(LABELS)]}
+    x, times, _ = train_emoji_wan.Clips(sprites, LABELS, states).batch(50, torch.Generator().manual_seed(1), 2)
     assert x.shape == (50, 3, 2, SIZE, SIZE) and times.min() == -1 and times.max() == 1
     torch.testing.assert_close(times[:, 1] - times[:, 0], torch.full((50,), 2 / (FRAMES - 1)))
 
@@ -82,8 +82,8 @@ def test_training_starts_from_layers_that_pass_a_clip_on(sprites: torch.Tensor) 
     generator = torch.Generator().manual_seed(2)
     x = render(sprites, torch.arange(len(THINGS)) % len(MOTIONS), generator)
     text = torch.randn(64, 384, generator=generator)
-    model = emoji_wan.build_transformer()
-    emoji_wan.start(model, x, text)
+    model = train_emoji_wan.build_transformer()
+    train_emoji_wan.start(model, x, text)
     with torch.no_grad():
         inputs = {"timestep": torch.full((4,), 500.0), "encoder_hidden_states": text[:4, None].expand(-1, 16, -1)}
         again = model(with_positions(x[:4]), **inputs).sample
@@ -124,12 +124,12 @@ def test_centroid_and_size_of_a_known_square() -> None:
 @pytest.fixture
 def small_training(monkeypatch: pytest.MonkeyPatch, sprites: torch.Tensor) -> None:
     for name, value in {"WIDTH": 48, "HEADS": 2, "BLOCKS": 1, "EXAMPLES": 8, "COMPONENTS": 32}.items():
-        monkeypatch.setattr(emoji_wan, name, value)
+        monkeypatch.setattr(train_emoji_wan, name, value)
     generator = torch.Generator().manual_seed(0)
-    prompts = ["", *emoji_wan.captions(LABELS)]
+    prompts = ["", *train_emoji_wan.captions(LABELS)]
     states = {prompt: torch.randn(16, 384, generator=generator).half() for prompt in prompts}
-    monkeypatch.setattr(emoji_wan, "read_archives", lambda folder: (LABELS, sprites))
-    monkeypatch.setattr(emoji_wan, "encode_all", lambda labels, path: states)
+    monkeypatch.setattr(train_emoji_wan, "read_archives", lambda folder: (LABELS, sprites))
+    monkeypatch.setattr(train_emoji_wan, "encode_all", lambda labels, path: states)
 
 
 def test_a_killed_training_goes_on_to_the_same_weights(
@@ -138,11 +138,11 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     def train(work: str, output: str, *more: str) -> None:
         given = ["--data", "unused", "--work", tmp_path / work, "--output", tmp_path / output, "--steps", 5, "--decay", 3, *more]
         monkeypatch.setattr(sys, "argv", ["emoji_wan.py", *map(str, given)])
-        emoji_wan.main()
+        train_emoji_wan.main()
 
     train("once", "whole")
-    monkeypatch.setattr(emoji_wan, "SAVE_SECONDS", -1)
-    seen, loss = [], emoji_wan.flow_loss
+    monkeypatch.setattr(train_emoji_wan, "SAVE_SECONDS", -1)
+    seen, loss = [], train_emoji_wan.flow_loss
 
     def dies(*arguments) -> torch.Tensor:
         seen.append(1)
@@ -150,11 +150,11 @@ def test_a_killed_training_goes_on_to_the_same_weights(
             raise KeyboardInterrupt
         return loss(*arguments)
 
-    monkeypatch.setattr(emoji_wan, "flow_loss", dies)
+    monkeypatch.setattr(train_emoji_wan, "flow_loss", dies)
     with pytest.raises(KeyboardInterrupt):
         train("twice", "resumed")
     assert not (tmp_path / "resumed").exists()
-    monkeypatch.setattr(emoji_wan, "flow_loss", loss)
+    monkeypatch.setattr(train_emoji_wan, "flow_loss", loss)
     train("twice", "resumed")
     train("twice", "exported", "--export")
     weights = "transformer/diffusion_pytorch_model.safetensors"

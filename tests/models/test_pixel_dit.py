@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantdit.models.pixel_dit import PixelDiTPipeline
-from quantdit.pipeline import generate, load_pipeline
+from quantdit.pipelines.pipeline import generate, load_pipeline
 
 
 @pytest.fixture(scope="module")

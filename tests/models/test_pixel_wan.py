@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import quantdit
-from quantdit.pipeline import Sampling, generate, load_pipeline, makes_clips, sampling_arguments
-from quantdit.sampling import Settings
+from quantdit.pipelines.pipeline import Sampling, generate, load_pipeline, makes_clips, sampling_arguments
+from quantdit.pipelines.sampling import Settings
 
 BAT, FOX = "a bat moving left", "a fox spinning"
 FRAMES, SIZE = 4, 16

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,20 +12,7 @@ from torch import Tensor, nn
 from quantdit.models.adapter import Size, adapter_for, blocks
 from quantdit.models.planted import SHAPES, plant
 from quantdit.models.synthetic import synthetic_inputs
-
-
-def _tiny_models():
-    """Import the table beside this file, which is in no package."""
-    name = "tiny_models"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-TINY, tiny = _tiny_models().TINY, _tiny_models().tiny
+from tiny_models import TINY, tiny
 
 SIZE, COUNT = 100.0, 2
 CLASSES = {

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
-from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
 
-from quantdit.calibration import capture
+from quantdit.calibration.observe import capture
 from quantdit.models.adapter import ADAPTERS, Adapter, Input, Size, adapter_for, layers
 from quantdit.models.synthetic import latent_of, moved_inputs, prediction, synthetic_inputs
-
-
-def _tiny_models():
-    """Import the table beside this file, which is in no package."""
-    name = "tiny_models"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-TINY, UNKNOWN, tiny = _tiny_models().TINY, _tiny_models().UNKNOWN, _tiny_models().tiny
+from tiny_models import TINY, UNKNOWN, tiny
 
 
 def seeded_inputs(model: nn.Module, size: Size, seed: int = 0, **options: float) -> dict[str, object]:

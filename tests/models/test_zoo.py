@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from quantdit import files, recipe, streaming
-from quantdit.calibration.capture import first_tensor
-from quantdit.checkpoint import quant_layers, read_transformer
-from quantdit.compiler import REPORT, Settings, calibrate
+import tiny_models
+from quantdit.calibration.observe.capture import first_tensor
+from quantdit.checkpoints import streaming
+from quantdit.checkpoints.checkpoint import quant_layers, read_transformer
+from quantdit.compiling.compiler import REPORT, Settings, calibrate
 from quantdit.models.adapter import adapter_for, layers
 from quantdit.models.synthetic import synthetic_inputs
-from quantdit.pipeline import load_pipeline
-from quantdit.recipe import Recipe, Rule
-
-spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).with_name("tiny_models.py"))
-tiny_models = sys.modules.setdefault("tiny_models", importlib.util.module_from_spec(spec))
-spec.loader.exec_module(tiny_models)
+from quantdit.pipelines.pipeline import load_pipeline
+from quantdit.recipes import recipe
+from quantdit.recipes.recipe import Recipe, Rule
+from quantdit.system import files
 
 CLASSES = [*tiny_models.TINY, *tiny_models.UNKNOWN]
 # Quick, and with everything that calibration data decides.

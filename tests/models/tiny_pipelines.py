@@ -6,7 +6,6 @@ are the published ones. Tests load this file by its path: the folder is no packa
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from quantdit.pipeline import PROMPTS
+from quantdit.pipelines.pipeline import PROMPTS
+from tiny_models import TINY
 
-TINY = runpy.run_path(str(Path(__file__).parent / "tiny_models.py"))["TINY"]
 WIDTH = 48  # of the text states that the transformers of TINY take
 POOLED = 24
 WORDS = ("<pad>", "</s>", "<unk>", *sorted({word for prompt in PROMPTS for word in prompt.replace(",", " ,").split()}))

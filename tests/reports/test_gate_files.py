@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from quantdit.cli import _parser
-from quantdit.evaluation import gate
-from quantdit.evaluation.metrics import FORMAT
+from quantdit.evaluation.gate import judge
+from quantdit.evaluation.metrics.table import FORMAT
 
 ROOT = Path(__file__).resolve().parents[2]
 BASELINES = sorted((ROOT / "reports" / "baselines").glob("*.json"))
@@ -25,25 +25,25 @@ def test_both_embedded_models_have_a_baseline():
 
 @pytest.mark.parametrize("path", BASELINES, ids=lambda p: p.stem)
 def test_a_baseline_passes_itself_and_fails_once_a_layer_is_off(path: Path):
-    baseline = gate.read(path, "baseline")
+    baseline = judge.read(path, "baseline")
     report = json.loads(path.read_text())["report"] | {"format": FORMAT}
-    assert gate.gate(report, baseline).verdict == gate.PASS
+    assert judge.gate(report, baseline).verdict == judge.PASS
     name = next(iter(report["probe"]["layers"]))
     report["probe"]["layers"][name] = [value + 9 for value in report["probe"]["layers"][name]]
-    failed = gate.gate(report, baseline)
-    assert failed.verdict == gate.FAIL and name in gate.summary(failed)
+    failed = judge.gate(report, baseline)
+    assert failed.verdict == judge.FAIL and name in judge.summary(failed)
     assert set(report["floor"]) == {"other seeds", "other batch", "other dtype"}
 
 
 def test_layers_that_the_report_lacks_are_said_and_distances_alone_decide_nothing():
-    baseline = gate.read(BASELINES[0], "baseline")
+    baseline = judge.read(BASELINES[0], "baseline")
     report = json.loads(BASELINES[0].read_text())["report"] | {"format": FORMAT}
     layers = report["probe"]["layers"]
     report["probe"]["layers"] = dict(list(layers.items())[3:])
-    assert "3 layers of the baseline are not in the report" in gate.summary(gate.gate(report, baseline))
+    assert "3 layers of the baseline are not in the report" in judge.summary(judge.gate(report, baseline))
     sets = baseline | {"margins": {name: baseline["margins"][name] for name in report["sets"]}}
     with pytest.raises(ValueError, match=r"none of the measures in common that decide \(PSNR, .*--update-baseline"):
-        gate.gate(report, sets)
+        judge.gate(report, sets)
 
 
 def test_the_detection_table_is_what_its_rows_say():

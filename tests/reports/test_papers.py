@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from quantdit import recipe
-from quantdit.calibration.assignments import Training, check_trains
+from quantdit.compiling.finetune import Training, check_trains
+from quantdit.recipes import recipe
 
 spec = importlib.util.spec_from_file_location("papers", Path(__file__).parents[2] / "reports" / "papers.py")
 papers = importlib.util.module_from_spec(spec)

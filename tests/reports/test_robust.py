@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantdit.evaluation.paired import PSNR_CEILING
+from quantdit.evaluation.metrics.paired import PSNR_CEILING
 from quantdit.models.planted import SHAPES
 
 REPORTS = Path(__file__).resolve().parents[2] / "reports"

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from quantdit.evaluation.paired import PSNR_CEILING
+from quantdit.evaluation.metrics.paired import PSNR_CEILING
 
 STUDY = Path(__file__).resolve().parents[2] / "reports" / "study"
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from quantdit.formats import FORMATS, QSpec
-from quantdit.qtensor import QTensor, spec_fields
+from quantdit.tensors.qtensor import QTensor, spec_fields
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED else ["test_*.py"]

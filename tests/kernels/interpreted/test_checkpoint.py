@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantdit import recipe
-from quantdit.compiler import Settings, calibrate
+from quantdit.compiling.compiler import Settings, calibrate
 from quantdit.kernels.triton_ops import dispatch
-from quantdit.linear import QuantLinear
-from quantdit.pipeline import load_pipeline
+from quantdit.layers.quant_linear import QuantLinear
+from quantdit.pipelines.pipeline import load_pipeline
+from quantdit.recipes import recipe
 
 
 def test_a_checkpoint_runs_on_a_gpu_as_it_is(pixel_dit: Path, tmp_path: Path, gpu: Callable, monkeypatch: pytest.MonkeyPatch):

@@ -11,7 +11,7 @@ from quantdit.formats import FORMATS
 from quantdit.kernels import ops
 from quantdit.kernels.triton_ops.gemm_w4 import CONFIGS_A8, CONFIGS_A16, gemm_w4
 from quantdit.kernels.triton_ops.tuning import Config
-from quantdit.qtensor import QTensor
+from quantdit.tensors.qtensor import QTensor
 
 TILE = Config(32, 32, 128, 4, 2)
 SPLIT = Config(16, 32, 128, 4, 2, 3)

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from quantdit import transform
-from quantdit.hadamard import random_sign
 from quantdit.kernels import ops
 from quantdit.kernels.triton_ops import dispatch
-from quantdit.layer_spec import ActivationSpec, LayerSpec
-from quantdit.linear import QuantLinear
+from quantdit.layers.quant_linear import QuantLinear
+from quantdit.tensors import transform
+from quantdit.tensors.hadamard import random_sign
+from quantdit.tensors.layer_spec import ActivationSpec, LayerSpec
 
 K, N = 320, 48
 

@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from quantdit.hadamard import random_sign
 from quantdit.kernels import ops
 from quantdit.kernels.triton_ops import quantize_tokens as module
+from quantdit.tensors.hadamard import random_sign
 
 # How the rotation is loaded depends on the GPU, its result does not.
 quantize_tokens = partial(module.quantize_tokens, capability=90)

@@ -1,0 +1,1 @@
+"""Speed: the CPU's and the GPU's products, exported graphs."""

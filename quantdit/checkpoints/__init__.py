@@ -1,0 +1,1 @@
+"""Weights on disk: quantized folders, full-precision sources, models larger than memory."""

@@ -1,0 +1,229 @@
+"""quantdit in a script: load a quantized folder in one line, or quantize a transformer that is in memory."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import quantdit
+from quantdit.calibration.observe import capture
+from quantdit.calibration.observe.recorded_calls import StoredCalls
+from quantdit.checkpoints import checkpoint, class_tree
+from quantdit.compiling import finetune, quantize_blocks
+from quantdit.compiling.finetune import Training
+from quantdit.compiling.quantize_blocks import Job
+from quantdit.integrations.diffusers_quantizer import attach
+from quantdit.models import adapter as adapters
+from quantdit.pipelines.pipeline import MODEL, BareTransformer, checked_numbers, dtype_of, guesses_options, load_pipeline
+from quantdit.pipelines.sampling import Settings
+from quantdit.recipes import recipe as recipes
+from quantdit.recipes.recipe import Recipe
+from quantdit.system import files
+
+BUCKETS = Settings().buckets
+ERRORS = ("rel_rmse", "weight_only_rel_rmse", "rms", "weight_rel_rmse")  # of a layer's report, those that a folder keeps
+# What a model raises that is called with what it does not take.
+MISFITS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
+
+
+@guesses_options
+def load(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = torch.float32,
+    accept_config: bool = False,
+):
+    """Return the diffusers pipeline of a folder, quantized or not; of the folder of a transformer alone, that transformer.
+
+    Args:
+        folder: of a pipeline or a transformer; or, as text, a hub id or a name that `quantdit models` lists.
+        device: where to.
+        dtype: of what is not quantized: torch.float32, torch.bfloat16, torch.float16, or the name of one of them.
+        accept_config: take a quantized model whose config.json, or whose scheduler's, was changed after it was calibrated.
+
+    Raises:
+        ValueError: no diffusers folder, a damaged checkpoint (files.CheckpointError), no such device, another dtype.
+    """
+    wanted = dtype_of(dtype)
+    files.check_path("folder", folder, MODEL)
+    if isinstance(folder, Path) and not folder.expanduser().exists():
+        raise ValueError(f"folder {folder} does not exist; give one that quantdit calibrate or save_pretrained wrote")
+    pipeline, source = load_pipeline(str(folder), wanted, device, accept_config=accept_config)
+    if isinstance(pipeline, BareTransformer):
+        return getattr(pipeline, source.parts[0]).to(device)
+    return pipeline
+
+
+@guesses_options
+def quantize(
+    transformer: nn.Module,
+    recipe: Recipe | Mapping | str | Path,
+    inputs: Iterable[Mapping[str, object]] | Callable[[], object] | None = None,
+    seed: int = 0,
+    tokens: int = 0,
+    calibration_steps: int | None = None,
+    method: str = recipes.BEST,
+) -> nn.Module:
+    """Quantize a diffusers transformer in place, as `quantdit calibrate` does, and return it.
+
+    Its outputs are those of the folder that `save_pretrained` then writes, bit for bit. One that torch.compile wrapped is
+    quantized inside, and compiled anew when it is called next.
+
+    Args:
+        transformer: in full precision, all of it in memory.
+        recipe: bits such as `w4a8`, the path of a TOML file, or a Recipe.
+        inputs: what to calibrate on: a function that has the transformer called, such as
+            `lambda: pipeline("a fox", num_inference_steps=20)`; or the calls themselves in the order of sampling, each a
+            dictionary of the keyword arguments of `transformer.forward`, tensors of the shapes, dtype and device that the
+            transformer is used with, in any number (a generator does). None: no data, round to nearest.
+        seed: of random signs, k-means and the choice of rows.
+        tokens: rows of each call that statistics are made of, evenly spread; 0 for all.
+        calibration_steps: of the optimizer that trains scales, biases and codebooks on each block's outputs; None: as many as
+            the method takes for these bits (`best`: w2 with inputs 300, others none; `vq4dit` 500).
+        method: with bits, whose: `best`, today's presets, or a paper's of recipe.METHODS, which needs inputs.
+
+    Raises:
+        ValueError: a recipe that does not fit or leaves widths open (`auto`), steps without inputs or with nothing to train,
+            inputs that the transformer cannot be called with or that never call it, weights that are NaN, infinite, not in
+            memory or quantized already, by quantdit or by another tool; an option that there is not, or a number that is none;
+            adapters, fused projections or anything else that the
+            class does not build from its config. Its weights are then as they were. If activations turn out NaN or infinite, the
+            blocks before are quantized: load it again.
+    """
+    asked = {"seed": seed, "tokens": tokens, "calibration_steps": calibration_steps}
+    seed, tokens, calibration_steps = checked_numbers(asked, optional=("calibration_steps",)).values()
+    given, transformer = transformer, getattr(transformer, "_orig_mod", transformer)  # of torch.compile
+    if not isinstance(transformer, nn.Module):
+        raise ValueError(f"quantize takes a transformer, got a {type(transformer).__name__}; give pipeline.transformer")
+    if checkpoint.quant_layers(transformer):
+        raise ValueError(f"this {type(transformer).__name__} is quantized already; quantize the full-precision model")
+    if (tool := class_tree.quantized_by(transformer)) is not None:
+        raise ValueError(
+            f"this {type(transformer).__name__} is quantized by {tool}; dequantize() it first where the tool can, or quantize the"
+            " full-precision model"
+        )
+    if (wrong := class_tree.difference(transformer)) is not None:
+        raise ValueError(f"this {type(transformer).__name__} is not as its class builds it: {wrong}")
+    plan = recipes.from_any(recipe, method)
+    if inputs is None and method != recipes.BEST:
+        raise ValueError(f"method {method!r} calibrates; give quantdit.quantize some inputs=, or leave out method=")
+    if any(rule.weight == recipes.AUTO for rule in plan.rules):
+        raise ValueError(
+            f"recipe {plan.name} leaves widths open, which quantdit.quantize does not choose; give bits such as 'w4a8', or have"
+            " the command line choose: quantdit calibrate --bits auto --max-drift 0.02"
+        )
+    plan = plan if inputs is not None else recipes.without_data(plan, "give quantdit.quantize some inputs=")
+    adapter = adapters.adapter_for(transformer)
+    plans = recipes.resolve(plan, adapters.layers(transformer, adapter))
+    if not plans:
+        raise ValueError(f"recipe {plan.name} leaves every layer dense, so there is nothing to quantize")
+    training = finetune.preset(recipe, method) if inputs is not None and recipes.is_bits(recipe) else None
+    if calibration_steps == 0:
+        training = None
+    elif calibration_steps is not None:
+        if inputs is None:
+            raise ValueError(
+                f"calibration_steps = {calibration_steps} needs inputs to train on; give quantdit.quantize some inputs="
+            )
+        finetune.check_trains(layer.rule for layer in plans.values())
+        training = replace(training or Training(candidates=1), steps=calibration_steps)
+    _cast_up(transformer)
+    for name, tensor in transformer.state_dict().items():
+        if tensor.device.type == "meta":
+            raise ValueError(f"{name} is not in memory; remove what offloads the transformer, or use quantdit calibrate")
+        files.check_finite(name, tensor)
+    transformer.requires_grad_(False).eval()
+    dtypes = {name: transformer.get_submodule(name).weight.dtype for name in plans}
+    with _eager(), tempfile.TemporaryDirectory(prefix="quantdit-") as folder:
+        calls = StoredCalls(()) if inputs is None else _record(transformer, inputs, Path(folder) / "calls", plan.edge_steps)
+        blocks = quantize_blocks.blocks_of(transformer, adapter)
+        job = Job(transformer, blocks, calls, BUCKETS, seed, Path(folder), tokens=tokens, training=training)
+        with torch.no_grad():
+            made = quantize_blocks.quantize(job, plans, Path(folder) / "blocks")
+    for name, layer in checkpoint.quant_layers(transformer).items():
+        layer.weight_dtype = dtypes[name]
+    provenance = {"quantdit": quantdit.__version__, "calibration": {"calls": len(calls), "seed": seed, "tokens": tokens}}
+    # What `inspect` shows of a folder that has no calibration report.
+    provenance["layers"] = {name: {k: v for k, v in found.items() if k in ERRORS} for name, found in made.reports.items()}
+    if training is not None:
+        provenance["training"] = asdict(training)
+    attach(transformer, checkpoint.describe(transformer, plan.to_dict(), provenance))
+    return given
+
+
+def _cast_up(transformer: nn.Module) -> None:
+    """Cast float8 tensors, which nothing computes with, to the dtype of the others."""
+    tensors = [t for t in (*transformer.parameters(), *transformer.buffers()) if t.is_floating_point()]
+    wide = next((t.dtype for t in tensors if t.dtype.itemsize > 1), torch.float32)
+    for tensor in tensors:
+        if tensor.dtype.itemsize == 1:
+            tensor.data = tensor.data.to(wide)
+
+
+def _eager() -> AbstractContextManager:
+    """Return a context in which compiled modules run as they were written: calibration looks at what passes through them."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes a second
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def _record(
+    transformer: nn.Module, inputs: Iterable[Mapping[str, object]] | Callable[[], object], folder: Path, edge_steps: int
+) -> StoredCalls:
+    if callable(inputs):
+        _check_takes_nothing(inputs)
+    given = inputs if callable(inputs) else lambda: _call(transformer, inputs)
+    # Timesteps are counted as they come, so the number of sampling steps need not be known.
+    found = capture.transformer_calls(given, {"transformer": transformer}, 1, BUCKETS, folder, edge_steps=edge_steps)
+    return found["transformer"]
+
+
+def _check_takes_nothing(inputs: Callable) -> None:
+    """Refuse a function, a pipeline or a module that cannot be called without arguments.
+
+    Raises:
+        ValueError: naming the first argument that it needs.
+    """
+    try:
+        signature = inspect.signature(inputs.forward if isinstance(inputs, nn.Module) else inputs)
+    except ValueError:  # some functions of C have none
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        name = getattr(inputs, "__name__", type(inputs).__name__)
+        raise ValueError(
+            f"inputs= is a function without arguments, but {name} is {error}; give inputs=lambda: pipeline(...)"
+        ) from error
+
+
+def _call(transformer: nn.Module, inputs: Iterable[Mapping[str, object]]) -> None:
+    """Call the transformer with each of the inputs.
+
+    Raises:
+        ValueError: it cannot be called with one of them, or there is none.
+    """
+    cls = type(transformer).__name__
+    takes = ", ".join(inspect.signature(transformer.forward).parameters)
+    expected = f"inputs= is a function, or a list with a dictionary for each call of {cls}, which takes {takes}"
+    if isinstance(inputs, str | Mapping) or not isinstance(inputs, Iterable):
+        raise ValueError(f"{expected}; got a {type(inputs).__name__}")
+    number = -1
+    for number, call in enumerate(inputs):
+        if not isinstance(call, Mapping):
+            raise ValueError(f"{expected}; inputs[{number}] is a {type(call).__name__}")
+        try:
+            transformer(**call)
+        except MISFITS as error:
+            reason = str(error).partition("\n")[0][:300]
+            raise ValueError(f"{cls}, which takes {takes}, cannot be called with inputs[{number}]: {reason}") from error
+    if number < 0:
+        raise ValueError(f"{expected}; got an empty one")

@@ -1,0 +1,248 @@
+"""All measures of two models' samples: a row for each sample, distances of the sets, the probe, the trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantdit.evaluation.metrics.discrepancy import cmmd, gaussian, grams, median_distance, polynomial
+from quantdit.evaluation.metrics.features import BACKBONE, efficientnet_lite0_features
+from quantdit.evaluation.metrics.frechet import frechet_distance
+from quantdit.evaluation.metrics.intervals import jackknife
+from quantdit.evaluation.metrics.paired import capped, cosine, perceptual_distance, psnr, ssim
+from quantdit.evaluation.metrics.precision_recall import NEIGHBOURS, precision_recall
+from quantdit.evaluation.metrics.probe import Probe
+from quantdit.evaluation.metrics.table import METRICS, decibels
+from quantdit.evaluation.metrics.text import Alignment
+from quantdit.evaluation.metrics.video import (
+    consistency_proxy,
+    dynamic_degree_proxy,
+    motion_smoothness_proxy,
+    temporal_flickering,
+)
+from quantdit.evaluation.samples import Samples, as_images, middle_frames, prompt_groups
+
+LEAST_PRECISION_RECALL = 8  # samples; with fewer, each of them is most of the result
+
+CONSISTENCY_FRAMES = 8  # of a clip at most, evenly spread: the network takes longer than all other measures together
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What turns images into features, and the names that numbers made of them carry.
+
+    Attributes:
+        name: of the network.
+        features: images `[n, c, h, w]` in [-1, 1] to `[n, d]` float32.
+        frechet: the name of the Frechet distance on these features.
+        kernel: the name of the kernel distance.
+    """
+
+    name: str
+    features: Callable[[Tensor], Tensor]
+    frechet: str
+    kernel: str
+
+
+EFFICIENTNET = Backbone(BACKBONE, efficientnet_lite0_features, f"FD-{BACKBONE}", f"KID-{BACKBONE}")
+
+
+def alone_of(
+    samples: Samples,
+    features: Tensor,
+    alignment: Alignment | None = None,
+    clip_score: Callable[[Tensor, Sequence[str]], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Return the measures that a sample has without another to compare it with, `[n]` each.
+
+    Args:
+        samples: of a model.
+        features: of them, `[n, d]`, of the middle frames.
+        alignment: to texts, where there is one.
+        clip_score: maps images and prompts to CLIP's score; None without CLIP weights.
+    """
+    found = {}
+    if samples.images.ndim == 5:
+        found = {name: torch.tensor([measure(clip) for clip in samples.images]) for name, measure in CLIPS.items()}
+    if alignment is not None:
+        found["text_alignment_proxy"] = alignment(features, samples.prompts)
+    if clip_score is not None:
+        found["clip_score"] = clip_score(samples.images, samples.prompts)
+    return found
+
+
+def rows_of(
+    reference: Samples,
+    candidate: Samples,
+    features: Sequence[Tensor],
+    alone: Sequence[Mapping[str, Tensor]] = ({}, {}),
+    paired: Mapping[str, Tensor] | None = None,
+) -> list[dict]:
+    """Return a row for each sample: its prompt, its seed, and every measure by the names of `gate.METRICS`.
+
+    Of measures of one sample alone it has the candidate's less the reference's; both stand beside it, under `_reference` and
+    `_candidate`.
+
+    Args:
+        reference: samples of the original.
+        candidate: of the same prompts and seeds.
+        features: of both, `[n, d]`, of the middle frames.
+        alone: `alone_of` both.
+        paired: `paired_of` both, where it is known.
+    """
+    paired = paired_of(reference.images, candidate.images) if paired is None else paired
+    columns: dict[str, Tensor] = {
+        "psnr": capped(paired["psnr"]),
+        "ssim": paired["ssim"],
+        "perceptual": perceptual_distance(*features),
+        "latent_cosine": cosine(reference.latents[:, -1], candidate.latents[:, -1]),
+    }
+    for name in alone[0]:
+        first, second = (measured[name] for measured in alone)
+        columns |= {name: second - first, f"{name}_reference": first, f"{name}_candidate": second}
+    return [
+        {"prompt": prompt, "seed": seed} | {name: six(values[i].item()) for name, values in columns.items()}
+        for i, (prompt, seed) in enumerate(zip(reference.prompts, reference.seeds, strict=True))
+    ]
+
+
+def paired_of(reference: Tensor, candidate: Tensor) -> dict[str, Tensor]:
+    """Return `psnr` (infinite for equal ones) and `ssim`, `[n]` each, of images `[n, c, h, w]` or clips `[n, f, c, h, w]`.
+
+    Of a clip, the PSNR is of all its frames at once and the SSIM the mean over them.
+    """
+    a, b = (x.flatten(0, 1) if x.ndim == 5 else x for x in (reference, candidate))
+    # Mean squared error over all frames: the frames of a clip one above the other are one tall image.
+    return {"psnr": psnr(as_images(reference), as_images(candidate)), "ssim": ssim(a, b).reshape(len(reference), -1).mean(1)}
+
+
+def _consistency(clip: Tensor) -> float:
+    chosen = torch.linspace(0, len(clip) - 1, min(CONSISTENCY_FRAMES, len(clip))).round().long()
+    return consistency_proxy(clip[chosen], efficientnet_lite0_features)
+
+
+CLIPS: dict[str, Callable[[Tensor], float]] = {
+    "temporal_flickering": temporal_flickering,
+    "motion_smoothness_proxy": motion_smoothness_proxy,
+    "dynamic_degree_proxy": dynamic_degree_proxy,
+    "consistency_proxy": _consistency,
+}
+
+
+Statistic = Callable[[np.ndarray], float]
+
+
+def sets_of(reference: Tensor, candidate: Tensor, other: Tensor, prompts: tuple[str, ...], backbone: Backbone) -> dict[str, dict]:
+    """Return the distances between the sets: `drift` (candidate to reference), `noise_floor` (other seeds), each with its error.
+
+    Larger is worse for all of them; the errors are a jackknife's over prompts.
+
+    Args:
+        reference: features `[n, d]`.
+        candidate: of the same prompts and seeds.
+        other: of the same prompts and other seeds, by the reference.
+        prompts: of each sample.
+        backbone: of the features.
+    """
+    drift, floor = (_statistics(reference, x, backbone) for x in (candidate, other))
+    return {name: distance(drift[name], floor[name], prompts) for name in drift}
+
+
+def distances_of(reference: Tensor, candidate: Tensor, backbone: Backbone) -> dict[str, float]:
+    """Return the `drift` of `sets_of` alone, without its error."""
+    every = np.arange(len(reference))
+    return {name: six(statistic(every)) for name, statistic in _statistics(reference, candidate, backbone).items()}
+
+
+def _statistics(reference: Tensor, candidate: Tensor, backbone: Backbone) -> dict[str, Statistic]:
+    """Return each distance of a set to the reference, as a function of the samples that are taken of both."""
+    kernels = {backbone.kernel: polynomial, f"MMD-{backbone.name}": gaussian(median_distance(reference))}
+    found: dict[str, Statistic] = {backbone.frechet: lambda rows: frechet_distance(candidate[rows], reference[rows])}
+    for name, kernel in kernels.items():
+        both = grams(candidate, reference, kernel)
+        found[name] = lambda rows, both=both: both.squared(torch.from_numpy(rows))
+    if len(reference) >= LEAST_PRECISION_RECALL:
+        for i, name in enumerate(("1 - precision", "1 - recall")):
+            found[f"{name} (k = {NEIGHBOURS}, {backbone.name})"] = lambda rows, i=i: (
+                1 - precision_recall(candidate[rows], reference[rows])[i]
+            )
+    return found
+
+
+def cmmd_of(reference: Tensor, candidate: Tensor, other: Tensor, prompts: tuple[str, ...]) -> dict:
+    """Return the CMMD as `sets_of` does its distances; of CLIP embeddings."""
+    return distance(*(lambda rows, x=x: cmmd(x[rows], reference[rows]) for x in (candidate, other)), prompts)
+
+
+def distance(drift: Statistic, floor: Statistic, prompts: tuple[str, ...]) -> dict:
+    """Return two statistics of the samples' indices, candidate's and other seeds', with their errors."""
+    groups = prompt_groups(prompts).numpy()
+    if len(set(groups.tolist())) < 3:  # left out one at a time, two prompts leave one
+        groups = np.arange(len(groups))
+    (value, error), (floor_value, floor_error) = jackknife(drift, groups), jackknife(floor, groups)
+    return {
+        "drift": six(value),
+        "standard_error": six(error),
+        "noise_floor": six(floor_value),
+        "noise_floor_error": six(floor_error),
+    }
+
+
+def probe_of(probe: Probe, prompts: Sequence[str], seeds: Sequence[int]) -> dict:
+    """Return a probe of these prompts and seeds as plain numbers: samples with their `output_error`, timesteps, layers; in dB."""
+    output = probe.output.sum(1)
+    return {
+        "timesteps": [six(t) for t in probe.timesteps],
+        "samples": [
+            {"prompt": prompt, "seed": seed, "output_error": _db(pair)}
+            for prompt, seed, pair in zip(prompts, seeds, output, strict=True)
+        ],
+        "by_timestep": [[_db(pair) for pair in row] for row in probe.output],
+        "layers": {name: [_db(pair) for pair in pairs] for name, pairs in probe.layers.items()},
+    }
+
+
+def _db(pair: Tensor) -> float:
+    """Return squared error over power in dB, no less than the floor."""
+    error, power = pair.tolist()
+    return round(decibels(error / power if power else float(error > 0)), 4)
+
+
+def drift_over_steps(reference: Samples, candidate: Samples) -> dict[str, list[float]]:
+    """Return how far the trajectories, which start at the same noise, are apart at each step: median and highest decile.
+
+    Apart: the distance of what enters the transformer, relative to its size.
+    """
+    a, b = (x.latents.double().flatten(2) for x in (reference, candidate))
+    relative = (b - a).norm(dim=2) / a.norm(dim=2).clamp_min(1e-30)
+    return {
+        "timesteps": [six(t) for t in reference.timesteps],
+        "median": [six(v) for v in relative.median(0).values.tolist()],
+        "highest_decile": [six(v) for v in relative.quantile(0.9, 0).tolist()],
+    }
+
+
+def means_of(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """Return the mean of each measure: `mean` in its own unit, of the candidate's where it is a difference; `harm` as gated."""
+    found = {}
+    for name, metric in METRICS.items():
+        having = [row for row in rows if name in row]
+        if having:
+            own = [row[f"{name}_candidate"] if metric.equal else row[name] for row in having]
+            harms = [metric.harm(row[name]) for row in having]
+            found[name] = {"mean": six(float(np.mean(own))), "harm": six(float(np.mean(harms)))}
+    return found
+
+
+def features_of(images: Tensor, backbone: Backbone) -> Tensor:
+    """Return the features of images, or of the middle frames of clips."""
+    return backbone.features(middle_frames(images))
+
+
+def six(value: float) -> float:
+    """Round to six significant digits: the last bits depend on the number of threads."""
+    return float(f"{value:.6g}")

@@ -1,0 +1,159 @@
+"""Errors of a quantized transformer on the very inputs of the original: of its output, and of each of its linears alone.
+
+Samples of two models part on the way: a small error early changes all that follows, which hides where it came from and how large
+it was. A probe samples from the reference only, and at a few steps of its trajectory gives the candidate the same inputs. Errors
+then do not add up and depend little on the noise that was drawn: the sharpest measure there is, with the fewest samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from quantdit.calibration.observe.capture import first_tensor
+from quantdit.models.call_view import view
+
+STEPS = 4  # of a trajectory that are looked at, evenly spread
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Squared errors of a candidate on a reference's inputs, and the squared outputs they are relative to.
+
+    Attributes:
+        timesteps: of the steps that were looked at, from the noisiest.
+        output: `[samples, timesteps, 2]` float64: |y - y0|^2 and |y0|^2 of the transformer's output.
+        layers: of each linear that both models have, but for equal ones, `[samples, 2]` float64: |y - y0|^2 and
+            |y0 - bias|^2, all steps added.
+    """
+
+    timesteps: tuple[float, ...]
+    output: Tensor
+    layers: dict[str, Tensor]
+
+
+@dataclass
+class _Sums:
+    """What is added up for one batch of samples."""
+
+    batch: int
+    output: dict[float, Tensor] = field(default_factory=dict)
+    layers: dict[str, Tensor] = field(default_factory=dict)
+    looking: float | None = None  # the timestep that is looked at
+    seen: dict[float, None] = field(default_factory=dict)
+    asking: bool = False  # the candidate runs, which may be the reference itself
+
+    def ask(self, module: nn.Module, *args: object, **kwargs: object) -> object:
+        """Run a part of the candidate."""
+        self.asking = True
+        try:
+            return module(*args, **kwargs)
+        finally:
+            self.asking = False
+
+    def pair(self, reference: Tensor, candidate: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return `[batch, 2]`. Rows of a call are one or more of each sample, as guidance has it: cond and uncond, in turns."""
+        error = (candidate.double() - reference.double()).square()
+        power = (reference.double() if bias is None else reference.double() - bias.double()).square()
+        return torch.stack([self.by_sample(error), self.by_sample(power)], -1).cpu()
+
+    def by_sample(self, squares: Tensor) -> Tensor:
+        """Return `[batch]`; where rows belong to no sample (a timestep that all share), each gets an equal part."""
+        if len(squares) % self.batch:
+            return (squares.sum() / self.batch).expand(self.batch)
+        return squares.reshape(len(squares) // self.batch, self.batch, -1).sum((0, 2))
+
+
+def probe(
+    reference: Mapping[str, nn.Module],
+    candidate: Mapping[str, nn.Module],
+    batches: Iterable[tuple[int, object]],
+    sample,
+    steps: int,
+    looked_at: int = STEPS,
+) -> Probe:
+    """Sample from the reference, and compare the candidate's transformers with its own on what they are called with.
+
+    Args:
+        reference: its transformers by the names of `pipeline.PARTS`; `sample` is to call them.
+        candidate: those to compare, by the same names.
+        batches: number of samples, and what `sample` takes, of each batch.
+        sample: runs the reference's pipeline.
+        steps: sampling steps.
+        looked_at: how many of them are compared.
+    """
+    chosen = evenly(range(steps), looked_at)
+    outputs: list[Tensor] = []
+    layers: list[dict[str, Tensor]] = []
+    times: tuple[float, ...] = ()
+    for count, arguments in batches:
+        sums = _Sums(count)
+        with torch.no_grad(), _watched(reference, candidate, sums, chosen):
+            sample(arguments)
+        times = tuple(sums.output)
+        outputs.append(torch.stack(list(sums.output.values()), 1))
+        layers.append(sums.layers)
+    names = [name for name in layers[0] if all(name in part for part in layers)]
+    return Probe(times, torch.cat(outputs), {name: torch.cat([part[name] for part in layers]) for name in names})
+
+
+def evenly(values: Sequence, count: int) -> list:
+    """Return `count` of the values, evenly spread, the first and the last among them; all if there are no more."""
+    if count >= len(values):
+        return list(values)
+    return [values[round(i * (len(values) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def _same(a: nn.Module, b: nn.Module) -> bool:
+    """Return whether both are plain linears of equal numbers; their outputs may still differ, by where these lie in memory."""
+    if not type(a) is type(b) is nn.Linear:
+        return False
+    pairs = [(a.weight, b.weight), (a.bias, b.bias)]
+    return all(x is y or (x is not None and y is not None and x.dtype == y.dtype and torch.equal(x, y)) for x, y in pairs)
+
+
+@contextmanager
+def _watched(reference: Mapping[str, nn.Module], candidate: Mapping[str, nn.Module], sums: _Sums, chosen: list) -> Iterator[None]:
+    handles = []
+    for part, transformer in reference.items():
+        other = candidate[part]
+        answers: list[Tensor] = []
+
+        def before(module, args, kwargs, other=other, answers=answers):
+            if sums.asking:
+                return
+            time = view(module, args, kwargs).time
+            timestep = float(len(sums.seen)) if time is None else time
+            sums.seen.setdefault(timestep)
+            sums.looking = timestep if list(sums.seen).index(timestep) in chosen else None
+            if sums.looking is not None:  # first the candidate: its layers with static scales then know the timestep
+                answers.append(first_tensor(sums.ask(other, *args, **kwargs)))
+
+        def after(module, args, kwargs, output, answers=answers):
+            if sums.looking is not None and not sums.asking:
+                pair = sums.pair(first_tensor(output), answers.pop())
+                sums.output[sums.looking] = sums.output.get(sums.looking, 0) + pair
+                sums.looking = None
+
+        handles.append(transformer.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(transformer.register_forward_hook(after, with_kwargs=True))
+        theirs = dict(other.named_modules())
+        prefix = "" if part == "transformer" else f"{part}."
+        for name, layer in transformer.named_modules():
+            if isinstance(layer, nn.Linear) and name in theirs and not _same(layer, theirs[name]):
+
+                def compare(module, args, output, theirs=theirs[name], name=prefix + name):
+                    if sums.looking is not None and not sums.asking:
+                        pair = sums.pair(output, sums.ask(theirs, args[0]), module.bias)
+                        sums.layers[name] = sums.layers.get(name, 0) + pair
+
+                handles.append(layer.register_forward_hook(compare))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""What other libraries need to know of quantized models: diffusers, transformers, PEFT."""

@@ -1,0 +1,1 @@
+"""The one module that takes a linear's place."""

@@ -1,0 +1,1 @@
+"""What a user asks for: rules, presets, the paper methods."""

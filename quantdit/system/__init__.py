@@ -1,0 +1,1 @@
+"""Files, memory, threads, progress bars: what every package stands on."""
