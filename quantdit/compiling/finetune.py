@@ -129,10 +129,12 @@ class SoftLinear(nn.Module):
         logits: float32, the same shape; a parameter. None without candidates.
         codebook: float32 `[k, d]`; a parameter. None without candidates.
         integers: int8 `[out, in]`, what codes that stay as they are stand for; None with candidates.
-        scale: float32 `[out]`; a parameter.
+        unit: float32 `[out]`: the scales as they were, where training is in units of each channel: if a few channels are a
+            thousand times as large, one rate for all would suit these alone. Else 1.
+        gain: float32 `[out]`, the scales in these units; a parameter.
         centre: float32 `[in]`, the mean of the transformed inputs; None without a bias.
-        output: float32 `[out]`, the mean output; a parameter. The bias follows from it: whatever becomes of the weight, it takes
-            up what that does to the mean.
+        level: float32 `[out]`, the mean output in these units; a parameter. The bias follows from it: whatever becomes of the
+            weight, it takes up what that does to the mean.
     """
 
     def __init__(
@@ -143,6 +145,7 @@ class SoftLinear(nn.Module):
         output: Tensor | None,
         candidates: Tensor | None,
         logits: Tensor | None,
+        in_units: bool,
     ) -> None:
         super().__init__()
         self.spec, self.bucket = spec, 0
@@ -153,16 +156,26 @@ class SoftLinear(nn.Module):
         if candidates is None:
             self.logits = self.codebook = None
             self.integers = f.decode8(f, spec.weight, tensors)
-            self.scale = nn.Parameter(tensors["scale"].clone())
+            scale = tensors["scale"].clone()
         else:
             # Entries are trained in units of the largest, so that one rate suits all layers.
             unit = tensors["codebook"].float().abs().max().clamp_min(1)
             self.logits = nn.Parameter(logits)
             self.codebook = nn.Parameter(tensors["codebook"].float().reshape(-1, f.dim) / unit)
             self.integers = None
-            self.scale = nn.Parameter(tensors["scale"] * unit)
+            scale = tensors["scale"] * unit
+        self.unit = scale.abs().clamp_min(torch.finfo(torch.float32).tiny) if in_units else torch.ones_like(scale)
+        self.gain = nn.Parameter(scale / self.unit)
         self.centre = centre
-        self.output = None if output is None else nn.Parameter(output)
+        self.level = None if output is None else nn.Parameter(output / self.unit)
+
+    @property
+    def scale(self) -> Tensor:
+        return self.gain * self.unit
+
+    @property
+    def output(self) -> Tensor | None:
+        return None if self.level is None else self.level * self.unit
 
     def weight(self) -> Tensor:
         """Return the weight `[out, in]` in the transformed space."""
@@ -322,7 +335,7 @@ def soft_linear(made: Quantized, weight: Tensor, bias: Tensor | None, stats: Sta
     output = None if bias is None else bias.detach().float() + weight.detach().float() @ stats.mean
     if centre is not None and branch is not None:
         output = output - branch[0] @ (branch[1] @ centre)
-    return SoftLinear(spec, made.tensors, centre, output, candidates, logits)
+    return SoftLinear(spec, made.tensors, centre, output, candidates, logits, in_units=training.optimizer == "adam")
 
 
 def _choices(made: Quantized, W: Tensor, H: Tensor, training: Training) -> tuple[Tensor, Tensor]:
@@ -530,9 +543,9 @@ def _tables(layers: Sequence[SoftLinear], training: Training) -> tuple[list[Tens
     if training.optimizer == "rmsprop":
         coded = [layer for layer in layers if layer.codebook is not None]
         parts = [(layer.codebook, 1 / float(layer.scale.detach().mean().clamp_min(1e-30))) for layer in coded]
-        parts += [(layer.output, 1.0) for layer in layers if layer.output is not None]
+        parts += [(layer.level, 1.0) for layer in layers if layer.level is not None]
     else:
-        tables = [p for layer in layers for p in (layer.codebook, layer.scale, layer.output) if p is not None]
+        tables = [p for layer in layers for p in (layer.codebook, layer.gain, layer.level) if p is not None]
         parts = [(p, float(p.detach().square().mean().sqrt().clamp_min(1e-3))) for p in tables]
     return [p for p, _ in parts], [training.codebook_rate * size for _, size in parts]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def test_trellis_codes_stay_and_their_scales_and_biases_are_trained(rule: dict, 
     soft = soft_linear(made, linear.weight, linear.bias, seen, Training(candidates=2))
     with torch.no_grad():
         torch.testing.assert_close(soft(x), QuantLinear.from_tensors(made.spec, made.tensors, made.bias)(x), rtol=1e-4, atol=1e-4)
-        soft.scale *= 1.25  # something to find
+        soft.gain *= 1.25  # something to find
     examples = examples_of(linear)
 
     def run(call: Call) -> list[Tensor]:
@@ -205,6 +206,33 @@ def test_two_candidates_beat_one_in_as_many_steps(linear: nn.Linear, optimizer: 
     assert max(two) < 0.9 * min(one)
 
 
+@pytest.mark.parametrize("weight", ["trellis2_l10", "vq256x4"])
+def test_training_does_as_well_where_two_outputs_are_a_thousand_times_as_large(weight: str):
+    """As a model's values are with outliers that the layer after takes back: one rate for all channels suits these two alone."""
+    torch.manual_seed(0)
+    plain = nn.Linear(WIDTH, 64).requires_grad_(False)
+    size = torch.ones(64)
+    size[:2] = 1024.0
+    large = copy.deepcopy(plain)
+    large.weight.mul_(size[:, None])
+    large.bias.mul_(size)
+    found = []
+    for layer, unit in ((plain, torch.ones(64)), (large, size)):
+        made, seen = made_of(layer, weight=weight, rotation="none", method="rtn")
+        training = Training(steps=40, candidates=1)
+        soft = soft_linear(made, layer.weight, layer.bias, seen, training)
+
+        def run(call: Call, soft: nn.Module = soft, unit: Tensor = unit) -> list[Tensor]:
+            return [soft(*call.args) / unit]
+
+        examples = examples_of(plain)
+        before = held_out_error(run, examples)
+        train([soft], run, examples, training, seed=0)
+        found.append(held_out_error(run, examples) / before)
+    assert found[0] < 0.98
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
 def test_same_seed_same_layer(linear: nn.Linear):
     ends = []
     for seed in (0, 0, 1):
@@ -234,7 +262,7 @@ def test_what_is_trained_reports_its_own_error(linear: nn.Linear):
     made, seen = made_of(linear, method="rtn")
     soft = soft_linear(made, linear.weight, linear.bias, seen, Training(candidates=1))
     with torch.no_grad():
-        soft.scale.mul_(1.5)
+        soft.gain.mul_(1.5)
     report = soft.decided(made, linear.weight, linear.bias, seen).report
     before = made.report["weight_only_rel_rmse"]
     assert 1.2 * before < report["weight_only_rel_rmse"] < 0.9 and report["weight_only_rel_rmse"] > 0.3
