@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import nn
 
 from quantdit.checkpoints import checkpoint
-from quantdit.compiling.compiler import REPORT, added, size_of
+from quantdit.compiling.report import REPORT, added, size_of
 from quantdit.formats import FORMATS
 from quantdit.layers.quant_linear import QuantLinear, weight_bits
 from quantdit.models import adapter as adapters

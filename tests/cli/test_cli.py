@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import quantdit
 from quantdit import cli as command_line
 from quantdit.checkpoints.checkpoint import quant_layers
-from quantdit.compiling.compiler import REPORT
+from quantdit.compiling.report import REPORT
 from quantdit.models.known_models import ALIASES
 from quantdit.pipelines.pipeline import generate, load_pipeline
 from quantdit.system import files

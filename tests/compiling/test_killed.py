@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from quantdit.cli import main
-from quantdit.compiling.compiler import REPORT
+from quantdit.compiling.report import REPORT
 from quantdit.system import files
 
 # Attention layers with everything that is seeded; more blocks than a killed run gets through.
