@@ -47,7 +47,7 @@ LOADING = ("device", "weights", "memory_budget", "random_weights")
 def calibrate(
     model: str | Path,
     recipe: Recipe | Mapping | str | Path,
-    output: str | Path | None = None,
+    output: str | Path,
     *,
     method: str = BEST,
     target: Target | None = None,
@@ -60,7 +60,7 @@ def calibrate(
     Args:
         model: name, hub id or folder, in full precision.
         recipe: bits such as `w4a8`, the path of a TOML file, a dictionary or a Recipe.
-        output: folder to write; None: MODEL-BITS in the current folder.
+        output: folder to write.
         method: with bits, whose: `best`, today's presets, or a paper's of presets.METHODS.
         target: a size or an error that each layer's weight bits are chosen for.
         resume: go on with an interrupted run of the same settings.
@@ -80,15 +80,14 @@ def calibrate(
     given = {key: value for key, value in options.items() if value is not None}
     model = str(files.check_path("model", model, MODEL))
     chosen = recipe_for(recipe, method, target, given.get("weight_format"))
-    if output is None:
-        output = f"{Path(model).resolve().name}-{recipe.stem if isinstance(recipe, Path) else chosen.name.replace(' ', '-')}"
     output = Path(files.check_path("output", output))
     if method != BEST and given.get("samples") == 0:
         raise ValueError(f"--method {method} calibrates on samples that the model makes itself; leave out --samples 0")
     with work_folder.clear_disk_errors(output), ExitStack() as stack:
         work_folder.check_output(output, overwrite, resume)
-        named = {"recipe": recipe if isinstance(recipe, Path) else None, "--weights folder": given.get("weights")}
-        work_folder.check_apart(output, {what: (path,) for what, path in named.items() if isinstance(path, Path)})
+        read = {} if is_bits(recipe) else {"recipe": recipe}
+        read |= {"--weights folder": given["weights"]} if "weights" in given else {}
+        work_folder.check_apart(output, {what: (Path(path),) for what, path in read.items() if isinstance(path, str | Path)})
         scratch = _scratch(model, output, stack) if given.get("random_weights") else None
         locate(model)
         progress.say(f"loading {model}")  # seconds go into it
@@ -137,6 +136,9 @@ def _scratch(model: str, output: Path, stack: ExitStack) -> Path:
 
 def _open(model: str, given: Mapping[str, object], scratch: Path | None) -> tuple[object, Source]:
     """Return the pipeline to calibrate, or its bare transformer, and its source."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()  # the terminal is our own progress bars'
     weights = scratch or given.get("weights")
     if scratch is not None:
         seed = given.get("seed", 0)

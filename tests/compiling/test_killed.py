@@ -50,7 +50,7 @@ def fresh():
     """Processes that begin with everything imported and nothing computed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["quantdit.cli", "quantdit.compiling.compiler", "quantdit.pipelines.pipeline", "diffusers", "accelerate"]
+        ["quantdit.cli", "quantdit.compiling.compile", "quantdit.pipelines.pipeline", "diffusers", "accelerate"]
     )
     return context
 

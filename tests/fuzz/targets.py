@@ -310,9 +310,9 @@ def parsed(folder: Path) -> str:
 
 def prompted(folder: Path) -> str:
     """Read prompts, as every command does."""
-    from quantdit import cli
+    from quantdit.cli.options import read_prompts
 
-    return json.dumps(cli._prompts(folder / "prompts.txt"))
+    return json.dumps(read_prompts(folder / "prompts.txt"))
 
 
 def gated(folder: Path) -> str:
