@@ -19,7 +19,7 @@ from torch import Tensor
 from quantdit.calibration import rotate, smooth
 from quantdit.calibration.activations import quantized_inputs, relative_noise
 from quantdit.calibration.stats import Stats
-from quantdit.recipes.recipe import Rule
+from quantdit.recipes.rules import Rule
 from quantdit.tensors.layer_spec import ActivationSpec
 from quantdit.tensors.transform import Transform
 

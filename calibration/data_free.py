@@ -12,7 +12,7 @@ from torch import Tensor
 from quantdit.calibration import rotate, smooth
 from quantdit.calibration.layer import Quantized, histogram
 from quantdit.calibration.quantize import quantize_weight
-from quantdit.recipes.recipe import LayerPlan
+from quantdit.recipes.rules import LayerPlan
 from quantdit.system.threads import one_thread
 from quantdit.tensors import transform
 from quantdit.tensors.layer_spec import LayerSpec

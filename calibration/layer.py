@@ -13,7 +13,7 @@ from quantdit.calibration.choice import choose
 from quantdit.calibration.lowrank import LowRank, low_rank
 from quantdit.calibration.quantize import energy, quantize_weight
 from quantdit.calibration.stats import Stats
-from quantdit.recipes.recipe import LayerPlan
+from quantdit.recipes.rules import LayerPlan
 from quantdit.system import files
 from quantdit.system.threads import one_thread
 from quantdit.tensors import transform
@@ -132,7 +132,7 @@ def _coded(W: Tensor, G: Tensor, plan: LayerPlan, seed: int, branch: LowRank | N
 
 def _quantize(W: Tensor, G: Tensor, plan: LayerPlan, seed: int) -> QTensor:
     rule = plan.rule
-    options = {"act_order": rule.act_order, "descent": rule.descent, "table_rows": rule.table_rows}
+    options = {"act_order": rule.act_order, "descent": rule.cd_passes, "table_rows": rule.table_rows}
     return quantize_weight(W, G, rule.weight, plan.group_size, rule.method, rule.table, seed, **options)
 
 

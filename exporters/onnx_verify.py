@@ -23,9 +23,10 @@ from quantdit.calibration.observe.capture import first_tensor
 from quantdit.checkpoints import checkpoint
 from quantdit.exporters import onnx_session
 from quantdit.exporters.onnx_session import OnnxForward, arguments_of
-from quantdit.models.adapter import Size, adapter_for
+from quantdit.models.adapter import adapter_for
 from quantdit.pipelines.pipeline import BareTransformer
-from quantdit.pipelines.sampling import Settings, sample
+from quantdit.pipelines.sampling import sample
+from quantdit.recipes.sampling_plan import SamplingPlan, Size
 from quantdit.system import memory
 
 TOLERANCE = 1e-3
@@ -79,7 +80,7 @@ def recorded_calls(pipeline: object, part: str) -> list[Recorded]:
     # A class with a table of positions is traced at its own size, the one that its graph can be used with.
     own = getattr(transformer.config, "sample_size", None)
     side = own if isinstance(own, int) else 8
-    settings = Settings(samples=2 if kept else 1, steps=2, latent=Size(1, 3 if video else 1, side, side, 16))
+    settings = SamplingPlan(samples=2 if kept else 1, steps=2, latent=Size(1, 3 if video else 1, side, side, 16))
     try:
         with torch.no_grad():
             parts = [part] if isinstance(pipeline, BareTransformer) else []

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from quantdit.checkpoints import checkpoint
-from quantdit.compiling.compiler import REPORT
+from quantdit.compiling.report import REPORT
 from quantdit.compiling.work_folder import copy_rest
 from quantdit.layers.quant_linear import dense_linear
 from quantdit.pipelines.pipeline import PARTS, dtype_of

@@ -14,7 +14,7 @@ if not _Path(__file__).with_name("kernels").is_dir():
 
 from quantdit.formats import FORMATS, Format, QSpec
 from quantdit.integrations.import_hooks import watch as _watch
-from quantdit.recipes.recipe import Recipe, Rule
+from quantdit.recipes.rules import Recipe, Rule
 from quantdit.tensors.qtensor import QTensor
 
 __version__ = "0.1.0"

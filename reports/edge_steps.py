@@ -25,12 +25,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from quantdit.checkpoints.checkpoint import quant_layers
-from quantdit.compiling.compiler import calibrate
+from quantdit.compiling.compile import compile
+from quantdit.compiling.plan import Plan
 from quantdit.evaluation.metrics.paired import bootstrap_interval, psnr
 from quantdit.evaluation.metrics.video import temporal_flickering
 from quantdit.pipelines.pipeline import generate, load_pipeline
-from quantdit.pipelines.sampling import Settings
-from quantdit.recipes.recipe import Recipe, from_bits
+from quantdit.recipes.presets import from_bits
+from quantdit.recipes.rules import Recipe
+from quantdit.recipes.sampling_plan import SamplingPlan
 
 HERE = Path(__file__).parent
 ROWS, PAGE = HERE / "edge-steps.jsonl", HERE / "edge-steps.md"
@@ -147,11 +149,11 @@ def measured(model: str, bits: str, edge_steps: int, sizes: Sizes, work: Path) -
     name = f"{Path(model).name}-{bits}-{edge_steps}"
     output = work / name
     pipeline, source = load_pipeline(model)
-    settings = Settings(samples=sizes.samples, steps=sizes.steps, guidance=GUIDANCE, timesteps=sizes.timesteps)
-    report = calibrate(pipeline, source, with_edges(bits, edge_steps), output, settings, resume=True)
+    settings = SamplingPlan(samples=sizes.samples, steps=sizes.steps, guidance=GUIDANCE, timesteps=sizes.timesteps)
+    report = compile(pipeline, source, Plan(with_edges(bits, edge_steps), settings), output, resume=True)
     reference, _ = kept_sample(model, sizes, work / f"{Path(model).name}.safetensors")
     clips, seen = kept_sample(str(output), sizes, work / f"{name}.safetensors")
-    drift = {"model_rel_rmse": round(report["model_rel_rmse"], 5)}
+    drift = {"model_rel_rmse": round(report.model_rel_rmse, 5)}
     return key_of(model, bits, edge_steps, sizes) | drift | row_of(clips, reference, seen)
 
 

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 
 from quantdit.cli import main as quantdit
-from quantdit.compiling.compiler import REPORT
+from quantdit.compiling.report import REPORT
 from quantdit.evaluation.metrics.paired import bootstrap_interval, psnr
 from quantdit.evaluation.report.clips import write_clips
 from quantdit.pipelines.pipeline import generate, load_pipeline

@@ -14,37 +14,40 @@ from pathlib import Path
 
 import torch
 
-from quantdit.compiling.compiler import Settings, calibrate
+from quantdit.compiling.compile import compile
+from quantdit.compiling.plan import Plan
 from quantdit.evaluation.metrics.paired import capped, psnr
 from quantdit.evaluation.samples import as_images
 from quantdit.exporters.onnx_session import use_graph
 from quantdit.exporters.to_onnx import to_onnx
 from quantdit.pipelines.pipeline import generate, load_pipeline
-from quantdit.recipes import recipe
+from quantdit.recipes.presets import from_bits, with_weight_format
+from quantdit.recipes.rules import Recipe, Rule
+from quantdit.recipes.sampling_plan import SamplingPlan
 
 HERE = Path(__file__).parent
 OUTPUT = HERE / "onnx-formats.json"
 EMBEDDED = {"fashion-dit": (16, 20), "emoji-wan": (4, 10)}  # samples, steps
 RANK = "w4a8 rotated, rank 8"
-NO_DATA, LITTLE = Settings(samples=0), Settings(samples=2, steps=2)
+NO_DATA, LITTLE = SamplingPlan(samples=0), SamplingPlan(samples=2, steps=2)
 CLASSES = ("FluxTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel")
 SEED = 1
 
 
-def recipes() -> dict[str, recipe.Recipe]:
+def recipes() -> dict[str, Recipe]:
     """Return what is exported: presets, and w4a8 with other last rules."""
-    *before, last = recipe.from_bits("w4a8").to_dict()["rule"]
+    *before, last = from_bits("w4a8").to_dict()["rule"]
 
-    def other(name: str, **changes: object) -> recipe.Recipe:
-        return recipe.Recipe(name, tuple(recipe.Rule(**rule) for rule in (*before, last | changes)))
+    def other(name: str, **changes: object) -> Recipe:
+        return Recipe(name, tuple(Rule(**rule) for rule in (*before, last | changes)))
 
     return {
-        "w8a8": recipe.from_bits("w8a8"),
-        "w4a8": recipe.from_bits("w4a8"),
-        "w4a16": recipe.from_bits("w4a16"),
-        "w2a16 vq256x4": recipe.with_weight_format(recipe.from_bits("w2a16"), "vq"),
+        "w8a8": from_bits("w8a8"),
+        "w4a8": from_bits("w4a8"),
+        "w4a16": from_bits("w4a16"),
+        "w2a16 vq256x4": with_weight_format(from_bits("w2a16"), "vq"),
         "w4a8 twin-log": other("twin-log", table="twin-log"),
-        "w3a8 trellis3_l12": recipe.with_weight_format(recipe.from_bits("w3a8"), "trellis"),
+        "w3a8 trellis3_l12": with_weight_format(from_bits("w3a8"), "trellis"),
         RANK: other("low-rank", weight="int4", low_rank=8, method="rtn"),
     }
 
@@ -74,7 +77,7 @@ def row(name: str, model: str, plan: str, folder: Path) -> dict:
     """Quantize, export, compare."""
     made, graph = folder / "made", folder / "graph.onnx"
     pipeline, source = load_pipeline(model)
-    calibrate(pipeline, source, recipes()[plan], made, LITTLE if plan == RANK else NO_DATA, overwrite=True)
+    compile(pipeline, source, Plan(recipes()[plan], LITTLE if plan == RANK else NO_DATA), made, overwrite=True)
     graph.unlink(missing_ok=True)
     content = to_onnx(made, graph)
     found = content["verified"]

@@ -21,14 +21,16 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from quantdit.compiling.compiler import Settings, calibrate
+from quantdit.compiling.compile import compile
 from quantdit.evaluation.metrics.paired import capped, psnr
 from quantdit.pipelines.pipeline import load_pipeline
-from quantdit.recipes import recipe
+from quantdit.recipes.sampling_plan import SamplingPlan
 
 sys.path.append(str(Path(__file__).parent / "study"))
 import measure
 import methods
+from quantdit.compiling.plan import Plan
+from quantdit.recipes.presets import BEST, METHODS
 
 HERE = Path(__file__).parent
 ROWS, PAGE = HERE / "papers.jsonl", HERE / "papers.md"
@@ -75,7 +77,7 @@ def lrq_parts(bits: str) -> tuple[Part, ...]:
         Part("smoothing + TLQ + ARS: LRQ-DiT", {}, LRQ),
         Part("Eq. 7 as printed + ARS", bare | {"table": "twin-log-paper"}, LRQ, "TLQ + ARS"),
         Part("one TLQ table a layer + ARS", bare | {"table_rows": "layer"}, LRQ, "TLQ + ARS"),
-        Part("preset", {}, recipe.BEST, "smoothing + TLQ + ARS: LRQ-DiT"),
+        Part("preset", {}, BEST, "smoothing + TLQ + ARS: LRQ-DiT"),
     )
 
 
@@ -92,7 +94,7 @@ def vq_parts(bits: str) -> tuple[Part, ...]:
         Part("n = 2, ratios from 1 / n", {"training.initial": "uniform"}, VQ, whole),
         Part("n = 1, trained our way", ours | {"training.candidates": 1}, VQ),
         Part("n = 2, trained our way", ours, VQ),
-        Part("preset", {}, recipe.BEST, whole),
+        Part("preset", {}, BEST, whole),
     )
 
 
@@ -213,13 +215,13 @@ def made(row: dict, scale: Scale, work: Path) -> dict:
     """Calibrate, sample with every seed, compare; returns what was measured."""
     part = next(part for part in PAPERS[row["paper"]][1](row["bits"]) if part.name == row["part"])
     pipeline, source = load_pipeline(_model(row["model"], work))
-    settings = Settings(guidance=measure.GUIDANCE, seed=row["seed"], **scale.calibration)
+    settings = SamplingPlan(guidance=measure.GUIDANCE, seed=row["seed"], **scale.calibration)
     plan = methods.changed(row["bits"], part.changes, part.method)
     training = methods.trained(row["bits"], part.changes, part.method)
-    report = calibrate(pipeline, source, plan, work / "candidate", settings, overwrite=True, training=training)
+    report = compile(pipeline, source, Plan(plan, settings, training), work / "candidate", overwrite=True)
     images = sampled(str(work / "candidate"), scale)
     decibels = capped(psnr(_reference(row["model"], scale, work), images))
-    layers = report["layers"].values()
+    layers = report.layers.values()
     rotations = [layer["rotation"]["chosen"] for layer in layers]
     return {
         "recipe": plan.to_dict()["rule"][-1],
@@ -227,11 +229,11 @@ def made(row: dict, scale: Scale, work: Path) -> dict:
         "psnr": measure.six(decibels.mean().item()),
         "image_psnr": [round(value, 3) for value in decibels.tolist()],
         "layer_error": measure.six(sum(layer["rel_rmse"] for layer in layers) / len(layers)),
-        "model_error": measure.six(report["model_rel_rmse"]),
-        "bits_per_weight": report["size"]["bits_per_weight"],
-        "file_mb": report["size"]["file_bytes"] / 1e6,
+        "model_error": measure.six(report.model_rel_rmse),
+        "bits_per_weight": report.size["bits_per_weight"],
+        "file_mb": report.size["file_bytes"] / 1e6,
         "outlier_rotations": f"{rotations.count('outlier')} of {len(rotations)}",
-        "seconds": report["seconds"]["quantize"],
+        "seconds": report.seconds["quantize"],
     }
 
 
@@ -314,7 +316,7 @@ def page(rows: list[dict]) -> str:
         f" feed-forward are {SALIENT} times as large, and the function is the same.",
     ]
     for paper in PAPERS:
-        method = recipe.METHODS[paper]
+        method = METHODS[paper]
         lines += ["", f"## {method.about} (arXiv {method.arxiv})", "", f"`--method {paper}`, {', '.join(method.bits)}.", ""]
         lines += ["The paper says:", "", *(f"- {claim} ({source})" for claim, source in CLAIMS[paper]), ""]
         lines += [f"![PSNR of each part](pictures/paper-{paper}.png)"]

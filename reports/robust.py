@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from quantdit.cli import main as quantdit
-from quantdit.compiling.compiler import REPORT
+from quantdit.compiling.report import REPORT
 from quantdit.evaluation.metrics.paired import bootstrap_interval, capped, psnr
 from quantdit.models.adapter import adapter_for
 from quantdit.models.planted import plant

@@ -257,16 +257,19 @@ class Compiled:
 @pytest.fixture(scope="session")
 def everything(pixel_dit: Path, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """`pixel_dit` with every weight format in it (MIXED). Read only; `damaged` copies it."""
-    from quantdit.compiling.compiler import Settings, calibrate
+    from quantdit.compiling.compile import compile
+    from quantdit.compiling.plan import Plan
+    from quantdit.compiling.report import to_json
     from quantdit.pipelines.pipeline import load_pipeline
-    from quantdit.recipes import recipe
+    from quantdit.recipes.rules import from_toml
+    from quantdit.recipes.sampling_plan import SamplingPlan
 
     folder = tmp_path_factory.mktemp("everything")
     toml = folder / "everything.toml"
     toml.write_text(MIXED)
     pipeline, source = load_pipeline(str(pixel_dit))
-    report = calibrate(pipeline, source, recipe.from_toml(toml), folder / "out", Settings(samples=2, steps=2))
-    return Compiled(pipeline.transformer, folder / "out", report)
+    made = compile(pipeline, source, Plan(from_toml(toml), SamplingPlan(samples=2, steps=2)), folder / "out")
+    return Compiled(pipeline.transformer, folder / "out", to_json(made))
 
 
 @pytest.fixture

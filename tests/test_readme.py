@@ -44,7 +44,7 @@ def test_blocks_run_as_they_stand(place: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_numbers_and_methods_in_the_text_are_those_of_the_code():
     from quantdit.evaluation.run import LEAST_SAMPLES
-    from quantdit.recipes.recipe import METHODS
+    from quantdit.recipes.presets import METHODS
 
     text = README.read_text()
     assert f"`evaluate` needs at least {LEAST_SAMPLES} samples" in text

@@ -28,7 +28,8 @@ from quantdit.calibration.observe.capture import first_tensor, run_block
 from quantdit.calibration.observe.recorded_calls import Call, rows_of
 from quantdit.calibration.stats import Stats
 from quantdit.formats import FORMATS, QSpec
-from quantdit.recipes.recipe import LayerPlan, layer_without_data
+from quantdit.recipes.resolve import layer_without_data
+from quantdit.recipes.rules import LayerPlan
 from quantdit.system.threads import one_thread
 from quantdit.tensors.layer_spec import LayerSpec, stored_bytes
 

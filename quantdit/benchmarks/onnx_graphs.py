@@ -22,13 +22,16 @@ from torch import Tensor, nn
 from quantdit.benchmarks import cpu_linear
 from quantdit.calibration.observe.capture import first_tensor
 from quantdit.checkpoints.random_weights import write_random_transformer
-from quantdit.compiling.compiler import Settings, calibrate
+from quantdit.compiling.compile import compile
+from quantdit.compiling.plan import Plan
 from quantdit.exporters import onnx_session, onnx_verify, to_onnx
-from quantdit.models.adapter import Size, adapter_for
+from quantdit.models.adapter import adapter_for
 from quantdit.models.known_models import transformer_config
 from quantdit.models.synthetic import synthetic_inputs
 from quantdit.pipelines.pipeline import load_pipeline
-from quantdit.recipes import recipe
+from quantdit.recipes.presets import from_bits, with_weight_format
+from quantdit.recipes.rules import Recipe, Rule
+from quantdit.recipes.sampling_plan import SamplingPlan, Size
 
 ROUNDS = 7
 BASELINE = "ONNX Runtime float32, our export's graph"
@@ -73,16 +76,16 @@ OURS = {
 }
 
 
-def plan(how: Ours) -> recipe.Recipe:
+def plan(how: Ours) -> Recipe:
     """Return the recipe of a way of ours."""
-    preset = recipe.from_bits(how.bits)
+    preset = from_bits(how.bits)
     if how.weights:
-        return recipe.with_weight_format(preset, how.weights)
+        return with_weight_format(preset, how.weights)
     if not how.grouped:
         return preset
     *before, last = preset.to_dict()["rule"]
-    rules = [recipe.Rule(**rule) for rule in (*before, last | GROUPED)]
-    return recipe.Recipe(f"{how.bits} int4 g128", tuple(rules))
+    rules = [Rule(**rule) for rule in (*before, last | GROUPED)]
+    return Recipe(f"{how.bits} int4 g128", tuple(rules))
 
 
 def dense_graph(transformer: nn.Module, arguments: dict, path: Path) -> None:
@@ -160,7 +163,7 @@ def rows_for(subject: Subject, folder: Path, rounds: int) -> list[dict]:
             continue
         made = folder / f"ours{number}"
         pipeline, source = load_pipeline(str(folder / "dense"))
-        calibrate(pipeline, source, plan(how), made, Settings(samples=0))
+        compile(pipeline, source, Plan(plan(how), SamplingPlan(samples=0)), made)
         graphs[name] = folder / f"ours{number}.onnx"
         found = to_onnx.to_onnx(made, graphs[name], target=how.target)["verified"]
         print(f"{subject.model}: {name} verified, parts {found['parts_rel_rmse']:.1e}, whole {found['rel_rmse']:.1e}")

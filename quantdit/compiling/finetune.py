@@ -1,4 +1,4 @@
-"""Calibrated assignments: which codeword each sub-vector gets is trained on the outputs of blocks.
+"""Fine-tuning: which codeword each sub-vector gets, and codebooks, scales and biases, trained on the outputs of blocks.
 
 (VQ4DiT, Deng et al. 2024, arXiv 2408.17131, Eq. 5 to 9.)
 
@@ -17,389 +17,126 @@ Trellis codes stay as they are, since none can change alone, and their table is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from quantdit.calibration import gptvq
-from quantdit.calibration.activations import quantized_inputs
-from quantdit.calibration.layer import Quantized, as_stored, histogram, relative_error
+from quantdit.calibration.layer import Quantized
+from quantdit.calibration.observe import block_order, capture
+from quantdit.calibration.observe import recorded_calls as call_files
 from quantdit.calibration.observe.recorded_calls import Call, rows_of
+from quantdit.calibration.observe.sensitivity import replaced
 from quantdit.calibration.stats import Stats
-from quantdit.formats import FORMATS, QSpec
-from quantdit.formats.codebook import words
-from quantdit.recipes.recipe import BEST, METHODS, Rule
-from quantdit.tensors import transform
-from quantdit.tensors.layer_spec import LayerSpec
+from quantdit.compiling.block_inputs import call_name
+from quantdit.compiling.job import OUTSIDE, Job, Segment
+from quantdit.compiling.soft_linear import CERTAIN, SoftLinear, bytes_of, is_trainable, soft_linear
+from quantdit.layers.quant_linear import QuantLinear
+from quantdit.recipes.finetuning import FineTuning
+from quantdit.system import progress
+from quantdit.system.threads import one_thread
 
-FROZEN = 0.99
-CERTAIN = 30.0  # of a logit: the others' ratios are then 0 in float32
-OWN = 4.0  # times as large as another's is at least the first ratio of the code a group has, where that is not the best
 ASSIGNMENT_PART = 0.6  # of the steps; the rest is the codebooks'
 CHECKS = 10  # of the held-out error while codebooks are trained
 PATIENCE = 3  # checks without a gain, after which they are as good as they get
 HELD_OUT = 8  # one in so many samples is held out
-INITIAL = ("distance", "uniform")
-MODES = ("block", "end-to-end")
-OPTIMIZERS = ("adam", "rmsprop")
-DISTANCES = ("output", "weight")
-MOST_CANDIDATES = 4
 
 Run = Callable[[Call], Sequence[Tensor]]  # makes a call and returns its tensors
 
 
-@dataclass(frozen=True)
-class Training:
-    """How assignments are calibrated.
+@one_thread()
+def finetuned(
+    job: Job, finetuning: FineTuning, segment: Segment, made: Mapping[str, Quantized], stats: Mapping[str, Stats]
+) -> dict[str, Quantized]:
+    """Return a segment's layers trained on the outputs of its block, or of all blocks; as they were, if that does not help.
 
-    Attributes:
-        steps: of the optimizer.
-        mode: `block`: one block after another, on the inputs that the quantized blocks before it make; `end-to-end`: all blocks
-            at once, each on what the ones before it return meanwhile, which needs the model in memory twice.
-        candidates: codewords a sub-vector may choose among; 1 trains codebooks, scales and biases alone. Trellis codes have one.
-        initial: ratios begin as 1 / n (`uniform`) or in inverse proportion to the candidates' errors (`distance`).
-        logit_rate: learning rate of the logits.
-        codebook_rate: of codebooks, scales and biases, as a part of their size; with `rmsprop` in units of weights and biases.
-        regulariser: weight of the ratios' term, in parts of the step's error: much more, and the term makes the choice.
-        gated: that term counts only while it is above the least it ever was, as in the released code; otherwise it grows with the
-            square of the steps, so that nearly all is decided in the end.
-        optimizer: `adam`: codebooks, scales and biases are trained once the choice is made, at a rate that falls to 0; `rmsprop`,
-            the paper's: codebooks and biases at a constant rate, from the first step on, together with the logits.
-        distance: what makes codewords candidates: the layer's error in the `output`, or in the `weight` (Eq. 5).
-        rows: samples of a call in one step.
-        memory: bytes that logits, their gradients and averages, candidates and soft weights may take at once; layers that take
-            more are trained in parts, one after the other.
+    Args:
+        job: the run.
+        finetuning: how.
+        segment: whose linears are in full precision still.
+        made: its layers quantized.
+        stats: of their inputs.
     """
+    groups = parts({name: layer for name, layer in made.items() if name in stats}, finetuning)
+    if not groups:
+        return dict(made)
+    folder = job.folder / "wanted"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    calls, linears = segment.calls, segment.linears
+    assert calls is not None, "a finished block is not trained again"
+    paths = job.blocks if segment.path == OUTSIDE else (segment.path,)
 
-    steps: int = 300
-    mode: str = "block"
-    candidates: int = 2
-    initial: str = "distance"
-    logit_rate: float = 5e-2
-    codebook_rate: float = 1e-3
-    regulariser: float = 10.0
-    gated: bool = False
-    optimizer: str = "adam"
-    distance: str = "output"
-    rows: int = 16
-    memory: int = 2 * 2**30
+    def run(call: Call) -> list[Tensor]:
+        with block_order.outputs_at(job.transformer, paths) as outputs:
+            capture.set_bucket(segment.run, call.bucket)
+            segment.run(*call.args, **call.kwargs)
+        return [v for path in paths for v in outputs[path] if v is not None]
 
-    def __post_init__(self) -> None:
-        """Check what the command line does not.
-
-        Raises:
-            ValueError: an unknown word or an impossible number.
-        """
-        known = {
-            "calibration mode": (self.mode, MODES),
-            "initial ratios": (self.initial, INITIAL),
-            "optimizer": (self.optimizer, OPTIMIZERS),
-            "distance": (self.distance, DISTANCES),
-        }
-        for what, (value, allowed) in known.items():
-            if value not in allowed:
-                raise ValueError(f"{what} {value!r} not known; use one of {', '.join(allowed)}")
-        if self.memory < 1:
-            raise ValueError(f"{self.memory} bytes of memory are not enough to train anything")
-        if self.steps < 1 or not 1 <= self.candidates <= MOST_CANDIDATES:
-            raise ValueError(
-                f"{self.steps} steps with {self.candidates} candidates are not possible: at least one step, 1 to"
-                f" {MOST_CANDIDATES} candidates"
-            )
+    with torch.no_grad():
+        for i, call in enumerate(calls):
+            call_files.save_outputs(folder / call_name(i), run(call))
+    examples = Examples(calls, lambda number: tensors_of(call_files.load_outputs(folder / call_name(number))))
+    made = dict(made)
+    full = {name: (linears[name].weight, linears[name].bias, stats[name]) for names in groups for name in names}
+    with progress.bar(finetuning.steps * len(groups), "train", "step", leave=False) as bar:
+        for names in groups:
+            before = {name: made[name] for name in names}
+            with replaced(job.transformer, _hard(made)):
+                made |= _trained(job, finetuning, before, full, run, examples, job.seed_of(segment), bar.update)
+    shutil.rmtree(folder)
+    return made
 
 
-def preset(bits: str, method: str = BEST) -> Training | None:
-    """Return what a method of recipe.METHODS calibrates of `wXaY`; None for nothing.
+def tensors_of(outputs: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return outputs that are tensors."""
+    return [v for v in outputs if v is not None]
 
-    `best` does at 2 bits: scales and biases, and codebooks where there are. One candidate: after error feedback, steps spent on
-    the choice among two gain less than as many on codebooks (reports/study).
+
+def _trained(
+    job: Job,
+    finetuning: FineTuning,
+    made: Mapping[str, Quantized],
+    full: Mapping[str, tuple[Tensor, Tensor | None, Stats]],
+    run: Run,
+    examples: Examples,
+    seed: int,
+    progress: Callable[[int], object],
+) -> dict[str, Quantized]:
+    """Return the layers trained at once, all others as the transformer has them; as they were, if that does not help.
+
+    `full` has their weights and biases in full precision, and statistics.
     """
-    if method != BEST:
-        return Training(**METHODS[method].training) if METHODS[method].training else None
-    return Training(candidates=1) if bits.startswith("w2a") else None
+    before = held_out_error(run, examples)
+    soft = {name: soft_linear(layer, *full[name], finetuning) for name, layer in made.items()}
+    with replaced(job.transformer, soft), torch.enable_grad():
+        report = train(list(soft.values()), run, examples, finetuning, seed, progress)
+    found = {name: layer.decided(made[name], *full[name]) for name, layer in soft.items()}
+    with replaced(job.transformer, _hard(found)):
+        after = held_out_error(run, examples)
+    size = sum(bytes_of(layer, finetuning) for layer in made.values())
+    report |= {"held_out_before": before, "held_out": after, "helped": after < before, "layers": len(made), "bytes": size}
+    kept = found if after < before else made
+    return {name: replace(layer, report=layer.report | {"assignments": report}) for name, layer in kept.items()}
 
 
-class SoftLinear(nn.Module):
-    """A quantized linear whose codes are not decided yet. `bucket` as in QuantLinear.
-
-    Attributes:
-        candidates: uint8 `[n, out, in / d]`, codes (int32 where they have signs); None where codes stay as they are (trellis).
-        logits: float32, the same shape; a parameter. None without candidates.
-        codebook: float32 `[k, d]`; a parameter. None without candidates.
-        integers: int8 `[out, in]`, what codes that stay as they are stand for; None with candidates.
-        unit: float32 `[out]`: the scales as they were, where training is in units of each channel: if a few channels are a
-            thousand times as large, one rate for all would suit these alone. Else 1.
-        gain: float32 `[out]`, the scales in these units; a parameter.
-        centre: float32 `[in]`, the mean of the transformed inputs; None without a bias.
-        level: float32 `[out]`, the mean output in these units; a parameter. The bias follows from it: whatever becomes of the
-            weight, it takes up what that does to the mean.
-    """
-
-    def __init__(
-        self,
-        spec: LayerSpec,
-        tensors: Mapping[str, Tensor],
-        centre: Tensor | None,
-        output: Tensor | None,
-        candidates: Tensor | None,
-        logits: Tensor | None,
-        in_units: bool,
-    ) -> None:
-        super().__init__()
-        self.spec, self.bucket = spec, 0
-        self.transform = transform.from_tensors(spec.rotation, spec.block, tensors)
-        self.static = tensors.get("static_scale")
-        self.branch = _branch(tensors)
-        f, self.candidates = FORMATS[spec.weight.format], candidates
-        if candidates is None:
-            self.logits = self.codebook = None
-            self.integers = f.decode8(f, spec.weight, tensors)
-            scale = tensors["scale"].clone()
-        else:
-            # Entries are trained in units of the largest, so that one rate suits all layers.
-            unit = tensors["codebook"].float().abs().max().clamp_min(1)
-            self.logits = nn.Parameter(logits)
-            self.codebook = nn.Parameter(tensors["codebook"].float().reshape(-1, f.dim) / unit)
-            self.integers = None
-            scale = tensors["scale"] * unit
-        self.unit = scale.abs().clamp_min(torch.finfo(torch.float32).tiny) if in_units else torch.ones_like(scale)
-        self.gain = nn.Parameter(scale / self.unit)
-        self.centre = centre
-        self.level = None if output is None else nn.Parameter(output / self.unit)
-
-    @property
-    def scale(self) -> Tensor:
-        return self.gain * self.unit
-
-    @property
-    def output(self) -> Tensor | None:
-        return None if self.level is None else self.level * self.unit
-
-    def weight(self) -> Tensor:
-        """Return the weight `[out, in]` in the transformed space."""
-        if self.candidates is None:
-            return self.integers * self.scale[:, None]
-        f = FORMATS[self.spec.weight.format]
-        found = [words(self.codebook, part.int(), f.sign_split) for part in self.candidates]
-        soft = found[0] if len(found) == 1 else sum(r[..., None] * word for r, word in zip(self.ratios, found, strict=True))
-        return soft.flatten(1) * self.scale[:, None]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x `[..., in]` to `[..., out]`; gradients pass through the quantization of inputs as if there were none."""
-        tokens = transform.apply(self.transform, x.reshape(-1, x.shape[-1]).float())
-        activation = self.spec.activation
-        if activation.bits < 16:
-            with torch.no_grad():
-                buckets = torch.full((len(tokens),), self.bucket)
-                noise = quantized_inputs(tokens, activation, self.static, buckets) - tokens
-            seen = tokens + noise
-        else:
-            seen = tokens
-        y = nn.functional.linear(seen if self.centre is None else seen - self.centre, self.weight(), self.output)
-        if self.branch is not None:
-            up, down = self.branch
-            y = y + nn.functional.linear(nn.functional.linear(tokens, down), up)
-        return y.reshape(*x.shape[:-1], -1).to(x.dtype)
-
-    @property
-    def is_open(self) -> bool:
-        """Return whether sub-vectors have codewords to choose among."""
-        return self.logits is not None and len(self.logits) > 1
-
-    @property
-    def ratios(self) -> Tensor:
-        """Return `[n, out, in / d]`."""
-        return self.logits.softmax(dim=0)
-
-    @torch.no_grad()
-    def freeze(self, least: float = FROZEN) -> float:
-        """Decide every sub-vector one of whose ratios is above `least`; returns the part that is decided."""
-        best = self.ratios.max(dim=0)
-        decided = best.values > least
-        winner = torch.arange(len(self.logits))[:, None, None] == best.indices
-        certain = torch.where(winner, CERTAIN, -CERTAIN)
-        self.logits.copy_(torch.where(decided, certain, self.logits))
-        return float(decided.float().mean())
-
-    @torch.no_grad()
-    def decided(self, made: Quantized, weight: Tensor, bias: Tensor | None, stats: Stats) -> Quantized:
-        """Return the layer that `made` was with what was found; weight and bias are those of the source."""
-        stored, integers, rounding = self._stored()
-        W = _beside_branch(self.transform, weight, self.branch)
-        dense = stored["scale"][:, None] * integers
-        gram = transform.gram(self.transform, stats.gram if bias is None else stats.centred_gram)
-        report = {
-            "weight_only_rel_rmse": relative_error(dense - W, gram, weight.detach().float(), stats.gram),
-            "weight_histogram": histogram(W, stored["scale"]),
-            "codebook_rounding": float(f"{rounding:.3g}"),
-        }
-        mended = None if bias is None else as_stored(self.output - dense @ self.centre, bias)
-        return replace(made, tensors=made.tensors | stored, bias=mended, report=made.report | report)
-
-    def _stored(self) -> tuple[dict[str, Tensor], Tensor, float]:
-        """Return what changed as it is stored, `I` float32, and the relative error of rounding the codebook."""
-        if self.candidates is None:
-            return {"scale": gptvq.in_16_bits(self.scale.abs())}, self.integers.float(), 0.0
-        f = FORMATS[self.spec.weight.format]
-        winner = self.logits.argmax(dim=0, keepdim=True)
-        codes = self.candidates.gather(0, winner)[0]
-        entries, unit = gptvq.on_int8_grid(self.codebook.clamp_min(0) if f.sign_split else self.codebook)
-        error = float((entries * unit - self.codebook).norm() / self.codebook.norm().clamp_min(1e-30))
-        codebook = entries.to(torch.int8).reshape(1, -1) if f.dim == 1 else entries.to(torch.int8)
-        scale = gptvq.in_16_bits((self.scale * unit).abs())
-        stored = {"data": f.pack(f, codes), "codebook": codebook.contiguous(), "scale": scale}
-        return stored, words(entries, codes.int(), f.sign_split).flatten(1), error
+def _hard(made: Mapping[str, Quantized]) -> dict[str, QuantLinear]:
+    return {name: QuantLinear.from_tensors(layer.spec, layer.tensors, layer.bias) for name, layer in made.items()}
 
 
-def bytes_of(made: Quantized, training: Training) -> int:
-    """Return what training a layer takes: of each candidate a code, a logit, its gradient and average; soft weights, float32."""
-    weight, f = made.spec.weight, FORMATS[made.spec.weight.format]
-    size = weight.out_features * weight.in_features
-    if f.window:
-        return size * (1 + 3 * 4)  # the integers, as float32, times the scales, the gradient
-    # Each candidate's codewords are kept for the backward pass; the mixture, its product with the scales, the gradient.
-    n = training.candidates
-    return size // f.dim * n * (f.code_dtype.itemsize + 3 * 4) + size * 4 * (n + 3)
-
-
-def parts(made: Mapping[str, Quantized], training: Training) -> list[tuple[str, ...]]:
+def parts(made: Mapping[str, Quantized], finetuning: FineTuning) -> list[tuple[str, ...]]:
     """Return the names of the layers that can be trained, in order, cut into parts that training has memory for."""
     found: list[tuple[str, ...]] = []
     room = 0
     for name in (name for name, layer in made.items() if is_trainable(layer)):
-        needed = bytes_of(made[name], training)
+        needed = bytes_of(made[name], finetuning)
         if not found or needed > room:
-            found, room = [*found, ()], training.memory
+            found, room = [*found, ()], finetuning.memory
         found[-1] += (name,)
         room -= needed
     return found
-
-
-def trains(rule: Rule) -> bool:
-    """Return whether layers of a rule are such (`is_trainable`); False where the weight is not one format, but dense or open."""
-    return chooses(rule) or (rule.weight in FORMATS and FORMATS[rule.weight].window > 0)
-
-
-def chooses(rule: Rule) -> bool:
-    """Return whether layers of a rule have one int8 codebook for the whole weight, to choose codewords of."""
-    if rule.weight not in FORMATS:
-        return False
-    f = FORMATS[rule.weight]
-    codebook = f.fields(f, QSpec(f.name, 64, 64, 64)).get("codebook")
-    return codebook is not None and codebook.dtype == torch.int8 and (f.dim > 1 or rule.table_rows == "layer")
-
-
-def check_trains(rules: Iterable[Rule]) -> None:
-    """Refuse training where there is nothing to train.
-
-    Raises:
-        ValueError: no layer of these rules is such as `trains` says.
-    """
-    rules = list(rules)
-    if not any(map(trains, rules)):
-        weights = ", ".join(sorted({rule.weight for rule in rules}))
-        raise ValueError(
-            "calibration steps train codebooks, level tables of whole weights and the scales of trellis codes, and these layers"
-            f" have none ({weights}); take weight format table, vq or trellis, or no calibration steps"
-        )
-
-
-def is_trainable(made: Quantized) -> bool:
-    """Return whether a layer has one int8 codebook for the whole weight, or trellis codes."""
-    if FORMATS[made.spec.weight.format].window:
-        return True
-    codebook = made.tensors.get("codebook")
-    return codebook is not None and codebook.dtype == torch.int8 and made.spec.weight.codebook_rows == 1
-
-
-def soft_linear(made: Quantized, weight: Tensor, bias: Tensor | None, stats: Stats, training: Training) -> SoftLinear:
-    """Return a layer to be trained, from what `quantize_layer` made of it.
-
-    Args:
-        made: the quantized layer, of a codebook for the whole weight or of trellis codes.
-        weight: `[out, in]`, before it was quantized.
-        bias: `[out]` or None, before it was mended.
-        stats: of its inputs.
-        training: how many candidates, and their first ratios.
-    """
-    spec = made.spec
-    t = transform.from_tensors(spec.rotation, spec.block, made.tensors)
-    branch = _branch(made.tensors)
-    candidates = logits = None
-    if not FORMATS[spec.weight.format].window:
-        gram = transform.gram(t, stats.gram if bias is None else stats.centred_gram)
-        candidates, logits = _choices(made, _beside_branch(t, weight, branch), gram, training)
-    centre = None if bias is None else transform.apply(t, stats.mean)
-    output = None if bias is None else bias.detach().float() + weight.detach().float() @ stats.mean
-    if centre is not None and branch is not None:
-        output = output - branch[0] @ (branch[1] @ centre)
-    return SoftLinear(spec, made.tensors, centre, output, candidates, logits, in_units=training.optimizer == "adam")
-
-
-def _choices(made: Quantized, W: Tensor, H: Tensor, training: Training) -> tuple[Tensor, Tensor]:
-    """Return candidates and logits, both `[n, out, in / d]`, for W in the transformed space.
-
-    Candidates are the code that a sub-vector has, and the codewords that would leave the least output error, all else held.
-    """
-    f = FORMATS[made.spec.weight.format]
-    scale = torch.where(made.tensors["scale"] > 0, made.tensors["scale"], 1.0)
-    codebook = made.tensors["codebook"].float().reshape(-1, f.dim)
-    codes = f.unpack(f, made.tensors["data"], W.shape[1] // f.dim).long()
-    metric = torch.eye(W.shape[1], dtype=H.dtype) if training.distance == "weight" else H
-    candidates, errors = best_codes(codes, W / scale[:, None], metric, codebook, training.candidates, f.sign_split)
-    if training.initial == "uniform":
-        logits = torch.zeros(candidates.shape, dtype=torch.float32)
-    else:
-        # Ratios in inverse proportion to the errors; that of the best may be zero. Where another code is better than the one a
-        # group has, all else held, its ratio must not be larger all the same: all groups moving at once would overshoot.
-        errors[0] = torch.minimum(errors[0], errors.amin(dim=0) / OWN)
-        floor = 1e-3 * errors.mean().clamp_min(1e-30)
-        logits = -(errors + floor).log()
-    return candidates.to(f.code_dtype), logits.contiguous()
-
-
-def _branch(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-    """Return `up`, `down` float32 of a low-rank branch; None without one."""
-    return (tensors["up"].float(), tensors["down"].float()) if "up" in tensors else None
-
-
-def _beside_branch(t: transform.Transform, weight: Tensor, branch: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Return what of a source's weight `[out, in]` is to be quantized: transformed, less its low-rank branch."""
-    W = transform.apply_to_weight(t, weight.detach().float())
-    return W if branch is None else W - branch[0] @ branch[1]
-
-
-def best_codes(
-    codes: Tensor, W: Tensor, H: Tensor, codebook: Tensor, count: int, sign_split: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return for each group its code and the best other codewords, all other groups held, and their errors.
-
-    Both are `[count, out, in / d]`. With `sign_split` the others have the signs that are best for the group.
-
-    The error of codeword c at group g is `(t - c) H_gg (t - c)^T` with t the best real numbers for it (vectors.descend).
-    """
-    (k, d), H = codebook.shape, H.float()
-    D = words(codebook, codes, sign_split).flatten(1) - W
-    slope = D @ H
-    found, errors = [], []
-    for g, root in enumerate(gptvq.group_roots(H, d)):
-        part = slice(g * d, g * d + d)
-        target = W[:, part] + D[:, part] - torch.cholesky_solve(slope[:, part].T, root).T
-        has = codes[:, g, None]
-        if sign_split:
-            distance, flips = gptvq.signed_errors(target, codebook, root)
-            distance, flips = distance + (target @ root).square().sum(dim=1, keepdim=True), flips[:, None]
-        else:
-            distance, flips = torch.cdist(target @ root, codebook @ root).square(), 0
-        # The code it has stays the first: all groups moving to what is best with the others held would overshoot.
-        own = ((words(codebook, codes[:, g], sign_split) - target) @ root).square().sum(dim=1, keepdim=True)
-        others = distance.scatter(1, has % k, torch.where(has // k * k == flips, torch.inf, distance.gather(1, has % k)))
-        chosen = others.topk(count - 1, dim=1, largest=False)
-        found.append(torch.cat([has, chosen.indices + flips], dim=1))
-        errors.append(torch.cat([own, chosen.values.clamp_min(0)], dim=1))
-    return tuple(torch.stack(parts, 2).transpose(0, 1).contiguous() for parts in (found, errors))
 
 
 @dataclass(frozen=True)
@@ -462,7 +199,7 @@ def train(
     layers: Sequence[SoftLinear],
     run: Run,
     examples: Examples,
-    training: Training,
+    finetuning: FineTuning,
     seed: int,
     progress: Callable[[int], object] = lambda steps: None,
 ) -> dict:
@@ -474,15 +211,15 @@ def train(
         layers: of the part that is run.
         run: makes a call of that part and returns its tensors.
         examples: what to train on.
-        training: steps and rates.
+        finetuning: steps and rates.
         seed: of the choice of samples.
         progress: told how many steps were made.
     """
     choosing = [layer for layer in layers if layer.is_open]
-    until = round(training.steps * ASSIGNMENT_PART) if choosing else 0
-    batches = examples.batches(training.rows, torch.Generator().manual_seed(seed))
-    tables, rates = _tables(layers, training)
-    optimizer, together = _optimizer(tables, rates, training), training.optimizer == "rmsprop"
+    until = round(finetuning.steps * ASSIGNMENT_PART) if choosing else 0
+    batches = examples.batches(finetuning.rows, torch.Generator().manual_seed(seed))
+    tables, rates = _tables(layers, finetuning)
+    optimizer, together = _optimizer(tables, rates, finetuning), finetuning.optimizer == "rmsprop"
 
     def step_on(optimizers: Sequence[torch.optim.Optimizer], spread: Tensor | float = 0.0) -> None:
         loss = _error(run, *next(batches))
@@ -494,65 +231,103 @@ def train(
             each.step()
         progress(1)
 
-    report = {}
-    if choosing:
-        soft, least = [layer.logits for layer in choosing], math.inf
-        logits = torch.optim.RMSprop(soft, lr=training.logit_rate, alpha=0.9)
-        for step in range(until):
-            ratios = [z.softmax(dim=0) for z in soft]
-            spread = sum((r * (1 - r)).mean() * len(r) for r in ratios) / len(soft)
-            if training.gated:
-                pull = training.regulariser if float(spread.detach()) > least else 0.0
-                least = min(least, float(spread.detach()))
-            else:
-                pull = training.regulariser * (step / until) ** 2
-            step_on([logits, optimizer] if together else [logits], pull * spread)
-            frozen = [layer.freeze() for layer in choosing]
-        report["frozen"] = round(sum(frozen) / len(frozen), 4) if until else 0.0
-        for layer in choosing:
-            layer.freeze(0.0)
-            layer.logits.requires_grad_(False)
-        if not together:  # else tables have followed the ratios, and other codes would not fit them
-            report |= _keep_if_better(choosing, run, examples)
-    best = held_out_error(run, examples), [p.detach().clone() for p in tables]
-    report["held_out_assigned"] = best[0]
-    left, checks, made = training.steps - until, 0, 0
-    for step in range(left):
+    def step_on_tables(part: float) -> None:
         if not together:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * (1 - step / left)
+                group["lr"] = rate * part
         step_on([optimizer])
-        if (step + 1) % max(1, left // CHECKS) == 0:
-            made, now, checks = step + 1, held_out_error(run, examples), checks + 1
-            if now < best[0]:
-                best, checks = (now, [p.detach().clone() for p in tables]), 0
+
+    report = {}
+    if choosing:
+        soft = [layer.logits for layer in choosing if layer.logits is not None]
+        logits = torch.optim.RMSprop(soft, lr=finetuning.logit_rate, alpha=0.9)
+        moved = [logits, optimizer] if together else [logits]
+        report["frozen"] = _choose(choosing, soft, finetuning, until, lambda spread: step_on(moved, spread))
+        if not together:  # else tables have followed the ratios, and other codes would not fit them
+            report |= _keep_if_better(choosing, run, examples)
+    report["held_out_assigned"] = held_out_error(run, examples)
+    left = finetuning.steps - until
+    best, made = _fit(tables, left, report["held_out_assigned"], step_on_tables, lambda: held_out_error(run, examples))
+    progress(left - made)
+    return report | {"held_out": best, "codebook_steps": made - made % max(1, left // CHECKS)}
+
+
+def _choose(
+    layers: Sequence[SoftLinear],
+    soft: Sequence[Tensor],
+    finetuning: FineTuning,
+    steps: int,
+    step_on: Callable[[Tensor], None],
+) -> float:
+    """Train the logits `soft` of layers until each sub-vector has one codeword; returns the part that froze on the way."""
+    least, frozen = math.inf, [0.0]
+    for step in range(steps):
+        ratios = [z.softmax(dim=0) for z in soft]
+        spreads = [(r * (1 - r)).mean() * len(r) for r in ratios]
+        spread = sum(spreads[1:], spreads[0]) / len(soft)
+        if finetuning.gated:
+            pull = finetuning.regulariser if float(spread.detach()) > least else 0.0
+            least = min(least, float(spread.detach()))
+        else:
+            pull = finetuning.regulariser * (step / steps) ** 2
+        step_on(pull * spread)
+        frozen = [layer.freeze() for layer in layers]
+    for layer, logits in zip(layers, soft, strict=True):
+        layer.freeze(0.0)
+        logits.requires_grad_(False)
+    return round(sum(frozen) / len(frozen), 4)
+
+
+def _fit(
+    tables: Sequence[Tensor], steps: int, error: float, step_on: Callable[[float], None], held_out: Callable[[], float]
+) -> tuple[float, int]:
+    """Train tables in place, at rates that fall from 1 to 0, and keep what had the least held-out error.
+
+    Args:
+        tables: codebooks, scales and mean outputs.
+        steps: at most; PATIENCE checks without a gain end it.
+        error: held out, of the tables as they are.
+        step_on: makes a step at a part of the rates.
+        held_out: returns the error on samples that training never has.
+
+    Returns:
+        The least error, and how many steps were made.
+    """
+    best, kept, checks = error, [p.detach().clone() for p in tables], 0
+    made = 0
+    for step in range(steps):
+        step_on(1 - step / steps)
+        made = step + 1
+        if made % max(1, steps // CHECKS) == 0:
+            now, checks = held_out(), checks + 1
+            if now < best:
+                best, kept, checks = now, [p.detach().clone() for p in tables], 0
             if checks == PATIENCE:
-                progress(left - step - 1)
                 break
     with torch.no_grad():
-        for p, kept in zip(tables, best[1], strict=True):
-            p.copy_(kept)
-    return report | {"held_out": best[0], "codebook_steps": made}
+        for p, value in zip(tables, kept, strict=True):
+            p.copy_(value)
+    return best, made
 
 
-def _tables(layers: Sequence[SoftLinear], training: Training) -> tuple[list[Tensor], list[float]]:
+def _tables(layers: Sequence[SoftLinear], finetuning: FineTuning) -> tuple[list[Tensor], list[float]]:
     """Return what is trained besides logits, and the learning rate of each.
 
     `rmsprop` has one rate in units of weights; codebooks are in units of their channels' scales, which then stay as they are.
     """
-    if training.optimizer == "rmsprop":
+    if finetuning.optimizer == "rmsprop":
         coded = [layer for layer in layers if layer.codebook is not None]
         parts = [(layer.codebook, 1 / float(layer.scale.detach().mean().clamp_min(1e-30))) for layer in coded]
         parts += [(layer.level, 1.0) for layer in layers if layer.level is not None]
     else:
         tables = [p for layer in layers for p in (layer.codebook, layer.gain, layer.level) if p is not None]
         parts = [(p, float(p.detach().square().mean().sqrt().clamp_min(1e-3))) for p in tables]
-    return [p for p, _ in parts], [training.codebook_rate * size for _, size in parts]
+    return [p for p, _ in parts], [finetuning.codebook_rate * size for _, size in parts]
 
 
-def _optimizer(tables: Sequence[Tensor], rates: Sequence[float], training: Training) -> torch.optim.Optimizer:
+def _optimizer(tables: Sequence[Tensor], rates: Sequence[float], finetuning: FineTuning) -> torch.optim.Optimizer:
     groups = [{"params": [p], "lr": rate} for p, rate in zip(tables, rates, strict=True)]
-    if training.optimizer == "rmsprop":
+    if finetuning.optimizer == "rmsprop":
         return torch.optim.RMSprop(groups, alpha=0.9)
     return torch.optim.Adam(groups, betas=(0.9, 0.99))
 
@@ -581,7 +356,7 @@ def held_out_error(run: Run, examples: Examples) -> float:
 
 def _error(run: Run, call: Call, expected: Sequence[Tensor]) -> Tensor:
     found = [relative(got, wanted) for got, wanted in zip(run(call), expected, strict=True)]
-    return sum(found) / len(found)
+    return sum(found[1:], found[0]) / len(found)
 
 
 def relative(got: Tensor, wanted: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,18 +17,18 @@ import quantdit
 from quantdit.calibration.observe import capture
 from quantdit.calibration.observe.recorded_calls import StoredCalls
 from quantdit.checkpoints import checkpoint, class_tree
-from quantdit.compiling import finetune, quantize_blocks
-from quantdit.compiling.finetune import Training
-from quantdit.compiling.quantize_blocks import Job
+from quantdit.compiling import quantize_blocks
+from quantdit.compiling.job import Job, linear_of
+from quantdit.compiling.plan import Plan, check, check_finite, component
 from quantdit.integrations.diffusers_quantizer import attach
-from quantdit.models import adapter as adapters
 from quantdit.pipelines.pipeline import MODEL, BareTransformer, checked_numbers, dtype_of, guesses_options, load_pipeline
-from quantdit.pipelines.sampling import Settings
-from quantdit.recipes import recipe as recipes
-from quantdit.recipes.recipe import Recipe
+from quantdit.recipes.presets import BEST, finetuning_for, finetuning_of, from_any
+from quantdit.recipes.resolve import without_data
+from quantdit.recipes.rules import AUTO, Recipe
+from quantdit.recipes.sampling_plan import SamplingPlan
 from quantdit.system import files
 
-BUCKETS = Settings().buckets
+BUCKETS = SamplingPlan.buckets
 ERRORS = ("rel_rmse", "weight_only_rel_rmse", "rms", "weight_rel_rmse")  # of a layer's report, those that a folder keeps
 # What a model raises that is called with what it does not take.
 MISFITS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
@@ -69,8 +69,8 @@ def quantize(
     inputs: Iterable[Mapping[str, object]] | Callable[[], object] | None = None,
     seed: int = 0,
     tokens: int = 0,
-    calibration_steps: int | None = None,
-    method: str = recipes.BEST,
+    finetune_steps: int | None = None,
+    method: str = BEST,
 ) -> nn.Module:
     """Quantize a diffusers transformer in place, as `quantdit calibrate` does, and return it.
 
@@ -86,9 +86,9 @@ def quantize(
             transformer is used with, in any number (a generator does). None: no data, round to nearest.
         seed: of random signs, k-means and the choice of rows.
         tokens: rows of each call that statistics are made of, evenly spread; 0 for all.
-        calibration_steps: of the optimizer that trains scales, biases and codebooks on each block's outputs; None: as many as
+        finetune_steps: of the optimizer that trains scales, biases and codebooks on each block's outputs; None: as many as
             the method takes for these bits (`best`: w2 with inputs 300, others none; `vq4dit` 500).
-        method: with bits, whose: `best`, today's presets, or a paper's of recipe.METHODS, which needs inputs.
+        method: with bits, whose: `best`, today's presets, or a paper's of presets.METHODS, which needs inputs.
 
     Raises:
         ValueError: a recipe that does not fit or leaves widths open (`auto`), steps without inputs or with nothing to train,
@@ -98,65 +98,65 @@ def quantize(
             class does not build from its config. Its weights are then as they were. If activations turn out NaN or infinite, the
             blocks before are quantized: load it again.
     """
-    asked = {"seed": seed, "tokens": tokens, "calibration_steps": calibration_steps}
-    seed, tokens, calibration_steps = checked_numbers(asked, optional=("calibration_steps",)).values()
+    asked = {"seed": seed, "tokens": tokens, "finetune_steps": finetune_steps}
+    seed, tokens, finetune_steps = checked_numbers(asked, optional=("finetune_steps",)).values()
     given, transformer = transformer, getattr(transformer, "_orig_mod", transformer)  # of torch.compile
-    if not isinstance(transformer, nn.Module):
-        raise ValueError(f"quantize takes a transformer, got a {type(transformer).__name__}; give pipeline.transformer")
-    if checkpoint.quant_layers(transformer):
-        raise ValueError(f"this {type(transformer).__name__} is quantized already; quantize the full-precision model")
-    if (tool := class_tree.quantized_by(transformer)) is not None:
-        raise ValueError(
-            f"this {type(transformer).__name__} is quantized by {tool}; dequantize() it first where the tool can, or quantize the"
-            " full-precision model"
-        )
-    if (wrong := class_tree.difference(transformer)) is not None:
-        raise ValueError(f"this {type(transformer).__name__} is not as its class builds it: {wrong}")
-    plan = recipes.from_any(recipe, method)
-    if inputs is None and method != recipes.BEST:
-        raise ValueError(f"method {method!r} calibrates; give quantdit.quantize some inputs=, or leave out method=")
-    if any(rule.weight == recipes.AUTO for rule in plan.rules):
-        raise ValueError(
-            f"recipe {plan.name} leaves widths open, which quantdit.quantize does not choose; give bits such as 'w4a8', or have"
-            " the command line choose: quantdit calibrate --bits auto --max-drift 0.02"
-        )
-    plan = plan if inputs is not None else recipes.without_data(plan, "give quantdit.quantize some inputs=")
-    adapter = adapters.adapter_for(transformer)
-    plans = recipes.resolve(plan, adapters.layers(transformer, adapter))
-    if not plans:
-        raise ValueError(f"recipe {plan.name} leaves every layer dense, so there is nothing to quantize")
-    training = finetune.preset(recipe, method) if inputs is not None and recipes.is_bits(recipe) else None
-    if calibration_steps == 0:
-        training = None
-    elif calibration_steps is not None:
-        if inputs is None:
-            raise ValueError(
-                f"calibration_steps = {calibration_steps} needs inputs to train on; give quantdit.quantize some inputs="
-            )
-        finetune.check_trains(layer.rule for layer in plans.values())
-        training = replace(training or Training(candidates=1), steps=calibration_steps)
+    _check_transformer(transformer)
+    chosen = _recipe(recipe, method, has_inputs=inputs is not None)
+    finetuning = finetuning_for(chosen, finetuning_of(recipe, method), inputs is not None, steps=finetune_steps)
+    if finetuning is not None and inputs is None:
+        raise ValueError(f"finetune_steps = {finetune_steps} needs inputs to train on; give quantdit.quantize some inputs=")
+    plan = Plan(chosen, SamplingPlan(seed=seed, tokens=tokens), finetuning)
+    part = component(transformer, chosen)
+    check(plan, {"transformer": part})
     _cast_up(transformer)
-    for name, tensor in transformer.state_dict().items():
-        if tensor.device.type == "meta":
-            raise ValueError(f"{name} is not in memory; remove what offloads the transformer, or use quantdit calibrate")
-        files.check_finite(name, tensor)
+    if away := [key for key, tensor in transformer.state_dict().items() if tensor.device.type == "meta"]:
+        raise ValueError(f"{away[0]} is not in memory; remove what offloads the transformer, or use quantdit calibrate")
+    check_finite(transformer)
     transformer.requires_grad_(False).eval()
-    dtypes = {name: transformer.get_submodule(name).weight.dtype for name in plans}
-    with _eager(), tempfile.TemporaryDirectory(prefix="quantdit-") as folder:
-        calls = StoredCalls(()) if inputs is None else _record(transformer, inputs, Path(folder) / "calls", plan.edge_steps)
-        blocks = quantize_blocks.blocks_of(transformer, adapter)
-        job = Job(transformer, blocks, calls, BUCKETS, seed, Path(folder), tokens=tokens, training=training)
+    dtypes = {name: linear_of(transformer, name).weight.dtype for name in part.plans}
+    with _eager(), tempfile.TemporaryDirectory(prefix="quantdit-") as name:
+        folder = Path(name)
+        calls = StoredCalls(()) if inputs is None else _record(transformer, inputs, folder / "calls", chosen.edge_steps)
         with torch.no_grad():
-            made = quantize_blocks.quantize(job, plans, Path(folder) / "blocks")
+            made = quantize_blocks.quantize(Job(transformer, part.blocks, calls, plan, folder), part.plans, folder / "blocks")
     for name, layer in checkpoint.quant_layers(transformer).items():
         layer.weight_dtype = dtypes[name]
     provenance = {"quantdit": quantdit.__version__, "calibration": {"calls": len(calls), "seed": seed, "tokens": tokens}}
     # What `inspect` shows of a folder that has no calibration report.
     provenance["layers"] = {name: {k: v for k, v in found.items() if k in ERRORS} for name, found in made.reports.items()}
-    if training is not None:
-        provenance["training"] = asdict(training)
-    attach(transformer, checkpoint.describe(transformer, plan.to_dict(), provenance))
+    if finetuning is not None:
+        provenance["training"] = asdict(finetuning)
+    attach(transformer, checkpoint.describe(transformer, chosen.to_dict(), provenance))
     return given
+
+
+def _check_transformer(transformer: object) -> None:
+    """Refuse what is no transformer in full precision, as its class builds it."""
+    cls = type(transformer).__name__
+    if not isinstance(transformer, nn.Module):
+        raise ValueError(f"quantize takes a transformer, got a {cls}; give pipeline.transformer")
+    if checkpoint.quant_layers(transformer):
+        raise ValueError(f"this {cls} is quantized already; quantize the full-precision model")
+    if (tool := class_tree.quantized_by(transformer)) is not None:
+        raise ValueError(
+            f"this {cls} is quantized by {tool}; dequantize() it first where the tool can, or quantize the full-precision model"
+        )
+    if (wrong := class_tree.difference(transformer)) is not None:
+        raise ValueError(f"this {cls} is not as its class builds it: {wrong}")
+
+
+def _recipe(given: Recipe | Mapping | str | Path, method: str, has_inputs: bool) -> Recipe:
+    """Return the recipe that is meant, with what needs data left out of it where there are no inputs."""
+    recipe = from_any(given, method)
+    if not has_inputs and method != BEST:
+        raise ValueError(f"method {method!r} calibrates; give quantdit.quantize some inputs=, or leave out method=")
+    if any(rule.weight == AUTO for rule in recipe.rules):
+        raise ValueError(
+            f"recipe {recipe.name} leaves widths open, which quantdit.quantize does not choose; give bits such as 'w4a8', or have"
+            " the command line choose: quantdit calibrate --bits auto --max-output-error 0.02"
+        )
+    return recipe if has_inputs else without_data(recipe, "give quantdit.quantize some inputs=")
 
 
 def _cast_up(transformer: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quantdit.checkpoints import checkpoint
 from quantdit.checkpoints.streaming import is_streamed
-from quantdit.compiling.compiler import size_of
+from quantdit.compiling.report import size_of
 from quantdit.evaluation.gate import judge
 from quantdit.evaluation.gate.gate_files import check
 from quantdit.evaluation.metrics import text, vbench

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import nn
 
 from quantdit.checkpoints import checkpoint
-from quantdit.compiling.compiler import REPORT, added, size_of
+from quantdit.compiling.report import REPORT, added, size_of
 from quantdit.formats import FORMATS
 from quantdit.layers.quant_linear import QuantLinear, weight_bits
 from quantdit.models import adapter as adapters
@@ -178,7 +178,7 @@ def allocation_summary(allocation: dict) -> str:
     asked = (
         f"at most {allocation['size_budget']:g}"
         if allocation["size_budget"] is not None
-        else f"the least for a drift of at most {allocation['max_drift']:g}"
+        else f"the least for an output error of at most {allocation['max_output_error']:g}"
     )
     tried = ", ".join(f"{a['bytes'] / whole:.3f} gave {a['measured']:.4f}" for a in allocation["attempts"])
     return "\n".join(
@@ -508,13 +508,15 @@ def _allocation(content: dict, names: Collection[str], path: Path) -> dict | Non
     allocation = content.get("allocation")
     if allocation is None:
         return None
+    if isinstance(allocation, dict) and "max_drift" in allocation:  # of earlier versions
+        allocation = allocation | {"max_output_error": allocation["max_drift"]}
     whole = (
         _has(allocation, ALLOCATION)
         and allocation["layers"].keys() == set(names)
         and all(_has(e, CHOICE) and e["chosen"] in e["weights"] for e in allocation["layers"].values())
         and all(_has(w, WEIGHT) for e in allocation["layers"].values() for w in e["weights"].values())
         and all(_has(a, ATTEMPT) for a in allocation["attempts"])
-        and (allocation["size_budget"] is None) != (allocation["max_drift"] is None)
+        and (allocation["size_budget"] is None) != (allocation["max_output_error"] is None)
     )
     if not whole:
         raise files.CheckpointError(
@@ -585,7 +587,7 @@ def _is_number_or_none(value: object) -> bool:
 
 ALLOCATION = {
     "size_budget": _is_number_or_none,
-    "max_drift": _is_number_or_none,
+    "max_output_error": _is_number_or_none,
     "bytes": _is_number,
     "bytes_in_16_bits": lambda value: _is_number(value) and value > 0,
     "predicted_model_rel_rmse": _is_number,

@@ -23,8 +23,9 @@ from quantdit.checkpoints.checkpoint import METHOD, CheckpointError
 from quantdit.integrations.import_hooks import watch
 from quantdit.layers.quant_linear import QuantLinear, dense_linear
 from quantdit.models import adapter as adapters
-from quantdit.recipes import recipe as recipes
-from quantdit.recipes.recipe import DENSE, LayerPlan, Recipe, Rule
+from quantdit.recipes.presets import BEST, from_any, from_bits, with_weight_format
+from quantdit.recipes.resolve import resolve, without_data
+from quantdit.recipes.rules import DENSE, LayerPlan, Recipe, Rule
 from quantdit.system import files
 from quantdit.tensors.layer_spec import LayerSpec, as_computed, as_stored, layer_fields
 
@@ -65,7 +66,7 @@ class QuantDiTConfig(QuantizationConfigMixin):
         weight_format: str | None = None,
         modules_to_not_convert: list[str] | None = None,
         seed: int = 0,
-        method: str = recipes.BEST,
+        method: str = BEST,
         **state: object,
     ) -> None:
         self.quant_method = Method.QUANTDIT
@@ -82,15 +83,15 @@ class QuantDiTConfig(QuantizationConfigMixin):
             )
         if (bits is None) == (recipe is None):
             raise ValueError("QuantDiTConfig takes bits='w4a8' or recipe='mine.toml', one of the two")
-        wanted = recipes.from_bits(bits, method) if bits else recipes.from_any(recipe, method)
-        if method != recipes.BEST:
+        wanted = from_bits(bits, method) if bits else from_any(recipe, method)
+        if method != BEST:
             raise ValueError(
                 f"method {method!r} needs calibration data, and loading has none: calibrate with quantdit calibrate --method"
                 f" {method}, or with quantdit.quantize(model, {bits!r}, inputs=..., method={method!r})"
             )
-        wanted = recipes.with_weight_format(wanted, weight_format) if weight_format else wanted
+        wanted = with_weight_format(wanted, weight_format) if weight_format else wanted
         left_alone = tuple(Rule(f"*{name}*", weight=DENSE, optional=True) for name in modules_to_not_convert or ())
-        self.recipe = Recipe(wanted.name, (*left_alone, *recipes.without_data(wanted, CALIBRATE).rules))
+        self.recipe = Recipe(wanted.name, (*left_alone, *without_data(wanted, CALIBRATE).rules))
 
     @classmethod
     def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: object) -> QuantDiTConfig:
@@ -192,7 +193,7 @@ class QuantDiTQuantizer(DiffusersQuantizer):
             stored = sources.described(state_dict or {}, SINGLE)
         sources.check(model, stored)
         adapter = adapters.adapter_for(model)
-        self._plans = recipes.resolve(self.quantization_config.recipe, adapters.layers(model, adapter))
+        self._plans = resolve(self.quantization_config.recipe, adapters.layers(model, adapter))
         paths = [path for path, _ in adapters.blocks(model, adapter)]
         for name in self._plans:
             number = next((i for i, path in enumerate(paths) if name.startswith(f"{path}.")), len(paths))

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from quantdit.recipes.recipe import Layer
+from quantdit.recipes.rules import Layer
 
 # Patterns over the path of a linear inside its block. The first that matches wins.
 ROLES = (
@@ -27,17 +27,6 @@ ROLES = (
     # Of single-stream blocks: one linear takes attention and feed-forward together back to the stream.
     ("proj_out", "feed_forward"),
 )
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large synthetic inputs are. Height and width are in latent cells (not pixels, not patches), tokens are of text."""
-
-    batch: int = 1
-    frames: int = 1
-    height: int = 32
-    width: int = 32
-    tokens: int = 64
 
 
 @dataclass(frozen=True)

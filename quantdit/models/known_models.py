@@ -8,32 +8,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantdit.models.adapter import Size
+from quantdit.recipes.sampling_plan import SamplingPlan, Size
 
 EMBEDDED = Path(__file__).parent / "embedded"
 # <alias>.json: what the published transformer/config.json says of the shapes.
 CONFIGS = Path(__file__).parent / "configs"
-
-
-@dataclass(frozen=True)
-class Capture:
-    """What calibration samples.
-
-    Attributes:
-        steps: sampling steps.
-        guidance: guidance scale as the pipeline takes it.
-        prompts: how many prompts (or classes).
-        height, width, frames: of a sample, in pixels.
-        latent: the same in latent cells, for inputs made up without an autoencoder; and how many text tokens go with it.
-    """
-
-    steps: int
-    guidance: float
-    prompts: int
-    height: int
-    width: int
-    frames: int
-    latent: Size
 
 
 @dataclass(frozen=True)
@@ -57,8 +36,8 @@ class Alias:
     transformer: str
     parameters: str
     about: str
-    gpu: Capture
-    cpu: Capture
+    gpu: SamplingPlan
+    cpu: SamplingPlan
     transformers: tuple[str, ...] = ("transformer",)
 
 
@@ -69,8 +48,8 @@ ALIASES: dict[str, Alias] = {
         "DiTTransformer2DModel",
         "4.6 M",
         "28x28 clothes, 10 classes; embedded",
-        gpu=Capture(20, 2.0, 32, 28, 28, 1, Size(1, 1, 28, 28)),
-        cpu=Capture(20, 2.0, 32, 28, 28, 1, Size(1, 1, 28, 28)),
+        gpu=SamplingPlan(32, 20, guidance=2.0, height=28, width=28, frames=1, latent=Size(1, 1, 28, 28)),
+        cpu=SamplingPlan(32, 20, guidance=2.0, height=28, width=28, frames=1, latent=Size(1, 1, 28, 28)),
     ),
     "emoji-wan": Alias(
         "",
@@ -78,8 +57,8 @@ ALIASES: dict[str, Alias] = {
         "WanTransformer3DModel",
         "5.3 M",
         "16 frames of 32x32, emoji that move; embedded",
-        gpu=Capture(20, 3.0, 32, 32, 32, 16, Size(1, 16, 32, 32, 16)),
-        cpu=Capture(20, 3.0, 32, 32, 32, 16, Size(1, 16, 32, 32, 16)),
+        gpu=SamplingPlan(32, 20, guidance=3.0, height=32, width=32, frames=16, latent=Size(1, 16, 32, 32, 16)),
+        cpu=SamplingPlan(32, 20, guidance=3.0, height=32, width=32, frames=16, latent=Size(1, 16, 32, 32, 16)),
     ),
     "wan-1.3b": Alias(
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
@@ -87,8 +66,8 @@ ALIASES: dict[str, Alias] = {
         "WanTransformer3DModel",
         "1.4 B",
         "text to video",
-        gpu=Capture(50, 5.0, 8, 480, 832, 81, Size(1, 21, 60, 104, 512)),
-        cpu=Capture(4, 5.0, 2, 128, 128, 17, Size(1, 5, 16, 16, 512)),
+        gpu=SamplingPlan(8, 50, guidance=5.0, height=480, width=832, frames=81, latent=Size(1, 21, 60, 104, 512)),
+        cpu=SamplingPlan(2, 4, guidance=5.0, height=128, width=128, frames=17, latent=Size(1, 5, 16, 16, 512)),
     ),
     "wan-14b": Alias(
         "Wan-AI/Wan2.1-T2V-14B-Diffusers",
@@ -96,8 +75,8 @@ ALIASES: dict[str, Alias] = {
         "WanTransformer3DModel",
         "14.3 B",
         "text to video",
-        gpu=Capture(50, 5.0, 8, 480, 832, 81, Size(1, 21, 60, 104, 512)),
-        cpu=Capture(4, 5.0, 2, 128, 128, 17, Size(1, 5, 16, 16, 512)),
+        gpu=SamplingPlan(8, 50, guidance=5.0, height=480, width=832, frames=81, latent=Size(1, 21, 60, 104, 512)),
+        cpu=SamplingPlan(2, 4, guidance=5.0, height=128, width=128, frames=17, latent=Size(1, 5, 16, 16, 512)),
     ),
     "wan2.2-5b": Alias(
         "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
@@ -106,8 +85,8 @@ ALIASES: dict[str, Alias] = {
         "5.0 B",
         "text to video",
         # Its autoencoder takes 16 x 16 pixels to a cell.
-        gpu=Capture(50, 5.0, 8, 704, 1280, 121, Size(1, 31, 44, 80, 512)),
-        cpu=Capture(4, 5.0, 2, 256, 256, 17, Size(1, 5, 16, 16, 512)),
+        gpu=SamplingPlan(8, 50, guidance=5.0, height=704, width=1280, frames=121, latent=Size(1, 31, 44, 80, 512)),
+        cpu=SamplingPlan(2, 4, guidance=5.0, height=256, width=256, frames=17, latent=Size(1, 5, 16, 16, 512)),
     ),
     "wan2.2-a14b": Alias(
         "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
@@ -115,8 +94,8 @@ ALIASES: dict[str, Alias] = {
         "WanTransformer3DModel",
         "28.6 B",
         "text to video; two experts, one for the noisy steps",
-        gpu=Capture(40, 4.0, 8, 480, 832, 81, Size(1, 21, 60, 104, 512)),
-        cpu=Capture(4, 4.0, 2, 128, 128, 17, Size(1, 5, 16, 16, 512)),
+        gpu=SamplingPlan(8, 40, guidance=4.0, height=480, width=832, frames=81, latent=Size(1, 21, 60, 104, 512)),
+        cpu=SamplingPlan(2, 4, guidance=4.0, height=128, width=128, frames=17, latent=Size(1, 5, 16, 16, 512)),
         transformers=("transformer", "transformer_2"),
     ),
     "flux-dev": Alias(
@@ -125,8 +104,8 @@ ALIASES: dict[str, Alias] = {
         "FluxTransformer2DModel",
         "11.9 B",
         "text to image",
-        gpu=Capture(28, 3.5, 32, 1024, 1024, 1, Size(1, 1, 128, 128, 512)),
-        cpu=Capture(4, 3.5, 2, 256, 256, 1, Size(1, 1, 32, 32, 512)),
+        gpu=SamplingPlan(32, 28, guidance=3.5, height=1024, width=1024, frames=1, latent=Size(1, 1, 128, 128, 512)),
+        cpu=SamplingPlan(2, 4, guidance=3.5, height=256, width=256, frames=1, latent=Size(1, 1, 32, 32, 512)),
     ),
     "flux-schnell": Alias(
         "black-forest-labs/FLUX.1-schnell",
@@ -134,8 +113,8 @@ ALIASES: dict[str, Alias] = {
         "FluxTransformer2DModel",
         "11.9 B",
         "text to image in 4 steps",
-        gpu=Capture(4, 0.0, 64, 1024, 1024, 1, Size(1, 1, 128, 128, 256)),
-        cpu=Capture(4, 0.0, 2, 256, 256, 1, Size(1, 1, 32, 32, 256)),
+        gpu=SamplingPlan(64, 4, guidance=0.0, height=1024, width=1024, frames=1, latent=Size(1, 1, 128, 128, 256)),
+        cpu=SamplingPlan(2, 4, guidance=0.0, height=256, width=256, frames=1, latent=Size(1, 1, 32, 32, 256)),
     ),
     "sd3.5-medium": Alias(
         "stabilityai/stable-diffusion-3.5-medium",
@@ -144,8 +123,8 @@ ALIASES: dict[str, Alias] = {
         "2.2 B",
         "text to image",
         # 77 tokens of CLIP and 256 of T5.
-        gpu=Capture(28, 4.5, 32, 1024, 1024, 1, Size(1, 1, 128, 128, 333)),
-        cpu=Capture(4, 4.5, 2, 256, 256, 1, Size(1, 1, 32, 32, 333)),
+        gpu=SamplingPlan(32, 28, guidance=4.5, height=1024, width=1024, frames=1, latent=Size(1, 1, 128, 128, 333)),
+        cpu=SamplingPlan(2, 4, guidance=4.5, height=256, width=256, frames=1, latent=Size(1, 1, 32, 32, 333)),
     ),
     "pixart-alpha": Alias(
         "PixArt-alpha/PixArt-XL-2-1024-MS",
@@ -153,8 +132,8 @@ ALIASES: dict[str, Alias] = {
         "PixArtTransformer2DModel",
         "611 M",
         "text to image",
-        gpu=Capture(20, 4.5, 32, 1024, 1024, 1, Size(1, 1, 128, 128, 120)),
-        cpu=Capture(4, 4.5, 2, 512, 512, 1, Size(1, 1, 64, 64, 120)),
+        gpu=SamplingPlan(32, 20, guidance=4.5, height=1024, width=1024, frames=1, latent=Size(1, 1, 128, 128, 120)),
+        cpu=SamplingPlan(2, 4, guidance=4.5, height=512, width=512, frames=1, latent=Size(1, 1, 64, 64, 120)),
     ),
     "pixart-sigma": Alias(
         "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
@@ -162,8 +141,8 @@ ALIASES: dict[str, Alias] = {
         "PixArtTransformer2DModel",
         "611 M",
         "text to image",
-        gpu=Capture(20, 4.5, 32, 1024, 1024, 1, Size(1, 1, 128, 128, 300)),
-        cpu=Capture(4, 4.5, 2, 512, 512, 1, Size(1, 1, 64, 64, 300)),
+        gpu=SamplingPlan(32, 20, guidance=4.5, height=1024, width=1024, frames=1, latent=Size(1, 1, 128, 128, 300)),
+        cpu=SamplingPlan(2, 4, guidance=4.5, height=512, width=512, frames=1, latent=Size(1, 1, 64, 64, 300)),
     ),
     "dit-xl-2-256": Alias(
         "facebook/DiT-XL-2-256",
@@ -171,8 +150,8 @@ ALIASES: dict[str, Alias] = {
         "DiTTransformer2DModel",
         "750 M",
         "ImageNet 256x256",
-        gpu=Capture(50, 4.0, 64, 256, 256, 1, Size(1, 1, 32, 32)),
-        cpu=Capture(10, 4.0, 4, 256, 256, 1, Size(1, 1, 32, 32)),
+        gpu=SamplingPlan(64, 50, guidance=4.0, height=256, width=256, frames=1, latent=Size(1, 1, 32, 32)),
+        cpu=SamplingPlan(4, 10, guidance=4.0, height=256, width=256, frames=1, latent=Size(1, 1, 32, 32)),
     ),
     "dit-xl-2-512": Alias(
         "facebook/DiT-XL-2-512",
@@ -180,8 +159,8 @@ ALIASES: dict[str, Alias] = {
         "DiTTransformer2DModel",
         "750 M",
         "ImageNet 512x512",
-        gpu=Capture(50, 4.0, 32, 512, 512, 1, Size(1, 1, 64, 64)),
-        cpu=Capture(8, 4.0, 2, 512, 512, 1, Size(1, 1, 64, 64)),
+        gpu=SamplingPlan(32, 50, guidance=4.0, height=512, width=512, frames=1, latent=Size(1, 1, 64, 64)),
+        cpu=SamplingPlan(2, 8, guidance=4.0, height=512, width=512, frames=1, latent=Size(1, 1, 64, 64)),
     ),
     "hunyuanvideo": Alias(
         "hunyuanvideo-community/HunyuanVideo",
@@ -189,8 +168,8 @@ ALIASES: dict[str, Alias] = {
         "HunyuanVideoTransformer3DModel",
         "12.8 B",
         "text to video",
-        gpu=Capture(30, 6.0, 8, 544, 960, 61, Size(1, 16, 68, 120, 256)),
-        cpu=Capture(4, 6.0, 2, 128, 128, 17, Size(1, 5, 16, 16, 256)),
+        gpu=SamplingPlan(8, 30, guidance=6.0, height=544, width=960, frames=61, latent=Size(1, 16, 68, 120, 256)),
+        cpu=SamplingPlan(2, 4, guidance=6.0, height=128, width=128, frames=17, latent=Size(1, 5, 16, 16, 256)),
     ),
     "cogvideox-2b": Alias(
         "THUDM/CogVideoX-2b",
@@ -198,8 +177,8 @@ ALIASES: dict[str, Alias] = {
         "CogVideoXTransformer3DModel",
         "1.7 B",
         "text to video",
-        gpu=Capture(50, 6.0, 8, 480, 720, 49, Size(1, 13, 60, 90, 226)),
-        cpu=Capture(4, 6.0, 2, 128, 128, 17, Size(1, 5, 16, 16, 226)),
+        gpu=SamplingPlan(8, 50, guidance=6.0, height=480, width=720, frames=49, latent=Size(1, 13, 60, 90, 226)),
+        cpu=SamplingPlan(2, 4, guidance=6.0, height=128, width=128, frames=17, latent=Size(1, 5, 16, 16, 226)),
     ),
     "cogvideox-5b": Alias(
         "THUDM/CogVideoX-5b",
@@ -207,8 +186,8 @@ ALIASES: dict[str, Alias] = {
         "CogVideoXTransformer3DModel",
         "5.6 B",
         "text to video",
-        gpu=Capture(50, 6.0, 8, 480, 720, 49, Size(1, 13, 60, 90, 226)),
-        cpu=Capture(4, 6.0, 2, 128, 128, 17, Size(1, 5, 16, 16, 226)),
+        gpu=SamplingPlan(8, 50, guidance=6.0, height=480, width=720, frames=49, latent=Size(1, 13, 60, 90, 226)),
+        cpu=SamplingPlan(2, 4, guidance=6.0, height=128, width=128, frames=17, latent=Size(1, 5, 16, 16, 226)),
     ),
     "ltx-video": Alias(
         "Lightricks/LTX-Video",
@@ -217,8 +196,8 @@ ALIASES: dict[str, Alias] = {
         "1.9 B",
         "text to video",
         # Its autoencoder takes 32 x 32 pixels of 8 frames to a cell.
-        gpu=Capture(50, 3.0, 8, 512, 704, 161, Size(1, 21, 16, 22, 128)),
-        cpu=Capture(4, 3.0, 2, 256, 256, 33, Size(1, 5, 8, 8, 128)),
+        gpu=SamplingPlan(8, 50, guidance=3.0, height=512, width=704, frames=161, latent=Size(1, 21, 16, 22, 128)),
+        cpu=SamplingPlan(2, 4, guidance=3.0, height=256, width=256, frames=33, latent=Size(1, 5, 8, 8, 128)),
     ),
     "latte": Alias(
         "maxin-cn/Latte-1",
@@ -226,9 +205,9 @@ ALIASES: dict[str, Alias] = {
         "LatteTransformer3DModel",
         "1.06 B",
         "text to video",
-        gpu=Capture(50, 7.5, 8, 512, 512, 16, Size(1, 16, 64, 64, 120)),
+        gpu=SamplingPlan(8, 50, guidance=7.5, height=512, width=512, frames=16, latent=Size(1, 16, 64, 64, 120)),
         # The number of frames is fixed.
-        cpu=Capture(4, 7.5, 2, 128, 128, 16, Size(1, 16, 16, 16, 120)),
+        cpu=SamplingPlan(2, 4, guidance=7.5, height=128, width=128, frames=16, latent=Size(1, 16, 16, 16, 120)),
     ),
     "sana": Alias(
         "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
@@ -237,8 +216,8 @@ ALIASES: dict[str, Alias] = {
         "1.6 B",
         "text to image; its feed-forwards are convolutions, which stay dense",
         # Its autoencoder takes 32 x 32 pixels to a cell.
-        gpu=Capture(20, 4.5, 32, 1024, 1024, 1, Size(1, 1, 32, 32, 300)),
-        cpu=Capture(4, 4.5, 2, 512, 512, 1, Size(1, 1, 16, 16, 300)),
+        gpu=SamplingPlan(32, 20, guidance=4.5, height=1024, width=1024, frames=1, latent=Size(1, 1, 32, 32, 300)),
+        cpu=SamplingPlan(2, 4, guidance=4.5, height=512, width=512, frames=1, latent=Size(1, 1, 16, 16, 300)),
     ),
     "qwen-image": Alias(
         "Qwen/Qwen-Image",
@@ -246,8 +225,8 @@ ALIASES: dict[str, Alias] = {
         "QwenImageTransformer2DModel",
         "20.4 B",
         "text to image",
-        gpu=Capture(50, 4.0, 16, 1024, 1024, 1, Size(1, 1, 128, 128, 256)),
-        cpu=Capture(4, 4.0, 2, 256, 256, 1, Size(1, 1, 32, 32, 64)),
+        gpu=SamplingPlan(16, 50, guidance=4.0, height=1024, width=1024, frames=1, latent=Size(1, 1, 128, 128, 256)),
+        cpu=SamplingPlan(2, 4, guidance=4.0, height=256, width=256, frames=1, latent=Size(1, 1, 32, 32, 64)),
     ),
     "z-image": Alias(
         "Tongyi-MAI/Z-Image",
@@ -255,8 +234,8 @@ ALIASES: dict[str, Alias] = {
         "ZImageTransformer2DModel",
         "6.2 B",
         "text to image",
-        gpu=Capture(50, 4.0, 32, 1024, 1024, 1, Size(1, 1, 128, 128, 256)),
-        cpu=Capture(4, 4.0, 2, 256, 256, 1, Size(1, 1, 32, 32, 64)),
+        gpu=SamplingPlan(32, 50, guidance=4.0, height=1024, width=1024, frames=1, latent=Size(1, 1, 128, 128, 256)),
+        cpu=SamplingPlan(2, 4, guidance=4.0, height=256, width=256, frames=1, latent=Size(1, 1, 32, 32, 64)),
     ),
     "z-image-turbo": Alias(
         "Tongyi-MAI/Z-Image-Turbo",
@@ -264,8 +243,8 @@ ALIASES: dict[str, Alias] = {
         "ZImageTransformer2DModel",
         "6.2 B",
         "text to image in 8 steps",
-        gpu=Capture(9, 0.0, 64, 1024, 1024, 1, Size(1, 1, 128, 128, 256)),
-        cpu=Capture(4, 0.0, 2, 256, 256, 1, Size(1, 1, 32, 32, 64)),
+        gpu=SamplingPlan(64, 9, guidance=0.0, height=1024, width=1024, frames=1, latent=Size(1, 1, 128, 128, 256)),
+        cpu=SamplingPlan(2, 4, guidance=0.0, height=256, width=256, frames=1, latent=Size(1, 1, 32, 32, 64)),
     ),
 }
 

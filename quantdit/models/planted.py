@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from quantdit.models import adapter as adapters
-from quantdit.models.adapter import Size
 from quantdit.models.call_view import times_rise, view
 from quantdit.models.synthetic import synthetic_inputs
+from quantdit.recipes.sampling_plan import Size
 from quantdit.system.threads import one_thread
 
 # Made-up inputs: calls, and their size. A model that fixes a size takes its own.

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quantdit.models.adapter import Adapter, Input, Size, likely_inputs
+from quantdit.models.adapter import Adapter, Input, likely_inputs
+from quantdit.recipes.sampling_plan import Size
 
 TRAIN_STEPS = 1000
 PIXELS_PER_CELL = 8

@@ -36,7 +36,7 @@ SEEDS = 2**31
 # The numbers that functions take, with the least and the largest of each; None: any.
 NUMBERS: dict[str, tuple[type[numbers.Real], int | None, int | None]] = {
     **dict.fromkeys(("samples", "steps", "batch", "columns", "seeds", "probes", "threads", *SIZES), (numbers.Integral, 1, None)),
-    **dict.fromkeys(("tokens", "calibration_steps"), (numbers.Integral, 0, None)),
+    **dict.fromkeys(("tokens", "finetune_steps"), (numbers.Integral, 0, None)),
     "seed": (numbers.Integral, 0, SEEDS - 1),
     "guidance": (numbers.Real, None, None),
 }
@@ -181,6 +181,7 @@ def as_list(given: str | int | Sequence | None) -> Sequence | None:
     return (given,) if isinstance(given, str | int) else given
 
 
+FORMER = {"calibration_steps": "finetune_steps"}  # options under their names of earlier versions
 SYNONYMS = {"bits": "recipe", "model": "transformer", "prompt": "prompts"}  # what an option is called elsewhere
 
 
@@ -208,8 +209,9 @@ def guesses_options(function: Callable[Given, Made]) -> Callable[Given, Made]:
 
     @functools.wraps(function)
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Made:
-        check_options(function.__name__, kwargs, known)
-        return function(*args, **kwargs)
+        named = {FORMER.get(key, key): value for key, value in kwargs.items()}
+        check_options(function.__name__, named, known)
+        return function(*args, **named)
 
     return call
 

@@ -3,77 +3,32 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantdit.models.adapter import Adapter, Size
+from quantdit.models.adapter import Adapter
+from quantdit.models.known_models import ALIASES
 from quantdit.models.synthetic import TRAIN_STEPS, latent_of, moved_inputs, own_time, prediction, synthetic_inputs
 from quantdit.pipelines.pipeline import (
     SIZES,
     BareTransformer,
+    Source,
     accepted_arguments,
-    as_list,
     call_options,
     sample_seed,
     sampling_arguments,
     seeded_batches,
 )
-from quantdit.system import progress
+from quantdit.recipes.sampling_plan import SamplingPlan
+from quantdit.system import files, progress
 
 # Images of a pipeline without an autoencoder are small; latents of one at a time are large enough.
 BATCH = 32
-SMALL = Size(1, 1, 16, 16, 32)
-TIMESTEP_CHOICES = ("even", "salience")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What calibration data is made of.
-
-    Attributes:
-        samples: images or clips; 0 for none, which leaves methods that need no data.
-        steps: sampling steps.
-        seed: of the noise, and of everything else that is random.
-        guidance: guidance scale; None for the pipeline's own.
-        buckets: parts of a trajectory that statistics are kept of.
-        timesteps: how many of the steps are kept; 0 for all.
-        timestep_choice: which: `even` (evenly spread) or `salience` (S2Q-VDiT's; calibration/observe/timestep_salience.py).
-        tokens: rows of each call that statistics are made of, evenly spread; 0 for all.
-        height: of a sample, in pixels; None for the pipeline's own.
-        width: of a sample, in pixels.
-        frames: of a clip.
-        prompts: texts to sample in turn, or one alone; empty for the built-in list.
-        latent: size of the inputs made up for a transformer without a pipeline, in latent cells.
-    """
-
-    samples: int = 32
-    steps: int = 20
-    seed: int = 0
-    guidance: float | None = None
-    buckets: int = 10
-    timesteps: int = 0
-    timestep_choice: str = "even"
-    tokens: int = 0
-    height: int | None = None
-    width: int | None = None
-    frames: int | None = None
-    prompts: tuple[str, ...] = ()
-    latent: Size = SMALL
-
-    def __post_init__(self) -> None:
-        """Check what the command line does not.
-
-        Raises:
-            ValueError: an unknown choice of timesteps, or one without a number.
-        """
-        object.__setattr__(self, "prompts", as_list(self.prompts))
-        if self.timestep_choice not in TIMESTEP_CHOICES:
-            raise ValueError(f"timestep choice {self.timestep_choice!r} is unknown; use one of {', '.join(TIMESTEP_CHOICES)}")
-        if self.timestep_choice != "even" and not self.timesteps:
-            raise ValueError("choosing timesteps by salience needs their number: --timesteps 8")
 
 
 def takes(pipeline: object, size: str) -> bool:
@@ -81,20 +36,44 @@ def takes(pipeline: object, size: str) -> bool:
     return not isinstance(pipeline, BareTransformer) and not accepted_arguments(pipeline).keys().isdisjoint(SIZES[size])
 
 
-def conditions(pipeline: object, settings: Settings) -> dict[str, list]:
+def sampling_plan_for(pipeline: object, source: Source, device: str, given: Mapping[str, Any]) -> SamplingPlan:
+    """Return what a model is calibrated on: what was given, else what suits a known one on such a device, else the defaults.
+
+    Args:
+        pipeline: of the model.
+        source: where it came from; the name of a known one decides.
+        device: that it is sampled on.
+        given: fields of SamplingPlan.
+
+    Raises:
+        ValueError: values that SamplingPlan refuses.
+    """
+    wanted: dict[str, Any] = {}
+    if source.name in ALIASES:
+        known = ALIASES[source.name].cpu if device == "cpu" else ALIASES[source.name].gpu
+        own = ["samples", "steps", "guidance", *(size for size in SIZES if takes(pipeline, size))]
+        wanted = {key: getattr(known, key) for key in (*own, *(["latent"] if isinstance(pipeline, BareTransformer) else []))}
+    plan = SamplingPlan(**{**wanted, **given})
+    if 0 < plan.samples < len(plan.prompts):
+        text = f"{plan.samples} of {len(plan.prompts)} prompts are used; see --samples"
+        warnings.warn(files.Advice(text), stacklevel=2)
+    return plan
+
+
+def conditions(pipeline: object, plan: SamplingPlan) -> dict[str, list]:
     """Return the `prompt` or the `class_labels` of all samples, none for made-up ones. Refuses what the pipeline cannot sample.
 
     Raises:
         ValueError: prompts for a model of classes; a size that the pipeline does not let one choose; either of them for a
             transformer without a pipeline.
     """
-    if not settings.samples:
+    if not plan.samples:
         return {}
     if not isinstance(pipeline, BareTransformer):
-        call_options(pipeline, settings)
-        return sampling_arguments(pipeline, settings.samples, settings.prompts or None)
+        call_options(pipeline, plan)
+        return sampling_arguments(pipeline, plan.samples, plan.prompts or None)
     for name in ("prompts", "height", "width", "frames"):
-        if getattr(settings, name):
+        if getattr(plan, name):
             raise ValueError(
                 f"--{name} means nothing to a transformer without its pipeline, whose inputs are made up; leave it out, or give"
                 " the whole pipeline's folder"
@@ -102,20 +81,20 @@ def conditions(pipeline: object, settings: Settings) -> dict[str, list]:
     return {}
 
 
-def sample(pipeline: object, settings: Settings, adapters: Mapping[str, Adapter]) -> None:
-    """Let the transformers be called as they are when `settings.samples` images or clips are made; nothing is returned."""
+def sample(pipeline: object, plan: SamplingPlan, adapters: Mapping[str, Adapter]) -> None:
+    """Let the transformers be called as they are when `plan.samples` images or clips are made; nothing is returned."""
     if isinstance(pipeline, BareTransformer):
-        with progress.bar(settings.samples * len(adapters) * settings.steps, "sample the model", "step") as bar:
-            for number in range(settings.samples):
+        with progress.bar(plan.samples * len(adapters) * plan.steps, "sample the model", "step") as bar:
+            for number in range(plan.samples):
                 for part, adapter in adapters.items():
-                    trajectory(getattr(pipeline, part), adapter, settings, number, bar.update)
+                    trajectory(getattr(pipeline, part), adapter, plan, number, bar.update)
         return
-    arguments = conditions(pipeline, settings)
+    arguments = conditions(pipeline, plan)
     batch = 1 if getattr(pipeline, "vae", None) is not None else BATCH
-    parts = list(seeded_batches(arguments, settings.samples, settings.seed, batch))
-    with progress.denoising(pipeline, len(parts), settings.steps, "sample the model") as batch_done:
+    parts = list(seeded_batches(arguments, plan.samples, plan.seed, batch))
+    with progress.denoising(pipeline, len(parts), plan.steps, "sample the model") as batch_done:
         for part in parts:
-            pipeline(**part, **_options(pipeline, settings))
+            pipeline(**part, **_options(pipeline, plan))
             batch_done()
 
 
@@ -145,7 +124,7 @@ def sampled_times(pipeline: object, transformer: nn.Module, adapter: Adapter, st
 def trajectory(
     transformer: nn.Module,
     adapter: Adapter,
-    settings: Settings,
+    plan: SamplingPlan,
     number: int,
     done: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
@@ -154,24 +133,24 @@ def trajectory(
     Args:
         transformer: predicts what `adapter.scheduler` says.
         adapter: of its class.
-        settings: steps, guidance, seed and `latent`.
+        plan: steps, guidance, seed and `latent`.
         number: of the sample; another one has other noise and conditions.
         done: is told how many more steps are done.
 
     Returns:
         The sample, float32, `[1, ...]`.
     """
-    guidance = 1.0 if settings.guidance is None else settings.guidance
-    generator = torch.Generator().manual_seed(sample_seed(settings.seed, number))
-    inputs = synthetic_inputs(transformer, adapter, replace(settings.latent, batch=2), generator)
+    guidance = 1.0 if plan.guidance is None else plan.guidance
+    generator = torch.Generator().manual_seed(sample_seed(plan.seed, number))
+    inputs = synthetic_inputs(transformer, adapter, replace(plan.latent, batch=2), generator)
     # A class that is told the scale needs no second branch.
     guided = guidance != 1 and "guidance" not in inputs
     if not guided:
-        inputs = synthetic_inputs(transformer, adapter, replace(settings.latent, batch=1), generator)
+        inputs = synthetic_inputs(transformer, adapter, replace(plan.latent, batch=1), generator)
     x = latent_of(adapter, inputs)[:1].float()
     dtype = latent_of(adapter, inputs).dtype
     scheduler = _scheduler(adapter.scheduler)
-    scheduler.set_timesteps(settings.steps)
+    scheduler.set_timesteps(plan.steps)
     for t in scheduler.timesteps:
         latent = torch.cat([x, x]) if guided else x
         time = float(t) * TRAIN_STEPS / scheduler.config.num_train_timesteps
@@ -193,7 +172,7 @@ def _scheduler(kind: str):
     return DDIMScheduler(prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[kind])
 
 
-def _options(pipeline: object, settings: Settings) -> dict:
+def _options(pipeline: object, plan: SamplingPlan) -> dict:
     """Return what the pipeline is called with besides prompts and noise; nothing is decoded where there is an autoencoder."""
     output = "latent" if getattr(pipeline, "vae", None) is not None else "np"
-    return call_options(pipeline, settings) | ({"output_type": output} if "output_type" in accepted_arguments(pipeline) else {})
+    return call_options(pipeline, plan) | ({"output_type": output} if "output_type" in accepted_arguments(pipeline) else {})

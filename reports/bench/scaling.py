@@ -48,26 +48,27 @@ def config_of(model: Model) -> dict:
 
 def settings_of(method: str):
     """Return what is sampled."""
-    from quantdit.models.adapter import Size
-    from quantdit.pipelines.sampling import Settings
+    from quantdit.recipes.sampling_plan import SamplingPlan, Size
 
-    return Settings(seed=0, latent=Size(1, 5, 16, 16, 512), **METHODS[method])
+    return SamplingPlan(seed=0, latent=Size(1, 5, 16, 16, 512), **METHODS[method])
 
 
 def run(model: Model, method: str) -> dict:
     """Calibrate one model to w4a8 in this process; returns the row."""
     from quantdit.checkpoints.random_weights import write_random_transformer
-    from quantdit.compiling.compiler import calibrate
+    from quantdit.compiling.compile import compile
+    from quantdit.compiling.plan import Plan
+    from quantdit.compiling.report import to_json
     from quantdit.pipelines.pipeline import load_pipeline
-    from quantdit.recipes import recipe
+    from quantdit.recipes.presets import from_bits
 
     with tempfile.TemporaryDirectory(dir=os.environ.get("SCALING_WORK")) as work:
         write_random_transformer(config_of(model), Path(work) / "model", 0)
         # Streamed whatever its size, so that all rows are made in one way.
         budget = min(BUDGET, need(model).resident - 1)
         pipeline, source = load_pipeline(str(Path(work) / "model"), memory_budget=budget)
-        report = calibrate(pipeline, source, recipe.from_bits("w4a8"), Path(work) / "out", settings_of(method))
-    return row(model, method, report, f"python reports/bench/scaling.py --only {model.name}/{method}")
+        made = compile(pipeline, source, Plan(from_bits("w4a8"), settings_of(method)), Path(work) / "out")
+    return row(model, method, to_json(made), f"python reports/bench/scaling.py --only {model.name}/{method}")
 
 
 def reported(model: Model, method: str, output: Path) -> dict:

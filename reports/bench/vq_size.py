@@ -51,7 +51,7 @@ def main() -> None:
             if not folder.exists():
                 command = ["calibrate", "--model", "dit-xl-2-256", "--random-weights", "--bits", bits, "--weight-format", "vq"]
                 command += ["--samples", "0", "--output", str(folder)]
-                subprocess.run([sys.executable, "-m", "quantdit.cli", *command], check=True)
+                subprocess.run([Path(sys.executable).with_name("quantdit"), *command], check=True)
             rows[bits] = found = count(folder)
             cells = [f"{found[kind] / 2**20:.3f}" for kind in ROLES.values()]
             lines.append(f"| {bits} | {' | '.join(cells)} | **{sum(found.values()) / 2**20:.2f}** | {paper:.2f} |")

@@ -54,7 +54,7 @@ def damages() -> ModuleType:
 
 def calibrated(model: str, seed: int, folder: Path) -> Opened:
     """Return the model calibrated as `make gate` does it, with another seed; `folder` is overwritten."""
-    command = [sys.executable, "-m", "quantdit.cli", "calibrate", "--model", model, "--bits", "w4a8", *CALIBRATE[model]]
+    command = [Path(sys.executable).with_name("quantdit"), "calibrate", "--model", model, "--bits", "w4a8", *CALIBRATE[model]]
     command += ["--seed", str(seed), "--output", str(folder), "--overwrite"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return open_model(str(folder))

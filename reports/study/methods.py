@@ -18,13 +18,14 @@ import torch
 
 import measure
 import quantdit
-from quantdit.compiling import finetune
-from quantdit.compiling.compiler import Settings, Target, calibrate
-from quantdit.compiling.finetune import Training
+from quantdit.compiling.compile import compile
+from quantdit.compiling.plan import Plan, Target
 from quantdit.evaluation.report.picture import side_by_side
 from quantdit.pipelines.pipeline import load_pipeline
-from quantdit.recipes import recipe
-from quantdit.recipes.recipe import Recipe
+from quantdit.recipes.finetuning import FineTuning
+from quantdit.recipes.presets import BEST, finetuning_of, from_bits
+from quantdit.recipes.rules import AUTO, DENSE, Recipe
+from quantdit.recipes.sampling_plan import SamplingPlan
 
 SEED = 0
 PICTURED = 40
@@ -32,7 +33,7 @@ PICTURED = 40
 # Round to nearest without data; what OrbitQuant's idea is in our nouns; GPTQ as published.
 NEAREST = {"method": "rtn", "bias_correction": False}
 FIXED = NEAREST | {"table": "gaussian"}
-PLAIN = {"act_order": False, "descent": 0, "bias_correction": False}
+PLAIN = {"act_order": False, "cd_passes": 0, "bias_correction": False}
 FP8 = {"activation_format": "fp8"}
 # How assignments are calibrated (quantdit/compiling/finetune.py); other keys change rules. w2's preset
 # trains trellis codes' scales.
@@ -41,7 +42,7 @@ UNTRAINED = {STEPS: 0}
 TABLE2, TABLE3 = {"weight": "table2"} | UNTRAINED, {"weight": "table3"}
 VECTORS = {"weight": "vq256x4"}
 # Widths chosen layer by layer, in as many bytes as the preset takes; w2 has nothing narrower to choose.
-MIXED = {"weight": recipe.AUTO, "otherwise": ""}
+MIXED = {"weight": AUTO, "fallback": ""}
 
 # bits, method, changes to every quantizing rule of the preset and to its training. No change: the preset itself.
 METHODS: tuple[tuple[str, str, dict], ...] = (
@@ -105,7 +106,7 @@ METHODS: tuple[tuple[str, str, dict], ...] = (
     ("w4a4", "rotation auto, rank 32", {"rotation": "auto", "low_rank": 32}),
     ("w4a8", "GPTQ as published", PLAIN),
     ("w4a8", "without act-order", {"act_order": False}),
-    ("w4a8", "without descent", {"descent": 0}),
+    ("w4a8", "without descent", {"cd_passes": 0}),
     ("w4a8", "without bias correction", {"bias_correction": False}),
     ("w4a8", "twin-log, paper", {"table": "twin-log-paper"}),
     ("w4a8", "twin-log per channel", {"table": "twin-log", "table_rows": "channel"}),
@@ -125,24 +126,24 @@ METHODS: tuple[tuple[str, str, dict], ...] = (
 )
 
 
-def changed(bits: str, changes: dict, method: str = recipe.BEST) -> Recipe:
+def changed(bits: str, changes: dict, method: str = BEST) -> Recipe:
     """Return a method's recipe with `changes` in every rule that quantizes; activations only where it quantizes them."""
-    preset = recipe.from_bits(bits, method)
+    preset = from_bits(bits, method)
     changes = {key: value for key, value in changes.items() if not key.startswith("training.")}
     rules = []
     for rule in preset.rules:
         fitting = {k: v for k, v in changes.items() if not k.startswith("activation_") or rule.activation_bits < 16}
-        if rule.weight != recipe.DENSE:
+        if rule.weight != DENSE:
             # Changes may need one another, and a weight its own group size.
             rule = replace(rule, **fitting)
         rules.append(rule)
     return Recipe(preset.name, tuple(rules))
 
 
-def trained(bits: str, changes: dict, method: str = recipe.BEST) -> Training | None:
+def trained(bits: str, changes: dict, method: str = BEST) -> FineTuning | None:
     """Return a method's training with `changes`; None for no steps."""
     given = {key.removeprefix("training."): value for key, value in changes.items() if key.startswith("training.")}
-    training = finetune.preset(bits, method)
+    training = finetuning_of(bits, method)
     return None if training is None or given.get("steps") == 0 else replace(training, **given)
 
 
@@ -151,25 +152,25 @@ def make_row(bits: str, method: str, changes: dict, preset_bits: float, work: Pa
     folder = work / "candidate"
     shutil.rmtree(folder, ignore_errors=True)
     pipeline, source = load_pipeline(measure.MODEL)
-    settings = Settings(guidance=measure.GUIDANCE, seed=SEED)
-    target = Target(size_budget=preset_bits / 16) if changes.get("weight") == recipe.AUTO else None
+    settings = SamplingPlan(guidance=measure.GUIDANCE, seed=SEED)
+    target = Target(size_budget=preset_bits / 16) if changes.get("weight") == AUTO else None
     plan, training = changed(bits, changes), trained(bits, changes)
-    report = calibrate(pipeline, source, plan, folder, settings, overwrite=True, target=target, training=training)
+    report = compile(pipeline, source, Plan(plan, settings, training, target), folder, overwrite=True)
     pipeline, _ = load_pipeline(str(folder))
     reference, features = measure.load_reference(work)
     images = measure.sample(pipeline)
     metrics = measure.measure(reference, images, features)
     if method == "preset":
         _draw(reference, images, bits, report, metrics)
-    errors = [layer["rel_rmse"] for layer in report["layers"].values()]
+    errors = [layer["rel_rmse"] for layer in report.layers.values()]
     return measure.row(
         "quantdit",
         quantdit.__version__,
         method,
         bits,
-        bits_per_weight=report["size"]["bits_per_weight"],
+        bits_per_weight=report.size["bits_per_weight"],
         group_size=changes.get("group_size", "channel"),
-        seconds=report["seconds"]["quantize"],
+        seconds=report.seconds["quantize"],
         mean_rel_rmse=sum(errors) / len(errors),
         command=f"python reports/study/methods.py --output reports/study/{output.name}",
         note=", ".join(f"{k} = {v}" for k, v in changes.items()),

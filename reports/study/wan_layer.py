@@ -34,11 +34,13 @@ from quantdit.calibration import stats
 from quantdit.calibration.layer import quantize_layer
 from quantdit.checkpoints.random_weights import write_random_transformer
 from quantdit.layers.quant_linear import QuantLinear
-from quantdit.models.adapter import Size, adapter_for
+from quantdit.models.adapter import adapter_for
 from quantdit.models.known_models import transformer_config
 from quantdit.models.synthetic import synthetic_inputs
 from quantdit.pipelines.pipeline import load_pipeline
-from quantdit.recipes import recipe
+from quantdit.recipes.resolve import resolve
+from quantdit.recipes.rules import Layer, Recipe, Rule
+from quantdit.recipes.sampling_plan import Size
 from quantdit.system import files
 
 HERE = Path(__file__).parent
@@ -123,10 +125,10 @@ def measured(given: Case, layer: nn.Module, stored: list[Tensor], **facts: objec
 
 def own_row(given: Case, bits: int, name: str, way: str) -> dict:
     """Quantize with quantdit, as calibration quantizes a layer."""
-    rule = recipe.Rule("*", **(FORMATS[bits][name] | WAYS[way]))
+    rule = Rule("*", **(FORMATS[bits][name] | WAYS[way]))
     linear = given.linear
-    layers = [recipe.Layer(LAYER, "attention", linear.out_features, linear.in_features)]
-    plan = recipe.resolve(recipe.Recipe(name, (rule,)), layers)[LAYER]
+    layers = [Layer(LAYER, "attention", linear.out_features, linear.in_features)]
+    plan = resolve(Recipe(name, (rule,)), layers)[LAYER]
     found = stats.update(stats.init(linear.in_features, 1), given.calibration, 0)
     began = time.process_time()
     made = quantize_layer(linear.weight, linear.bias, found, plan, SEED)

@@ -12,8 +12,9 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from quantdit.benchmarks import onnx_graphs
-from quantdit.models.adapter import Size, adapter_for
+from quantdit.models.adapter import adapter_for
 from quantdit.models.synthetic import synthetic_inputs
+from quantdit.recipes.sampling_plan import Size
 
 
 def test_graphs_made_of_ours_open_and_run(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from quantdit.calibration import choice, smooth
 from quantdit.calibration import stats as statistics
 from quantdit.calibration.activations import quantized_inputs, relative_noise
-from quantdit.recipes.recipe import Rule
+from quantdit.recipes.rules import Rule
 from quantdit.tensors import transform
 from quantdit.tensors.layer_spec import ActivationSpec
 from quantdit.tensors.transform import Transform

@@ -12,11 +12,15 @@ from torch import nn
 
 from quantdit.calibration.data_free import quantize_without_data
 from quantdit.checkpoints.checkpoint import quant_layers, read_transformer
-from quantdit.compiling.compiler import REPORT, Settings, calibrate
+from quantdit.compiling.compile import compile
+from quantdit.compiling.plan import Plan
+from quantdit.compiling.report import REPORT
 from quantdit.layers.quant_linear import QuantLinear
 from quantdit.pipelines.pipeline import generate, load_pipeline
-from quantdit.recipes import recipe
-from quantdit.recipes.recipe import WEIGHTS, Layer, Recipe, Rule
+from quantdit.recipes.presets import from_bits
+from quantdit.recipes.resolve import resolve, without_data
+from quantdit.recipes.rules import WEIGHTS, Layer, Recipe, Rule
+from quantdit.recipes.sampling_plan import SamplingPlan
 from quantdit.system import files
 
 NONE = ("--samples", "0")
@@ -27,13 +31,13 @@ def made(pixel_dit: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """`pixel_dit` in w4a8 without data."""
     out = tmp_path_factory.mktemp("no-data") / "out"
     pipeline, source = load_pipeline(str(pixel_dit))
-    return out, calibrate(pipeline, source, recipe.from_bits("w4a8"), out, Settings(samples=0))
+    return out, compile(pipeline, source, Plan(from_bits("w4a8"), SamplingPlan(samples=0)), out)
 
 
 def quantized(weight: str, linear: nn.Linear, seed: int = 0, **rule: object):
     plan = Recipe("r", (Rule("*", weight, **rule),))
     layer = Layer("x", "other", linear.out_features, linear.in_features)
-    return quantize_without_data(linear.weight, linear.bias, recipe.resolve(recipe.without_data(plan), [layer])["x"], seed)
+    return quantize_without_data(linear.weight, linear.bias, resolve(without_data(plan), [layer])["x"], seed)
 
 
 FORMATS = sorted({*WEIGHTS.values(), "int2", "int3", "int6", "int8", "table2", "table3", "table6", "vq256x4", "fp8_e4m3"})
@@ -64,14 +68,14 @@ def test_seed_decides(weight: str):
 def test_presets_work_without_data_and_their_output_runs(bits: str, pixel_dit: Path, tmp_path: Path):
     pipeline, source = load_pipeline(str(pixel_dit))
     full = generate(pipeline, 2, 0, 2)
-    report = calibrate(pipeline, source, recipe.from_bits(bits), tmp_path / "out", Settings(samples=0))
-    assert report["model_rel_rmse"] is None and report["blocks"] == {"transformer": None}
-    assert report["provenance"]["calibration"]["samples"] == 0
-    for entry in report["layers"].values():
+    report = compile(pipeline, source, Plan(from_bits(bits), SamplingPlan(samples=0)), tmp_path / "out")
+    assert report.model_rel_rmse is None and report.blocks == {"transformer": None}
+    assert report.provenance["calibration"]["samples"] == 0
+    for entry in report.layers.values():
         assert 0 < entry["weight_rel_rmse"] < 0.8 and not {"rel_rmse", "weight_only_rel_rmse", "rms"} & entry.keys()
         assert 1 < entry["bits_per_weight"] < 40
     again, _ = load_pipeline(str(tmp_path / "out"))
-    assert quant_layers(again.transformer).keys() == report["layers"].keys()
+    assert quant_layers(again.transformer).keys() == report.layers.keys()
     images = generate(again, 2, 0, 2)
     assert torch.equal(images, generate(pipeline, 2, 0, 2)), "in memory it is as in the folder"
     assert not torch.equal(images, full) and bool(torch.isfinite(images).all())

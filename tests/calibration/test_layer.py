@@ -19,8 +19,8 @@ from quantdit.calibration.quantize import output_error, quantize_weight
 from quantdit.calibration.stats import Stats
 from quantdit.checkpoints import checkpoint
 from quantdit.layers.quant_linear import QuantLinear, follow_timesteps
-from quantdit.recipes import recipe
-from quantdit.recipes.recipe import Layer, Recipe, Rule
+from quantdit.recipes.resolve import resolve
+from quantdit.recipes.rules import ROTATIONS, SMOOTHINGS, Layer, LayerPlan, Recipe, Rule
 from quantdit.tensors import transform
 from quantdit.tensors.layer_spec import ActivationSpec, LayerSpec
 from quantdit.tensors.qtensor import QTensor
@@ -56,8 +56,8 @@ def layer_weight(out: int = OUT, width: int = WIDTH) -> torch.Tensor:
     return w + 0.3 * random(out, 2, seed=52) @ random(2, width, seed=53) / width**0.5  # something for a low-rank branch
 
 
-def plan_of(rule: Rule, out: int = OUT, width: int = WIDTH) -> recipe.LayerPlan:
-    return recipe.resolve(Recipe("r", (rule,)), [Layer("x", "other", out, width)])["x"]
+def plan_of(rule: Rule, out: int = OUT, width: int = WIDTH) -> LayerPlan:
+    return resolve(Recipe("r", (rule,)), [Layer("x", "other", out, width)])["x"]
 
 
 def made_by(seed: int = 0, bias: torch.Tensor | None = None, stats: Stats | None = None, **fields: object) -> Quantized:
@@ -136,7 +136,7 @@ def roundtrip(model: Holder, folder: Path, edges: tuple[float, ...]) -> Holder:
     return checkpoint.read_transformer(folder)
 
 
-@pytest.mark.parametrize("rotation", recipe.ROTATIONS)
+@pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize("method", WEIGHTS)
 def test_every_combination_survives_its_checkpoint(
     holder: type[Holder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rotation: str, method: str
@@ -147,10 +147,10 @@ def test_every_combination_survives_its_checkpoint(
     """
     monkeypatch.setattr(choice, "ALPHAS", (0.5,))
     kinds = [k for k in KINDS if method != "hqq" or k != "a8 fp8"]
-    place = list(recipe.ROTATIONS).index(rotation) * 3 + list(WEIGHTS).index(method)
+    place = list(ROTATIONS).index(rotation) * 3 + list(WEIGHTS).index(method)
     stats = few()
     layers = {}
-    for number, (smooth, rank) in enumerate(itertools.product(recipe.SMOOTHINGS, (0, 8))):
+    for number, (smooth, rank) in enumerate(itertools.product(SMOOTHINGS, (0, 8))):
         kind = kinds[(number + place * 2) % len(kinds)]
         fields = {"smooth": smooth, "low_rank": rank, "method": method, "descent": number % 3, **KINDS[kind]}
         rule = Rule("*", WEIGHTS[method][kind == "a8 fp8"], rotation=rotation, **fields)
@@ -401,7 +401,7 @@ def test_weights_that_are_not_finite_are_refused(bad: float, fields: dict):
         quantize_layer(weight, None, seen(), plan_of(rule), 0)
 
 
-@pytest.mark.parametrize("rotation", recipe.ROTATIONS)
+@pytest.mark.parametrize("rotation", ROTATIONS)
 def test_a_dead_layer_stays_dead(rotation: str):
     """Weights of zeros, as a fresh adaLN-zero model has: output zero, report finite."""
     rule = Rule("*", "int4", activation_bits=8, rotation=rotation, smooth="rms", low_rank=4, method="rtn")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantdit.checkpoints import random_weights
 from quantdit.checkpoints.random_weights import OUTLIER_EVERY, OUTLIER_SCALE, write_random_transformer
-from quantdit.compiling.compiler import RANDOM_WARNING, REPORT
+from quantdit.compiling.report import RANDOM_WARNING, REPORT
 from quantdit.models import known_models
 from quantdit.system import files
 from quantdit.system.files import WEIGHTS
@@ -44,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def calibrate(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`quantdit calibrate --random-weights` of the tiny shapes under a known name; quick unless a test says otherwise."""
-    from quantdit.models.adapter import Size
+    from quantdit.recipes.sampling_plan import Size
 
     monkeypatch.setattr(known_models, "transformer_config", lambda alias: TINY)
     small = known_models.Capture(2, 3.0, 1, 64, 64, 9, Size(1, 3, 4, 4, 8))
@@ -116,8 +116,9 @@ def test_norms_are_near_one_and_biases_near_zero(made: Path):
 
 def test_the_model_runs_and_its_output_is_finite(made: Path):
     from quantdit.checkpoints.streaming import whole
-    from quantdit.models.adapter import Size, adapter_for
+    from quantdit.models.adapter import adapter_for
     from quantdit.models.synthetic import synthetic_inputs
+    from quantdit.recipes.sampling_plan import Size
 
     model = whole(made, torch.float32)
     inputs = synthetic_inputs(model, adapter_for(model), Size(1, 3, 4, 4, 8), torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from quantdit.checkpoints import streaming
 from quantdit.checkpoints.checkpoint import CheckpointError
 from quantdit.checkpoints.streaming import GRAM_COPIES, PROCESS_BYTES, Stream, need_of, skeleton, whole
-from quantdit.compiling.compiler import REPORT
+from quantdit.compiling.report import REPORT
 from quantdit.models.adapter import adapter_for
 from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.system import files

@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import quantdit
-from quantdit import cli as command_line
 from quantdit.checkpoints.checkpoint import quant_layers
-from quantdit.compiling.compiler import REPORT
+from quantdit.cli import command_line, options
+from quantdit.compiling.report import REPORT
 from quantdit.models.known_models import ALIASES
 from quantdit.pipelines.pipeline import generate, load_pipeline
 from quantdit.system import files
@@ -37,7 +37,7 @@ def test_help_has_an_example_that_parses(cli, command: tuple[str, ...]):
     examples = re.findall(r"^  quantdit (.+)$", ran.out.partition("example")[2], re.MULTILINE)
     assert examples
     for example in examples:
-        parsed = command_line._parser().parse_args(example.split())
+        parsed = command_line.command_parser().parse_args(example.split())
         assert callable(parsed.run)
     if command:
         assert all(example.split()[0] == command[0] for example in examples)
@@ -103,7 +103,7 @@ def test_wrong_usage_is_one_line_that_names_what_was_meant(cli, arguments: tuple
 
 
 def test_text_that_begins_like_an_option_is_text():
-    parsed = command_line._parser().parse_args(["generate", "x", "--output", "y.png", "--prompt", "--a fox=", "b"])
+    parsed = command_line.command_parser().parse_args(["generate", "x", "--output", "y.png", "--prompt", "--a fox=", "b"])
     assert parsed.prompt == ["--a fox=", "b"]
 
 
@@ -165,12 +165,12 @@ def test_an_empty_path_is_not_the_folder_one_is_in(cli, tmp_path: Path, monkeypa
 
 def test_every_option_that_is_a_path_is_tried_empty():
     """PATHS is the whole list: what a new option takes as a path belongs there."""
-    (commands,) = (a for a in command_line._parser()._actions if a.choices and "calibrate" in a.choices)
-    paths = {command_line._path, command_line._model}
+    (commands,) = (a for a in command_line.command_parser()._actions if a.choices and "calibrate" in a.choices)
+    paths = {options.path, options.model_name}
     for name, parser in commands.choices.items():
-        options = [(a.option_strings or [None])[0] for a in parser._actions if a.type in paths]
+        given = [(a.option_strings or [None])[0] for a in parser._actions if a.type in paths]
         tried = [arguments[arguments.index("") - 1] for arguments in PATHS if arguments[0] == name]
-        assert {option for option in options if option} <= set(tried), name
+        assert {option for option in given if option} <= set(tried), name
         assert not [a.dest for a in parser._actions if a.type is Path]
 
 
@@ -245,7 +245,7 @@ def test_prompts_end_at_line_ends_alone(tmp_path: Path, start: bytes, end: bytes
     path = tmp_path / "prompts.txt"
     texts = ["a fox\u2028in the snow", "模型\x0b\x0c\x1c\x85", "last"]
     path.write_bytes(start + end.join(text.encode() for text in ["", *texts, ""]))
-    assert command_line._prompts(path) == texts
+    assert options.read_prompts(path) == texts
 
 
 @pytest.mark.parametrize("start", [b"", MARK])

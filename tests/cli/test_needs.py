@@ -12,11 +12,14 @@ import torch
 from torch import nn
 
 import quantdit
-from quantdit.compiling.compiler import REPORT, Settings, Target, calibrate
+from quantdit.compiling.compile import compile
+from quantdit.compiling.plan import Plan, Target
+from quantdit.compiling.report import REPORT
 from quantdit.layers.quant_linear import QuantLinear
 from quantdit.pipelines.pipeline import load_pipeline
-from quantdit.recipes import recipe
-from quantdit.recipes.recipe import Recipe, Rule
+from quantdit.recipes.resolve import layer_without_data, resolve
+from quantdit.recipes.rules import Layer, Recipe, Rule
+from quantdit.recipes.sampling_plan import SamplingPlan
 from quantdit.system import files
 from quantdit.system.files import Advice
 
@@ -97,14 +100,17 @@ REST = Rule("*", "dense")
 @pytest.mark.parametrize("rule", [HARD, Rule("*.attn1.to_q*", "trellis2_l12")], ids=lambda rule: rule.weight)
 def test_layer_that_saw_nothing_is_quantized_without_data(routed, tmp_path: Path, rule: Rule):
     pipeline, source = routed
-    from quantdit.compiling.finetune import Training
+    from quantdit.recipes.finetuning import FineTuning
 
-    training = Training(steps=2, candidates=1) if rule is not HARD else None
+    training = FineTuning(steps=2, candidates=1) if rule is not HARD else None
     with pytest.warns(Advice, match=f"no call reached {IDLE},"):
-        report = calibrate(
-            pipeline, source, Recipe("r", (rule, REST)), tmp_path / "out", Settings(samples=2, steps=2), training=training
+        report = compile(
+            pipeline,
+            source,
+            Plan(Recipe("r", (rule, REST)), SamplingPlan(samples=2, steps=2), finetuning=training),
+            tmp_path / "out",
         )
-    layers = report["layers"]
+    layers = report.layers
     assert [name for name, layer in layers.items() if not layer.get("calibrated", True)] == [IDLE]
     assert layers[IDLE]["weight_rel_rmse"] < 0.5 and "rel_rmse" not in layers[IDLE]
     assert all("rel_rmse" in layer for name, layer in layers.items() if name != IDLE)
@@ -116,11 +122,14 @@ def test_widths_are_chosen_around_a_layer_that_saw_nothing(routed, tmp_path: Pat
     pipeline, source = routed
     rules = (Rule("*.attn1.to_q*", "auto", activation_bits=8), REST)
     with pytest.warns(Advice, match="no call reached"):
-        report = calibrate(
-            pipeline, source, Recipe("r", rules), tmp_path / "out", Settings(samples=2, steps=2), target=Target(size_budget=0.4)
+        report = compile(
+            pipeline,
+            source,
+            Plan(Recipe("r", rules), SamplingPlan(samples=2, steps=2), target=Target(size_budget=0.4)),
+            tmp_path / "out",
         )
-    assert report["allocation"]["layers"][IDLE]["chosen"] == "table4"
-    assert report["allocation"]["bytes"] <= report["allocation"]["budget_bytes"]
+    assert report.allocation["layers"][IDLE]["chosen"] == "table4"
+    assert report.allocation["bytes"] <= report.allocation["budget_bytes"]
 
 
 def test_report_with_such_a_layer_can_be_inspected(cli, copied: Path, tmp_path: Path):
@@ -173,7 +182,7 @@ def test_idle_experts_of_a_model_in_memory():
 
 
 def test_plan_without_data_keeps_what_needs_none():
-    layers = [recipe.Layer("x.attn1.to_q", "attention", 64, 64)]
-    plan = recipe.layer_without_data(recipe.resolve(Recipe("r", (HARD,)), layers)["x.attn1.to_q"])
+    layers = [Layer("x.attn1.to_q", "attention", 64, 64)]
+    plan = layer_without_data(resolve(Recipe("r", (HARD,)), layers)["x.attn1.to_q"])
     assert (plan.rule.weight, plan.rule.activation_bits, plan.rule.activation_scale) == ("int8", 8, "dynamic")
     assert (plan.rule.smooth, plan.rule.low_rank, plan.rule.rotation, plan.rule.method) == ("auto", 0, "auto", "rtn")

@@ -25,13 +25,18 @@ from quantdit.calibration import stats as statistics
 from quantdit.calibration.layer import quantize_layer, quantize_layers
 from quantdit.checkpoints import checkpoint
 from quantdit.checkpoints.checkpoint import quant_layers, read_transformer
-from quantdit.compiling import compiler, quantize_blocks
-from quantdit.compiling.compiler import REPORT, Settings, calibrate
+from quantdit.compiling import compile as compiler
+from quantdit.compiling import quantize_blocks
+from quantdit.compiling.compile import compile
+from quantdit.compiling.plan import Plan
+from quantdit.compiling.report import REPORT
 from quantdit.compiling.work_folder import clear_disk_errors
 from quantdit.layers.quant_linear import QuantLinear
 from quantdit.pipelines.pipeline import generate, load_pipeline
-from quantdit.recipes import recipe
-from quantdit.recipes.recipe import Layer, Recipe, Rule
+from quantdit.recipes.presets import from_bits
+from quantdit.recipes.resolve import resolve
+from quantdit.recipes.rules import Layer, Recipe, Rule, from_dict
+from quantdit.recipes.sampling_plan import SamplingPlan
 from quantdit.system import files
 from quantdit.tensors import hadamard
 
@@ -135,7 +140,7 @@ def test_any_diffusers_folder_takes_the_same_way(cli, request: pytest.FixtureReq
 
 def test_width_that_no_block_or_group_divides_is_handled(odd_dit: Path, tmp_path: Path):
     pipeline, source = load_pipeline(str(odd_dit))
-    calibrate(pipeline, source, recipe.from_bits("w3a8"), tmp_path / "out", Settings(samples=2, steps=2))
+    compile(pipeline, source, Plan(from_bits("w3a8"), SamplingPlan(samples=2, steps=2)), tmp_path / "out")
     layer = quant_layers(read_transformer(tmp_path / "out" / "transformer"))["transformer_blocks.0.attn1.to_q"]
     assert (layer.in_features, layer.spec.group_size) == (44, 44)
     assert (layer.layer_spec.rotation, layer.layer_spec.block) == ("hadamard", 4)
@@ -146,7 +151,7 @@ def test_width_that_no_block_or_group_divides_is_handled(odd_dit: Path, tmp_path
 def test_odd_width_is_quantized_without_rotation(width: int, weight: str):
     linear = nn.Linear(width, 24)
     x = torch.randn(200, width)
-    plan = recipe.resolve(Recipe("r", (Rule("*", weight, activation_bits=8),)), [Layer("x", "other", 24, width)])["x"]
+    plan = resolve(Recipe("r", (Rule("*", weight, activation_bits=8),)), [Layer("x", "other", 24, width)])["x"]
     assert plan.group_size == width
     made = quantize_layer(linear.weight, linear.bias, statistics.update(statistics.init(width, 1), x, 0), plan, 0)
     assert (made.spec.rotation, made.spec.block) == ("none", 1)
@@ -162,9 +167,9 @@ def test_error_feedback_has_less_output_error_than_rounding(pixel_dit: Path, tmp
     for method in ("gptq", "rtn"):
         pipeline, source = load_pipeline(str(pixel_dit))
         rules = (Rule("role:outside", weight="dense"), Rule("*", "int4", activation_bits=16, method=method))
-        report = calibrate(pipeline, source, Recipe("w4a16", rules), tmp_path / method, Settings(samples=8, steps=2))
-        errors[method] = [layer["rel_rmse"] for layer in report["layers"].values()]
-        assert {layer["method"] for layer in report["layers"].values()} == {method}
+        report = compile(pipeline, source, Plan(Recipe("w4a16", rules), SamplingPlan(samples=8, steps=2)), tmp_path / method)
+        errors[method] = [layer["rel_rmse"] for layer in report.layers.values()]
+        assert {layer["method"] for layer in report.layers.values()} == {method}
     mean = {method: sum(e) / len(e) for method, e in errors.items()}
     assert mean["gptq"] < mean["rtn"]
 
@@ -174,9 +179,9 @@ def test_more_bits_are_never_worse(pixel_dit: Path, tmp_path: Path):
     for bits in (2, 3, 4, 6, 8):
         pipeline, source = load_pipeline(str(pixel_dit))
         rules = (Rule("*.ff.*", f"int{bits}", group_size=64 if bits < 8 else "auto"), Rule("*", "dense"))
-        report = calibrate(pipeline, source, Recipe("r", rules), tmp_path / str(bits), Settings(samples=2, steps=2))
-        mean.append(sum(layer["rel_rmse"] for layer in report["layers"].values()))
-        assert report["size"]["bits_per_weight"] > bits
+        report = compile(pipeline, source, Plan(Recipe("r", rules), SamplingPlan(samples=2, steps=2)), tmp_path / str(bits))
+        mean.append(sum(layer["rel_rmse"] for layer in report.layers.values()))
+        assert report.size["bits_per_weight"] > bits
     assert mean == sorted(mean, reverse=True)
 
 
@@ -187,7 +192,7 @@ def test_report_says_what_the_files_hold(everything):
     config = json.loads((everything.folder / "transformer" / "config.json").read_text())["quantization_config"]
     assert stored["sha256"] == config["sha256"] == files.sha256(weights)
     assert stored["provenance"]["calibration"]["samples"] == 2 and stored["provenance"]["calibration"]["seed"] == 0
-    assert recipe.from_dict(stored["recipe"]).name == "everything"
+    assert from_dict(stored["recipe"]).name == "everything"
 
     # Bits per weight counted from the bytes in the file.
     assert stored["size"]["file_bytes"] == weights.stat().st_size
@@ -519,7 +524,7 @@ def test_output_in_a_folder_that_may_not_be_written(public: Path, cli, small: Pa
     pipeline, source = load_pipeline(str(public))
     with without_privileges(), pytest.raises(ValueError, match=r"cannot write .*locked.*permission.*--output"):  # noqa: SIM117
         with clear_disk_errors(locked / "out"):
-            calibrate(pipeline, source, recipe.from_bits("w8a8"), locked / "out", Settings(samples=1, steps=1))
+            compile(pipeline, source, Plan(from_bits("w8a8"), SamplingPlan(samples=1, steps=1)), locked / "out")
     assert not list(locked.iterdir())
 
 

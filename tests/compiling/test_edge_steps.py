@@ -340,7 +340,7 @@ def test_killed_and_resumed_the_levels_are_the_same(calibrate, tmp_path: Path, m
     with monkeypatch.context() as patched:
         patched.setattr(quantize_blocks, "quantize", lambda *args: (_ for _ in ()).throw(OSError("killed")))
         assert calibrate("--steps", 4).code == 1
-    monkeypatch.setattr("quantdit.compiling.compiler.sample", lambda *args: pytest.fail("sampled again"))
+    monkeypatch.setattr("quantdit.compiling.compile.sample", lambda *args: pytest.fail("sampled again"))
     assert calibrate("--steps", 4, "--resume").code == 0
     assert config.read_bytes() == whole
 

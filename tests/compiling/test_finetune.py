@@ -14,23 +14,17 @@ from quantdit.calibration import stats as statistics
 from quantdit.calibration.layer import Quantized, quantize_layer
 from quantdit.calibration.observe.recorded_calls import Call
 from quantdit.calibration.stats import Stats
-from quantdit.compiling.compiler import REPORT, Settings, calibrate
-from quantdit.compiling.finetune import (
-    CERTAIN,
-    Examples,
-    Training,
-    best_codes,
-    bytes_of,
-    cut,
-    held_out_error,
-    is_trainable,
-    parts,
-    soft_linear,
-    train,
-)
+from quantdit.compiling.compile import compile
+from quantdit.compiling.finetune import Examples, cut, held_out_error, parts, train
+from quantdit.compiling.plan import Plan
+from quantdit.compiling.report import REPORT
+from quantdit.compiling.soft_linear import CERTAIN, best_codes, bytes_of, is_trainable, soft_linear
 from quantdit.layers.quant_linear import QuantLinear
 from quantdit.pipelines.pipeline import load_pipeline
-from quantdit.recipes.recipe import LayerPlan, Rule, from_bits, with_weight_format
+from quantdit.recipes.finetuning import FineTuning
+from quantdit.recipes.presets import from_bits, with_weight_format
+from quantdit.recipes.rules import LayerPlan, Rule
+from quantdit.recipes.sampling_plan import SamplingPlan
 from quantdit.system import files
 
 WIDTH, OUT = 32, 24
@@ -97,7 +91,7 @@ def test_a_decided_layer_is_the_quantized_one(linear: nn.Linear, rule: dict, bia
         linear = nn.Linear(WIDTH, OUT, bias=False).requires_grad_(False)
     made, seen = made_of(linear, **rule)
     assert is_trainable(made)
-    soft = soft_linear(made, linear.weight, linear.bias, seen, Training(candidates=2))
+    soft = soft_linear(made, linear.weight, linear.bias, seen, FineTuning(candidates=2))
     x = inputs(40, seed=7)
     has = QuantLinear.from_tensors(made.spec, made.tensors, made.bias)
     with torch.no_grad():
@@ -115,9 +109,9 @@ def test_trellis_codes_stay_and_their_scales_and_biases_are_trained(rule: dict, 
     torch.manual_seed(0)
     linear = nn.Linear(WIDTH, 2 * OUT, bias=bias).requires_grad_(False)
     made, seen = made_of(linear, **rule)
-    assert is_trainable(made) and bytes_of(made, Training(candidates=2)) == bytes_of(made, Training(candidates=1))
+    assert is_trainable(made) and bytes_of(made, FineTuning(candidates=2)) == bytes_of(made, FineTuning(candidates=1))
     x = inputs(40, seed=7)
-    soft = soft_linear(made, linear.weight, linear.bias, seen, Training(candidates=2))
+    soft = soft_linear(made, linear.weight, linear.bias, seen, FineTuning(candidates=2))
     with torch.no_grad():
         torch.testing.assert_close(soft(x), QuantLinear.from_tensors(made.spec, made.tensors, made.bias)(x), rtol=1e-4, atol=1e-4)
         soft.gain *= 1.25  # something to find
@@ -126,7 +120,7 @@ def test_trellis_codes_stay_and_their_scales_and_biases_are_trained(rule: dict, 
     def run(call: Call) -> list[Tensor]:
         return [torch.tanh(soft(call.args[0]))]
 
-    report = train([soft], run, examples, Training(steps=40, candidates=2, codebook_rate=1e-2), 0)
+    report = train([soft], run, examples, FineTuning(steps=40, candidates=2, codebook_rate=1e-2), 0)
     assert report["held_out"] < 0.9 * report["held_out_assigned"]
     decided = soft.decided(made, linear.weight, linear.bias, seen)
     assert torch.equal(decided.tensors["data"], made.tensors["data"])
@@ -139,7 +133,7 @@ def test_trellis_codes_stay_and_their_scales_and_biases_are_trained(rule: dict, 
 
 def test_the_mean_output_is_kept_whatever_the_ratios(linear: nn.Linear):
     made, seen = made_of(linear)
-    soft = soft_linear(made, linear.weight, linear.bias, seen, Training(candidates=3, initial="uniform"))
+    soft = soft_linear(made, linear.weight, linear.bias, seen, FineTuning(candidates=3, initial="uniform"))
     assert torch.equal(soft.ratios, torch.full_like(soft.ratios, 1 / 3))
     with torch.no_grad():
         torch.testing.assert_close(soft(inputs()).mean(0), linear(inputs()).mean(0), rtol=0, atol=1e-4)
@@ -147,13 +141,13 @@ def test_the_mean_output_is_kept_whatever_the_ratios(linear: nn.Linear):
 
 def test_ratios_begin_in_inverse_proportion_to_the_errors(linear: nn.Linear):
     made, seen = made_of(linear)
-    soft = soft_linear(made, linear.weight, linear.bias, seen, Training(candidates=3))
+    soft = soft_linear(made, linear.weight, linear.bias, seen, FineTuning(candidates=3))
     assert bool((soft.ratios[1:].diff(dim=0) <= 0).all()) and float(soft.ratios.detach()[0].mean()) > 0.4
 
 
 def test_freezing_decides_what_is_nearly_certain_and_nothing_else(linear: nn.Linear):
     made, seen = made_of(linear)
-    soft = soft_linear(made, linear.weight, linear.bias, seen, Training(initial="uniform"))
+    soft = soft_linear(made, linear.weight, linear.bias, seen, FineTuning(initial="uniform"))
     with torch.no_grad():
         soft.logits[1, :3] = 6.0
     before = soft.logits.detach().clone()
@@ -171,7 +165,7 @@ def examples_of(linear: nn.Linear) -> Examples:
 @pytest.mark.parametrize("weight", ["vq64x2", "table2"])
 def test_training_lowers_the_held_out_error_and_ends_with_one_codeword_each(linear: nn.Linear, candidates: int, weight: str):
     made, seen = made_of(linear, weight=weight, method="rtn")
-    training = Training(steps=120, candidates=candidates, rows=32)
+    training = FineTuning(steps=120, candidates=candidates, rows=32)
     soft = soft_linear(made, linear.weight, linear.bias, seen, training)
     examples = examples_of(linear)
 
@@ -197,7 +191,7 @@ def test_two_candidates_beat_one_in_as_many_steps(linear: nn.Linear, optimizer: 
     examples = examples_of(linear)
 
     def ends(candidates: int, seed: int) -> float:
-        training = Training(candidates=candidates, **how)
+        training = FineTuning(candidates=candidates, **how)
         soft = soft_linear(made, linear.weight, linear.bias, seen, training)
         report = train([soft], lambda call: [torch.tanh(soft(call.args[0]))], examples, training, seed)
         return report["held_out"]
@@ -219,7 +213,7 @@ def test_training_does_as_well_where_two_outputs_are_a_thousand_times_as_large(w
     found = []
     for layer, unit in ((plain, torch.ones(64)), (large, size)):
         made, seen = made_of(layer, weight=weight, rotation="none", method="rtn")
-        training = Training(steps=40, candidates=1)
+        training = FineTuning(steps=40, candidates=1)
         soft = soft_linear(made, layer.weight, layer.bias, seen, training)
 
         def run(call: Call, soft: nn.Module = soft, unit: Tensor = unit) -> list[Tensor]:
@@ -237,8 +231,8 @@ def test_same_seed_same_layer(linear: nn.Linear):
     ends = []
     for seed in (0, 0, 1):
         made, seen = made_of(linear)
-        soft = soft_linear(made, linear.weight, linear.bias, seen, Training(steps=10))
-        train([soft], lambda call, soft=soft: [torch.tanh(soft(call.args[0]))], examples_of(linear), Training(steps=10), seed)
+        soft = soft_linear(made, linear.weight, linear.bias, seen, FineTuning(steps=10))
+        train([soft], lambda call, soft=soft: [torch.tanh(soft(call.args[0]))], examples_of(linear), FineTuning(steps=10), seed)
         ends.append(
             soft.decided(made, linear.weight, linear.bias, seen).tensors["codebook"].float() * float(soft.scale.detach().mean())
         )
@@ -248,7 +242,7 @@ def test_same_seed_same_layer(linear: nn.Linear):
 def test_layers_too_large_to_be_trained_at_once_are_trained_in_parts(linear: nn.Linear):
     weights = ("vq64x2", "int4", "vq64x2", "vq64x2", "vq64x2")
     made = {name: made_of(linear, weight=weight)[0] for name, weight in zip("abcde", weights, strict=True)}
-    training = Training(candidates=2)
+    training = FineTuning(candidates=2)
     one = bytes_of(made["a"], training)
     # Codes, logits with their gradients and averages of each of the pairs; the layer's soft weights.
     assert one == OUT * WIDTH // 2 * 2 * 13 + OUT * WIDTH * 4 * 5
@@ -260,7 +254,7 @@ def test_layers_too_large_to_be_trained_at_once_are_trained_in_parts(linear: nn.
 
 def test_what_is_trained_reports_its_own_error(linear: nn.Linear):
     made, seen = made_of(linear, method="rtn")
-    soft = soft_linear(made, linear.weight, linear.bias, seen, Training(candidates=1))
+    soft = soft_linear(made, linear.weight, linear.bias, seen, FineTuning(candidates=1))
     with torch.no_grad():
         soft.gain.mul_(1.5)
     report = soft.decided(made, linear.weight, linear.bias, seen).report
@@ -271,7 +265,7 @@ def test_what_is_trained_reports_its_own_error(linear: nn.Linear):
 
 def test_assignments_that_do_no_good_are_forgotten_and_codebooks_are_trained_all_the_same(linear: nn.Linear):
     made, seen = made_of(linear, method="rtn")
-    training = Training(steps=60, logit_rate=50.0, regulariser=0.0)  # jumps about
+    training = FineTuning(steps=60, logit_rate=50.0, regulariser=0.0)  # jumps about
     soft = soft_linear(made, linear.weight, linear.bias, seen, training)
 
     def run(call: Call) -> list[Tensor]:
@@ -286,7 +280,7 @@ def test_assignments_that_do_no_good_are_forgotten_and_codebooks_are_trained_all
 def test_the_first_ratios_do_not_move_all_groups_at_once(linear: nn.Linear):
     """Codes of rounding alone: for most groups another would be better, all else held; for all of them at once it would not."""
     made, seen = made_of(linear, method="rtn")
-    soft = soft_linear(made, linear.weight, linear.bias, seen, Training(candidates=2))
+    soft = soft_linear(made, linear.weight, linear.bias, seen, FineTuning(candidates=2))
     assert bool((soft.ratios[0] >= 0.5).all())
     has = QuantLinear.from_tensors(made.spec, made.tensors, made.bias)
     x = inputs(300, seed=30)
@@ -296,7 +290,7 @@ def test_the_first_ratios_do_not_move_all_groups_at_once(linear: nn.Linear):
 
 def test_training_ends_when_nothing_is_gained_any_more(linear: nn.Linear):
     made, seen = made_of(linear)
-    training = Training(steps=100, candidates=1, codebook_rate=0.0)
+    training = FineTuning(steps=100, candidates=1, codebook_rate=0.0)
     soft = soft_linear(made, linear.weight, linear.bias, seen, training)
     done = []
     report = train([soft], lambda call: [torch.tanh(soft(call.args[0]))], examples_of(linear), training, 0, done.append)
@@ -334,7 +328,7 @@ def test_rows_of_nested_arguments():
 @pytest.mark.parametrize("given", [{"steps": 0}, {"candidates": 5}, {"candidates": 0}, {"mode": "whole"}, {"initial": "zero"}])
 def test_impossible_training_is_refused(given: dict):
     with pytest.raises(ValueError, match=str(next(iter(given.values())))):
-        Training(**given)
+        FineTuning(**given)
 
 
 # ---- through the command line
@@ -348,9 +342,9 @@ def test_calibrate_with_assignments(cli, pixel_dit: Path, tmp_path: Path, mode: 
         ran = cli("calibrate", "--model", pixel_dit, "--output", tmp_path / name, *few, *more)
         assert ran.code == 0, ran.err
     pipeline, source = load_pipeline(str(pixel_dit))
-    settings, training = Settings(samples=16, steps=3), Training(steps=20, mode=mode, candidates=2)
+    settings, training = SamplingPlan(samples=16, steps=3), FineTuning(steps=20, mode=mode, candidates=2)
     plan = with_weight_format(from_bits("w2a16"), "vq")
-    calibrate(pipeline, source, plan, tmp_path / "second", settings, training=training)
+    compile(pipeline, source, Plan(plan, settings, finetuning=training), tmp_path / "second")
     digests = [files.digest(tmp_path / name / "transformer") for name in ("plain", "first", "second")]
     assert digests[1] == digests[2] != digests[0]
     plain, report = (files.read_json(tmp_path / name / REPORT) for name in ("plain", "first"))
@@ -358,7 +352,7 @@ def test_calibrate_with_assignments(cli, pixel_dit: Path, tmp_path: Path, mode: 
     assert trained
     for name in trained:
         assert report["layers"][name]["rel_rmse"] != plain["layers"][name]["rel_rmse"]
-        assert 0 < report["layers"][name]["assignments"]["bytes"] <= Training().memory
+        assert 0 < report["layers"][name]["assignments"]["bytes"] <= FineTuning().memory
     found = [layer["assignments"] for layer in report["layers"].values() if "assignments" in layer]
     assert found and all(row["held_out_before"] > 0 for row in found)
     assert report["provenance"]["training"] == {**report["provenance"]["training"], "steps": 20, "mode": mode}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from quantdit.cli import main
-from quantdit.compiling.compiler import REPORT
+from quantdit.compiling.report import REPORT
 from quantdit.system import files
 
 # Attention layers with everything that is seeded; more blocks than a killed run gets through.
@@ -50,7 +50,7 @@ def fresh():
     """Processes that begin with everything imported and nothing computed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["quantdit.cli", "quantdit.compiling.compiler", "quantdit.pipelines.pipeline", "diffusers", "accelerate"]
+        ["quantdit.cli", "quantdit.compiling.compile", "quantdit.pipelines.pipeline", "diffusers", "accelerate"]
     )
     return context
 

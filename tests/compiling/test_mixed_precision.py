@@ -15,11 +15,15 @@ from safetensors import safe_open
 
 from quantdit.calibration.allocate import Option, allocate, total_error
 from quantdit.calibration.layer import quantize_layers
-from quantdit.compiling import compiler, quantize_blocks
-from quantdit.compiling.compiler import REPORT, Settings, Target, calibrate
+from quantdit.compiling import quantize_blocks, targets
+from quantdit.compiling.compile import compile
+from quantdit.compiling.plan import Plan, Target
+from quantdit.compiling.report import REPORT
 from quantdit.pipelines.pipeline import load_pipeline
-from quantdit.recipes import recipe
-from quantdit.recipes.recipe import WEIGHTS, Layer, Recipe, Rule
+from quantdit.recipes.presets import from_bits, with_auto
+from quantdit.recipes.resolve import options, resolve
+from quantdit.recipes.rules import WEIGHTS, Layer, Recipe, Rule, from_dict
+from quantdit.recipes.sampling_plan import SamplingPlan
 from quantdit.system import files
 
 QUICK = ("--samples", "2", "--steps", "2")
@@ -47,9 +51,9 @@ def run(cli, pixel_dit: Path, tmp_path: Path) -> Callable:
 @pytest.fixture(scope="session")
 def mixed(pixel_dit: Path, tmp_path_factory: pytest.TempPathFactory) -> Mixed:
     pipeline, source = load_pipeline(str(pixel_dit))
-    plan = recipe.with_auto(recipe.from_bits("w4a8"))
+    plan = with_auto(from_bits("w4a8"))
     folder = tmp_path_factory.mktemp("mixed") / "out"
-    report = calibrate(pipeline, source, plan, folder, Settings(samples=2, steps=2), target=Target(size_budget=0.25))
+    report = compile(pipeline, source, Plan(plan, SamplingPlan(samples=2, steps=2), target=Target(size_budget=0.25)), folder)
     return Mixed(folder, report)
 
 
@@ -157,22 +161,22 @@ def test_auto_needs_a_target_and_a_target_needs_auto(cli, run, pixel_dit: Path, 
     ran = run("--recipe", tmp_path / "fixed.toml", "--size-budget", "0.3", bits=None)
     assert ran.code == 1 and 'weight = "auto"' in ran.error
     with pytest.raises(ValueError, match="auto"):
-        recipe.resolve(recipe.from_bits("auto"), [Layer("x", "other", 64, 64)])
+        resolve(from_bits("auto"), [Layer("x", "other", 64, 64)])
 
 
 @pytest.mark.parametrize("bits", ["auto", "autoa4", "autoa16"])
 def test_auto_presets_leave_all_quantized_weights_open(bits: str):
-    plan, like = recipe.from_bits(bits), recipe.from_bits(f"w4{bits[4:] or 'a8'}")
+    plan, like = from_bits(bits), from_bits(f"w4{bits[4:] or 'a8'}")
     assert plan.name == bits
     assert [r.activation_bits for r in plan.rules] == [r.activation_bits for r in like.rules]
     assert [r.weight for r in plan.rules] == ["dense", "auto", "auto", "auto"]
-    assert recipe.from_dict(plan.to_dict()) == plan
+    assert from_dict(plan.to_dict()) == plan
 
 
 @pytest.mark.parametrize("bits", ["autoa5", "autoa", "wautoa8", "auto "])
 def test_unknown_auto_presets_name_the_near_ones(bits: str):
     with pytest.raises(ValueError, match="auto"):
-        recipe.from_bits(bits)
+        from_bits(bits)
 
 
 def test_auto_must_fit_all_its_widths():
@@ -180,7 +184,7 @@ def test_auto_must_fit_all_its_widths():
         Rule("*", weight="auto", activation_bits=8, activation_format="fp8")
     with pytest.raises(ValueError, match="hqq"):
         Rule("*", weight="auto", method="hqq")
-    found = recipe.options(Recipe("r", (Rule("x*", "int4"), Rule("*", "auto"))), [Layer(n, "other", 64, 96) for n in ("x1", "y")])
+    found = options(Recipe("r", (Rule("x*", "int4"), Rule("*", "auto"))), [Layer(n, "other", 64, 96) for n in ("x1", "y")])
     assert {name: list(plans) for name, plans in found.items()} == {"x1": ["int4"], "y": list(WEIGHTS.values())}
     assert {w: plan.rule.weight for w, plan in found["y"].items()} == {w: w for w in WEIGHTS.values()}
 
@@ -247,7 +251,7 @@ def test_resumed_run_gives_the_bytes_of_an_uninterrupted_one(
 
     with monkeypatch.context() as patch:
         if stop == "sensitivity":
-            patch.setattr(compiler.sensitivity, "sensitivity", broken(compiler.sensitivity.sensitivity, 1))
+            patch.setattr(targets.sensitivity, "sensitivity", broken(targets.sensitivity.sensitivity, 1))
         else:
             patch.setattr(quantize_blocks, "quantize_layers", broken(quantize_layers, 6))
         assert run(*target).code == 130
@@ -256,8 +260,8 @@ def test_resumed_run_gives_the_bytes_of_an_uninterrupted_one(
     assert not (tmp_path / "out").exists()
 
     measured = []
-    real = compiler.sensitivity.sensitivity
-    monkeypatch.setattr(compiler.sensitivity, "sensitivity", lambda *a: measured.append(1) or real(*a))
+    real = targets.sensitivity.sensitivity
+    monkeypatch.setattr(targets.sensitivity, "sensitivity", lambda *a: measured.append(1) or real(*a))
     assert run("--size-budget", "0.3", "--resume").code == 1, "of another target"
     ran = run(*target, "--resume")
     assert ran.code == 0, ran.err

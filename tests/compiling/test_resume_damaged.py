@@ -10,7 +10,7 @@ import pytest
 
 from quantdit.calibration.layer import quantize_layers
 from quantdit.compiling import quantize_blocks
-from quantdit.compiling.compiler import REPORT
+from quantdit.compiling.report import REPORT
 from quantdit.system import files
 
 RECIPE = """

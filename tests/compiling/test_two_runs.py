@@ -15,7 +15,7 @@ import pytest
 
 from quantdit.cli import main
 from quantdit.compiling import work_folder
-from quantdit.compiling.compiler import REPORT
+from quantdit.compiling.report import REPORT
 from quantdit.system import files
 
 # Says when it has the lock, and keeps it until its input ends.

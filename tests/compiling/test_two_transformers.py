@@ -12,7 +12,7 @@ import torch
 from quantdit.checkpoints import streaming
 from quantdit.checkpoints.checkpoint import quant_layers
 from quantdit.compiling import quantize_blocks
-from quantdit.compiling.compiler import REPORT
+from quantdit.compiling.report import REPORT
 from quantdit.pipelines import pipeline
 from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.system import files

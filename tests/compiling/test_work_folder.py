@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantdit.compiling import compiler
-from quantdit.compiling.compiler import REPORT
+from quantdit.compiling import compile as compiler
+from quantdit.compiling.report import REPORT
 from quantdit.compiling.work_folder import STATE
 from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.system import files

@@ -13,12 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import quantdit
-from quantdit.compiling.compiler import Settings, calibrate
+from quantdit.compiling.compile import compile
+from quantdit.compiling.plan import Plan
 from quantdit.evaluation import run, samples
 from quantdit.evaluation.gate import judge
 from quantdit.evaluation.samples import Sampling, sample
 from quantdit.pipelines.pipeline import load_pipeline
-from quantdit.recipes import recipe
+from quantdit.recipes.presets import from_bits
+from quantdit.recipes.sampling_plan import SamplingPlan
 from quantdit.system import files
 
 SAMPLES, STEPS = 4, 2
@@ -44,7 +46,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     )
     PixelDiTPipeline(model, FlowMatchEulerDiscreteScheduler()).save_pretrained(folder / "full")
     pipeline, source = load_pipeline(str(folder / "full"))
-    calibrate(pipeline, source, recipe.from_bits("w4a8"), folder / "w4a8", Settings(samples=2, steps=STEPS))
+    compile(pipeline, source, Plan(from_bits("w4a8"), SamplingPlan(samples=2, steps=STEPS)), folder / "w4a8")
     return folder / "full", folder / "w4a8"
 
 

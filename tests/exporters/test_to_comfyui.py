@@ -16,7 +16,7 @@ import tiny_models
 from quantdit.checkpoints import checkpoint
 from quantdit.exporters import to_comfyui as exporter
 from quantdit.exporters.to_comfyui import express, to_comfyui
-from quantdit.recipes.recipe import Recipe, Rule
+from quantdit.recipes.rules import Recipe, Rule
 from quantdit.system.files import CheckpointError
 from quantdit.tensors import hadamard
 

@@ -7,17 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantdit.compiling.compiler import Settings, calibrate
+from quantdit.compiling.compile import compile
+from quantdit.compiling.plan import Plan
 from quantdit.exporters.to_dense import to_dense
 from quantdit.pipelines.pipeline import generate, load_pipeline
-from quantdit.recipes import recipe
+from quantdit.recipes.presets import from_bits
+from quantdit.recipes.sampling_plan import SamplingPlan
 
 
 @pytest.fixture(scope="module")
 def weight_only(pixel_dit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weight-only") / "w4a16"
     pipeline, source = load_pipeline(str(pixel_dit))
-    calibrate(pipeline, source, recipe.from_bits("w4a16"), folder, Settings(samples=2, steps=2))
+    compile(pipeline, source, Plan(from_bits("w4a16"), SamplingPlan(samples=2, steps=2)), folder)
     return folder
 
 

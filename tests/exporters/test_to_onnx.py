@@ -10,11 +10,13 @@ import torch
 
 import quantdit
 from quantdit import exporters
-from quantdit.compiling.compiler import Settings, calibrate
+from quantdit.compiling.compile import compile
+from quantdit.compiling.plan import Plan
 from quantdit.exporters import onnx_cleaning, onnx_digest, onnx_session, onnx_weights, to_onnx
 from quantdit.exporters.onnx_session import use_graph
 from quantdit.pipelines.pipeline import generate, load_pipeline
-from quantdit.recipes import recipe
+from quantdit.recipes.presets import from_bits
+from quantdit.recipes.sampling_plan import SamplingPlan
 from quantdit.system.files import CheckpointError, read_json, write_json
 
 onnx = pytest.importorskip("onnx")
@@ -40,7 +42,7 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("wan")
     model.save_pretrained(folder / "dense")
     transformer, source = load_pipeline(str(folder / "dense"))
-    calibrate(transformer, source, recipe.from_bits("w4a8"), folder / "w4a8", Settings(samples=0))
+    compile(transformer, source, Plan(from_bits("w4a8"), SamplingPlan(samples=0)), folder / "w4a8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(to_onnx, "SINGLE_FILE_BYTES", 1000)
         to_onnx.to_onnx(folder / "w4a8", folder / "wan.onnx", storage="int8")

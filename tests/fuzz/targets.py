@@ -79,13 +79,15 @@ def make_source(folder: Path, root: Path) -> None:
 
 def make_quantized(folder: Path, root: Path) -> None:
     """Make what `quantdit calibrate` writes, of every format."""
-    from quantdit.compiling.compiler import Settings, calibrate
+    from quantdit.compiling.compile import compile
+    from quantdit.compiling.plan import Plan
     from quantdit.pipelines.pipeline import load_pipeline
-    from quantdit.recipes import recipe
+    from quantdit.recipes.rules import from_toml
+    from quantdit.recipes.sampling_plan import SamplingPlan
 
     (root / "mixed.toml").write_text(load_conftest().MIXED)
     pipeline, source = load_pipeline(str(root / "source"))
-    calibrate(pipeline, source, recipe.from_toml(root / "mixed.toml"), folder, Settings(samples=2, steps=2))
+    compile(pipeline, source, Plan(from_toml(root / "mixed.toml"), SamplingPlan(samples=2, steps=2)), folder)
 
 
 def make_sharded(folder: Path, root: Path) -> None:
@@ -150,9 +152,9 @@ def make_onnx(folder: Path, root: Path) -> None:
 
 def make_partial(folder: Path, root: Path) -> None:
     """Make the folder of a calibration that was interrupted after its first block."""
-    from quantdit.compiling import quantize_blocks
+    from quantdit.compiling import block_inputs
 
-    hand_on = quantize_blocks._hand_on
+    hand_on = block_inputs._hand_on
 
     def interrupted(job, links, number: int, *rest: object) -> None:
         if number:
@@ -160,7 +162,7 @@ def make_partial(folder: Path, root: Path) -> None:
         hand_on(job, links, number, *rest)
 
     folder.mkdir()
-    with one_attribute(quantize_blocks, "_hand_on", interrupted), contextlib.suppress(KeyboardInterrupt):
+    with one_attribute(block_inputs, "_hand_on", interrupted), contextlib.suppress(KeyboardInterrupt):
         resume(folder, root / "source")
 
 
@@ -296,20 +298,21 @@ def made_dense(folder: Path) -> str:
 def parsed(folder: Path) -> str:
     """Read a recipe and apply it to a model's layers."""
     from quantdit.models import adapter
-    from quantdit.recipes import recipe
+    from quantdit.recipes.resolve import options
+    from quantdit.recipes.rules import from_toml
 
     model = load_conftest()._transformer(
         2, 32, in_channels=1, out_channels=1, sample_size=8, num_embeds_ada_norm=load_conftest().CLASSES
     )
-    plans = recipe.options(recipe.from_toml(folder / "recipe.toml"), adapter.layers(model, adapter.adapter_for(model)))
+    plans = options(from_toml(folder / "recipe.toml"), adapter.layers(model, adapter.adapter_for(model)))
     return json.dumps({name: sorted(plan) for name, plan in plans.items()})
 
 
 def prompted(folder: Path) -> str:
     """Read prompts, as every command does."""
-    from quantdit import cli
+    from quantdit.cli.options import read_prompts
 
-    return json.dumps(cli._prompts(folder / "prompts.txt"))
+    return json.dumps(read_prompts(folder / "prompts.txt"))
 
 
 def gated(folder: Path) -> str:
@@ -364,12 +367,14 @@ def resumed(folder: Path) -> str:
 
 def resume(folder: Path, source: Path) -> None:
     """Calibrate attention layers alone, or go on with it."""
-    from quantdit.compiling.compiler import Settings, calibrate
+    from quantdit.compiling.compile import compile
+    from quantdit.compiling.plan import Plan
     from quantdit.pipelines.pipeline import load_pipeline
-    from quantdit.recipes.recipe import Recipe, Rule
+    from quantdit.recipes.rules import Recipe, Rule
+    from quantdit.recipes.sampling_plan import SamplingPlan
 
-    plan = Recipe("attention", (Rule("*.attn1.to_q", "table4", activation_bits=8), Rule("*", "dense")))
-    calibrate(*load_pipeline(str(source)), plan, folder / "out", Settings(samples=2, steps=2), resume=True)
+    recipe = Recipe("attention", (Rule("*.attn1.to_q", "table4", activation_bits=8), Rule("*", "dense")))
+    compile(*load_pipeline(str(source)), Plan(recipe, SamplingPlan(samples=2, steps=2)), folder / "out", resume=True)
 
 
 _opened: dict[Path, tuple] = {}

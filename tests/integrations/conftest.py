@@ -15,7 +15,7 @@ import tiny_models
 from quantdit.calibration.observe.capture import first_tensor
 from quantdit.models.adapter import adapter_for
 from quantdit.models.synthetic import synthetic_inputs
-from quantdit.recipes.recipe import Recipe, Rule
+from quantdit.recipes.rules import Recipe, Rule
 
 CLASSES = ("WanTransformer3DModel", "FluxTransformer2DModel", "DiTTransformer2DModel")
 TIMES = (999.0, 500.0, 20.0)
@@ -25,7 +25,7 @@ PLAN = Recipe(
     "downstream",
     (
         Rule("role:outside", "dense", optional=True),
-        Rule("*to_q", "int4", activation_bits=8, group_size=32, descent=0),
+        Rule("*to_q", "int4", activation_bits=8, group_size=32, cd_passes=0),
         Rule("*to_k", "table3", activation_bits=8, low_rank=4, rotation="hadamard", method="rtn"),
         Rule("*to_v", "vq256x4", activation_bits=16, method="rtn"),
         Rule("*blocks.0.*to_out.0", "trellis3_l10", activation_bits=8, method="rtn"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import quantdit
 from quantdit.checkpoints.checkpoint import quant_layers
-from quantdit.recipes.recipe import Recipe, Rule
+from quantdit.recipes.rules import Recipe, Rule
 
 peft = pytest.importorskip("peft")
 EVERY = Recipe("every layer", (Rule("*", "int8", activation_bits=8, method="rtn"),))

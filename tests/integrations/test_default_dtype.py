@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import quantdit
-from quantdit.recipes.recipe import Recipe, Rule
+from quantdit.recipes.rules import Recipe, Rule
 
 OTHERS = (torch.bfloat16, torch.float64)
 

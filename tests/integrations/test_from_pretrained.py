@@ -18,7 +18,7 @@ from quantdit.checkpoints import checkpoint
 from quantdit.checkpoints.checkpoint import quant_layers
 from quantdit.inspection import inspection
 from quantdit.pipelines.pipeline import load_pipeline
-from quantdit.recipes.recipe import Recipe, Rule
+from quantdit.recipes.rules import Recipe, Rule
 from quantdit.system import files
 from quantdit.system.files import WEIGHTS, CheckpointError
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import quantdit
 from quantdit.checkpoints.checkpoint import quant_layers
-from quantdit.recipes.recipe import Recipe, Rule
+from quantdit.recipes.rules import Recipe, Rule
 
 peft = pytest.importorskip("peft")
 
@@ -205,7 +205,9 @@ def layer() -> nn.Sequential:
     model = nn.Sequential(nn.Linear(64, 64))
     from quantdit.calibration.data_free import quantize_without_data
     from quantdit.layers.quant_linear import QuantLinear
-    from quantdit.recipes.recipe import Layer, from_bits, resolve
+    from quantdit.recipes.presets import from_bits
+    from quantdit.recipes.resolve import resolve
+    from quantdit.recipes.rules import Layer
 
     plan = resolve(from_bits("w4a8"), [Layer("0", "attention", 64, 64)])["0"]
     made = quantize_without_data(model[0].weight, model[0].bias, plan, 0)

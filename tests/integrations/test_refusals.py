@@ -14,7 +14,7 @@ from torch import nn
 import quantdit
 from quantdit.checkpoints.checkpoint import quant_layers
 from quantdit.pipelines.pipeline import load_pipeline
-from quantdit.recipes.recipe import Recipe, Rule
+from quantdit.recipes.rules import Recipe, Rule
 from quantdit.system import files
 from quantdit.system.files import CheckpointError
 

@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from quantdit.compiling.compiler import Settings, calibrate
+from quantdit.compiling.compile import compile
+from quantdit.compiling.plan import Plan
 from quantdit.models.adapter import ADAPTERS, adapter_for, blocks, layers
 from quantdit.pipelines.pipeline import load_pipeline
-from quantdit.recipes import recipe
+from quantdit.recipes.presets import from_bits
+from quantdit.recipes.rules import Recipe, Rule
+from quantdit.recipes.sampling_plan import SamplingPlan
 
 
 def test_every_linear_of_a_dit_has_a_role(pixel_dit: Path) -> None:
@@ -81,8 +84,8 @@ def test_a_derived_adapter_compiles_like_a_written_one(pixel_dit: Path, tmp_path
         if name == "derived":
             monkeypatch.delitem(ADAPTERS, "DiTTransformer2DModel")
         pipeline, source = load_pipeline(str(pixel_dit))
-        settings = Settings(samples=2, steps=2)
-        results.append(calibrate(pipeline, source, recipe.from_bits("w4a8"), tmp_path / name, settings)["sha256"])
+        settings = SamplingPlan(samples=2, steps=2)
+        results.append(compile(pipeline, source, Plan(from_bits("w4a8"), settings), tmp_path / name).sha256)
     assert results[0] == results[1]
 
 
@@ -90,12 +93,12 @@ def test_blocks_see_what_the_quantized_blocks_before_them_left(pixel_dit: Path, 
     """The second block's statistics must change when the first is quantized coarsely: feedback needs the inputs it will get."""
     reports = []
     for first in ("dense", "int2"):
-        rules = (recipe.Rule("transformer_blocks.0.*", weight=first), recipe.Rule("transformer_blocks.1.*", weight="int8"))
-        ending = recipe.Rule("*", weight="dense")
+        rules = (Rule("transformer_blocks.0.*", weight=first), Rule("transformer_blocks.1.*", weight="int8"))
+        ending = Rule("*", weight="dense")
         pipeline, source = load_pipeline(str(pixel_dit))
         torch.manual_seed(0)
-        report = calibrate(
-            pipeline, source, recipe.Recipe(first, (*rules, ending)), tmp_path / first, Settings(samples=2, steps=2)
+        report = compile(
+            pipeline, source, Plan(Recipe(first, (*rules, ending)), SamplingPlan(samples=2, steps=2)), tmp_path / first
         )
-        reports.append(report["layers"]["transformer_blocks.1.attn1.to_q"]["rms"])
+        reports.append(report.layers["transformer_blocks.1.attn1.to_q"]["rms"])
     assert reports[0] != reports[1]

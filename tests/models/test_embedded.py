@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from fashion_classifier import recognised
-from quantdit.compiling.compiler import Settings, calibrate
+from quantdit.compiling.compile import compile
+from quantdit.compiling.plan import Plan
 from quantdit.evaluation.metrics.paired import psnr
 from quantdit.pipelines.pipeline import generate, load_pipeline
-from quantdit.recipes import recipe
+from quantdit.recipes.presets import from_bits
+from quantdit.recipes.rules import Recipe
+from quantdit.recipes.sampling_plan import SamplingPlan
 
 IMAGES, STEPS = 40, 10
 
@@ -26,9 +29,9 @@ def test_it_draws_the_class_it_is_asked_for(reference: torch.Tensor) -> None:
     assert recognised(reference, torch.arange(IMAGES) % 10) >= 0.75
 
 
-def mean_psnr(reference: torch.Tensor, rules: recipe.Recipe, folder: Path) -> float:
+def mean_psnr(reference: torch.Tensor, rules: Recipe, folder: Path) -> float:
     pipeline, source = load_pipeline("fashion-dit")
-    calibrate(pipeline, source, rules, folder, Settings(samples=8, steps=STEPS, guidance=2.0))
+    compile(pipeline, source, Plan(rules, SamplingPlan(samples=8, steps=STEPS, guidance=2.0)), folder)
     return float(psnr(reference, generate(load_pipeline(str(folder))[0], IMAGES, 5, STEPS, 2.0)).mean())
 
 
@@ -36,8 +39,8 @@ def mean_psnr(reference: torch.Tensor, rules: recipe.Recipe, folder: Path) -> fl
 def test_w4a8_keeps_the_pictures_and_needs_its_error_feedback(reference: torch.Tensor, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    preset = recipe.from_bits("w4a8")
-    rtn = recipe.Recipe("rtn", tuple(replace(rule, method="rtn") for rule in preset.rules))
+    preset = from_bits("w4a8")
+    rtn = Recipe("rtn", tuple(replace(rule, method="rtn") for rule in preset.rules))
     feedback, nearest = mean_psnr(reference, preset, tmp_path / "gptq"), mean_psnr(reference, rtn, tmp_path / "rtn")
     assert feedback > 36
     assert feedback > nearest + 2

@@ -13,7 +13,7 @@ import torch
 
 import quantdit
 from quantdit.pipelines.pipeline import Sampling, generate, load_pipeline, makes_clips, sampling_arguments
-from quantdit.pipelines.sampling import Settings
+from quantdit.recipes.sampling_plan import SamplingPlan
 
 BAT, FOX = "a bat moving left", "a fox spinning"
 FRAMES, SIZE = 4, 16
@@ -74,7 +74,7 @@ def test_a_clip_does_not_depend_on_its_batch(pipeline) -> None:
 def test_one_text_is_one_prompt(folder: Path, pipeline, tmp_path: Path) -> None:
     one, two = (quantdit.generate(folder, tmp_path / "x.png", prompts=given, steps=1) for given in (FOX, [FOX]))
     assert len(one) == 1 and torch.equal(one, two)
-    assert Sampling(prompts=FOX).prompts == Settings(prompts=FOX).prompts == (FOX,)
+    assert Sampling(prompts=FOX).prompts == SamplingPlan(prompts=FOX).prompts == (FOX,)
     assert Sampling(classes="bag").classes == ("bag",)
     assert sampling_arguments(pipeline, 3, FOX) == {"prompt": [FOX] * 3}
 

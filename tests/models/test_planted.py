@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantdit.models.adapter import Size, adapter_for, blocks
+from quantdit.models.adapter import adapter_for, blocks
 from quantdit.models.planted import SHAPES, plant
 from quantdit.models.synthetic import synthetic_inputs
+from quantdit.recipes.sampling_plan import Size
 from tiny_models import TINY, tiny
 
 SIZE, COUNT = 100.0, 2

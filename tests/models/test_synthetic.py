@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from quantdit.calibration.observe import capture
-from quantdit.models.adapter import ADAPTERS, Adapter, Input, Size, adapter_for, layers
+from quantdit.models.adapter import ADAPTERS, Adapter, Input, adapter_for, layers
 from quantdit.models.synthetic import latent_of, moved_inputs, prediction, synthetic_inputs
+from quantdit.recipes.sampling_plan import Size
 from tiny_models import TINY, UNKNOWN, tiny
 
 

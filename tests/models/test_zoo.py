@@ -13,12 +13,15 @@ import tiny_models
 from quantdit.calibration.observe.capture import first_tensor
 from quantdit.checkpoints import streaming
 from quantdit.checkpoints.checkpoint import quant_layers, read_transformer
-from quantdit.compiling.compiler import REPORT, Settings, calibrate
+from quantdit.compiling.compile import compile
+from quantdit.compiling.plan import Plan
+from quantdit.compiling.report import REPORT
 from quantdit.models.adapter import adapter_for, layers
 from quantdit.models.synthetic import synthetic_inputs
 from quantdit.pipelines.pipeline import load_pipeline
-from quantdit.recipes import recipe
-from quantdit.recipes.recipe import Recipe, Rule
+from quantdit.recipes.presets import from_bits
+from quantdit.recipes.rules import Recipe, Rule
+from quantdit.recipes.sampling_plan import SamplingPlan
 from quantdit.system import files
 
 CLASSES = [*tiny_models.TINY, *tiny_models.UNKNOWN]
@@ -35,8 +38,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return request.param, folder, size
 
 
-def settings(size) -> Settings:
-    return Settings(samples=1, steps=2, guidance=3.0, latent=size, buckets=2)
+def settings(size) -> SamplingPlan:
+    return SamplingPlan(samples=1, steps=2, guidance=3.0, latent=size, buckets=2)
 
 
 def output_of(transformer: nn.Module, size) -> torch.Tensor:
@@ -51,10 +54,10 @@ def test_calibrate_save_load_forward(model, tmp_path: Path):
     assert source.bare
     wanted = {layer.name for layer in layers(pipeline.transformer, adapter_for(pipeline.transformer)) if layer.role != "outside"}
     before = output_of(pipeline.transformer, size)
-    report = calibrate(pipeline, source, PLAN, tmp_path / "out", settings(size))
-    assert report["layers"].keys() == wanted == quant_layers(pipeline.transformer).keys()
-    assert 0 < report["model_rel_rmse"] < 0.5 and not report["memory"]["streamed"]
-    assert report["blocks"]["transformer"]["count"] > 0, "the chain of blocks was not found"
+    report = compile(pipeline, source, Plan(PLAN, settings(size)), tmp_path / "out")
+    assert report.layers.keys() == wanted == quant_layers(pipeline.transformer).keys()
+    assert 0 < report.model_rel_rmse < 0.5 and not report.memory["streamed"]
+    assert report.blocks["transformer"]["count"] > 0, "the chain of blocks was not found"
     after = output_of(pipeline.transformer, size)
     assert 0 < float((after - before).norm() / before.norm()) < 0.5
     again, _ = load_pipeline(str(tmp_path / "out"))
@@ -69,8 +72,8 @@ def test_streamed_gives_the_bytes_of_resident(model, tmp_path: Path, monkeypatch
         if output == "streamed":
             monkeypatch.setattr(streaming, "need_of", lambda *a: streaming.Need(resident=2**60, streamed=0))
         pipeline, source = load_pipeline(str(folder))
-        report = calibrate(pipeline, source, recipe.from_bits("w8a8"), tmp_path / output, settings(size))
-        assert report["memory"]["streamed"] == (output == "streamed")
+        report = compile(pipeline, source, Plan(from_bits("w8a8"), settings(size)), tmp_path / output)
+        assert report.memory["streamed"] == (output == "streamed")
         if output == "streamed":
             assert any(t.device.type == "meta" for t in pipeline.transformer.state_dict().values())
     assert files.digest(tmp_path / "resident" / "transformer") == files.digest(tmp_path / "streamed" / "transformer")

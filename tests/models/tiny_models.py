@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from quantdit.models.adapter import Size
+from quantdit.recipes.sampling_plan import Size
 
 # class: (config, size of the inputs).
 TINY: dict[str, tuple[dict, Size]] = {

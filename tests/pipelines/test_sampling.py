@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from quantdit.calibration.observe import capture
 from quantdit.calibration.observe import recorded_calls as call_files
 from quantdit.checkpoints.streaming import whole
-from quantdit.compiling.compiler import REPORT
+from quantdit.compiling.report import REPORT
 from quantdit.models import known_models
-from quantdit.models.adapter import Size, adapter_for
+from quantdit.models.adapter import adapter_for
 from quantdit.pipelines.pipeline import BareTransformer, load_pipeline
-from quantdit.pipelines.sampling import Settings, trajectory
+from quantdit.pipelines.sampling import trajectory
+from quantdit.recipes.sampling_plan import SamplingPlan, Size
 from quantdit.system import files
 
 TINY_WAN = {
@@ -83,7 +84,7 @@ def calibration(folder: Path) -> dict:
 # ---- trajectories without data
 
 
-def recorded(model: nn.Module, settings: Settings, number: int) -> tuple[Tensor, list[dict]]:
+def recorded(model: nn.Module, settings: SamplingPlan, number: int) -> tuple[Tensor, list[dict]]:
     calls: list[dict] = []
     handle = model.register_forward_pre_hook(lambda m, a, k: calls.append(k), with_kwargs=True)
     with torch.no_grad():
@@ -94,12 +95,12 @@ def recorded(model: nn.Module, settings: Settings, number: int) -> tuple[Tensor,
 
 def test_trajectory_depends_on_the_seed_and_the_number_alone(tiny_wan: Path):
     model = whole(tiny_wan, torch.float32)
-    settings = Settings(steps=3, guidance=2.0, latent=LATENT, seed=4)
+    settings = SamplingPlan(steps=3, guidance=2.0, latent=LATENT, seed=4)
     first, calls = recorded(model, settings, 0)
     torch.manual_seed(99)
     again, _ = recorded(model, settings, 0)
     assert torch.equal(first, again) and first.shape == (1, 4, 3, 4, 4) and bool(torch.isfinite(first).all())
-    for other in (recorded(model, settings, 1), recorded(model, Settings(steps=3, guidance=2.0, latent=LATENT, seed=5), 0)):
+    for other in (recorded(model, settings, 1), recorded(model, SamplingPlan(steps=3, guidance=2.0, latent=LATENT, seed=5), 0)):
         assert not torch.equal(other[0], first)
         assert not torch.equal(other[1][0]["encoder_hidden_states"], calls[0]["encoder_hidden_states"])
     assert len(calls) == 3
@@ -107,7 +108,7 @@ def test_trajectory_depends_on_the_seed_and_the_number_alone(tiny_wan: Path):
 
 def test_trajectory_goes_from_noise_along_both_branches(tiny_wan: Path):
     model = whole(tiny_wan, torch.float32)
-    sample, calls = recorded(model, Settings(steps=4, guidance=3.0, latent=LATENT), 0)
+    sample, calls = recorded(model, SamplingPlan(steps=4, guidance=3.0, latent=LATENT), 0)
     times = [float(c["timestep"].max()) for c in calls]
     assert times == sorted(times, reverse=True) and len(set(times)) == 4 and times[0] > 900
     first = calls[0]["hidden_states"]
@@ -115,13 +116,13 @@ def test_trajectory_goes_from_noise_along_both_branches(tiny_wan: Path):
     text = calls[0]["encoder_hidden_states"]
     assert not torch.equal(text[0], text[1]) and all(torch.equal(c["encoder_hidden_states"], text) for c in calls)
     assert not torch.equal(calls[-1]["hidden_states"], first) and not torch.equal(sample, calls[-1]["hidden_states"][:1])
-    _, single = recorded(model, Settings(steps=2, guidance=1.0, latent=LATENT), 0)
+    _, single = recorded(model, SamplingPlan(steps=2, guidance=1.0, latent=LATENT), 0)
     assert single[0]["hidden_states"].shape[0] == 1
 
 
 def test_guidance_changes_where_the_trajectory_goes(tiny_wan: Path):
     model = whole(tiny_wan, torch.float32)
-    ends = [recorded(model, Settings(steps=3, guidance=g, latent=LATENT), 0)[0] for g in (2.0, 6.0)]
+    ends = [recorded(model, SamplingPlan(steps=3, guidance=g, latent=LATENT), 0)[0] for g in (2.0, 6.0)]
     assert not torch.equal(*ends)
 
 
@@ -230,17 +231,17 @@ def test_size_that_a_pipeline_does_not_let_one_choose_is_refused(calibrate, pixe
 
 
 def test_default_settings_of_an_unknown_folder(calibrate, tiny_wan: Path, monkeypatch: pytest.MonkeyPatch):
-    from quantdit.compiling import compiler
+    from quantdit.compiling import compile as compiler
 
     seen = []
 
-    def stop(pipeline: object, settings: Settings, adapters: object) -> None:
+    def stop(pipeline: object, settings: SamplingPlan, adapters: object) -> None:
         seen.append(settings)
         raise ValueError("seen enough")
 
     monkeypatch.setattr(compiler, "sample", stop)
     assert "seen enough" in calibrate(tiny_wan).error
-    assert seen == [Settings()]
+    assert seen == [SamplingPlan()]
 
 
 @pytest.fixture

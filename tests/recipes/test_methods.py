@@ -9,13 +9,15 @@ import pytest
 import torch
 
 import quantdit
-from quantdit.compiling.compiler import REPORT
-from quantdit.compiling.finetune import Training, preset
+from quantdit.compiling.report import REPORT
 from quantdit.layers.quant_linear import QuantLinear
-from quantdit.models.adapter import Size, adapter_for
+from quantdit.models.adapter import adapter_for
 from quantdit.models.synthetic import synthetic_inputs
 from quantdit.pipelines.pipeline import load_pipeline
-from quantdit.recipes.recipe import DENSE, METHODS, Recipe, Rule, from_bits
+from quantdit.recipes.finetuning import FineTuning
+from quantdit.recipes.presets import METHODS, finetuning_of, from_bits
+from quantdit.recipes.rules import DENSE, Recipe, Rule
+from quantdit.recipes.sampling_plan import Size
 from quantdit.system import files
 
 PAPERS = {"lrq-dit": "2508.03485", "vq4dit": "2408.17131"}
@@ -49,9 +51,9 @@ def test_the_training_is_what_the_paper_says():
     said = {"steps": 500, "candidates": 2, "mode": "block", "initial": "distance", "distance": "weight", "optimizer": "rmsprop"}
     said |= {"logit_rate": 5e-2, "codebook_rate": 1e-4}
     for bits in METHODS["vq4dit"].bits:
-        assert said.items() <= asdict(preset(bits, "vq4dit")).items()
-    assert preset("w4a8", "lrq-dit") is None
-    assert preset("w2a16") == preset("w2a16", "best") == Training(candidates=1)
+        assert said.items() <= asdict(finetuning_of(bits, "vq4dit")).items()
+    assert finetuning_of("w4a8", "lrq-dit") is None
+    assert finetuning_of("w2a16") == finetuning_of("w2a16", "best") == FineTuning(candidates=1)
 
 
 def test_every_method_makes_a_recipe_of_all_its_bits():
@@ -118,7 +120,7 @@ def test_vq4dit_trains_assignments_saves_and_loads(cli, pixel_dit: Path, tmp_pat
         assert ran.code == 0, ran.err
     plain, report = (files.read_json(tmp_path / name / REPORT) for name in ("kmeans", "trained"))
     assert "training" not in plain["provenance"]
-    assert report["provenance"]["training"] == asdict(preset("w2a16", "vq4dit")) | {"steps": 30}
+    assert report["provenance"]["training"] == asdict(finetuning_of("w2a16", "vq4dit")) | {"steps": 30}
     trained = [layer["assignments"] for layer in report["layers"].values()]
     assert any(row["helped"] and row["held_out"] < row["held_out_before"] and row["frozen"] > 0 for row in trained)
     first, second, third = (load_pipeline(str(tmp_path / name))[0].transformer for name in ("kmeans", "trained", "again"))
@@ -147,7 +149,7 @@ def test_quantize_takes_a_method(model: torch.nn.Module):
         made = quantdit.quantize(model, "w2a16", inputs, method="vq4dit", calibration_steps=3)
     state = made.config.quantization_config.state
     assert state["recipe"]["name"] == "w2a16 vq4dit"
-    assert state["provenance"]["training"] == asdict(preset("w2a16", "vq4dit")) | {"steps": 3}
+    assert state["provenance"]["training"] == asdict(finetuning_of("w2a16", "vq4dit")) | {"steps": 3}
     assert {layer["weight"]["format"] for layer in state["layers"].values()} == {"vq256x4"}
 
 

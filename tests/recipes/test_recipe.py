@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from quantdit.formats import FORMATS, QSpec
-from quantdit.recipes import recipe
-from quantdit.recipes.recipe import Layer, Rule
+from quantdit.recipes.presets import from_bits, with_weight_format
+from quantdit.recipes.resolve import resolve, without_data
+from quantdit.recipes.rules import Layer, LayerPlan, Recipe, Rule, from_dict, from_toml
 from quantdit.tensors.layer_spec import ActivationSpec, LayerSpec, layer_fields
 
 LAYERS = [
@@ -28,13 +29,13 @@ LAYERS = [
 
 
 @pytest.fixture
-def toml(tmp_path: Path) -> Callable[[str], recipe.Recipe]:
+def toml(tmp_path: Path) -> Callable[[str], Recipe]:
     """Parse text as a recipe file called `mine.toml`."""
 
-    def read(text: str) -> recipe.Recipe:
+    def read(text: str) -> Recipe:
         path = tmp_path / "mine.toml"
         path.write_text(text)
-        return recipe.from_toml(path)
+        return from_toml(path)
 
     return read
 
@@ -51,7 +52,7 @@ def refusal(act: Callable[[], object]) -> str:
 @pytest.mark.parametrize("x", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("y", [4, 6, 8, 16])
 def test_grammar_offers_every_combination(x: int, y: int):
-    plans = recipe.resolve(recipe.from_bits(f"w{x}a{y}"), LAYERS)
+    plans = resolve(from_bits(f"w{x}a{y}"), LAYERS)
     block = plans["blocks.0.attn.to_q"].rule
     weight = {2: "trellis2_l12", 3: "trellis3_l12", 8: "int8"}.get(x, f"table{x}")
     f = FORMATS[block.weight]
@@ -83,7 +84,7 @@ def test_grammar_offers_every_combination(x: int, y: int):
     ],
 )
 def test_other_bits_are_refused_with_what_is_known(bits: str, near: str | None):
-    message = refusal(lambda: recipe.from_bits(bits))
+    message = refusal(lambda: from_bits(bits))
     assert repr(bits) in message
     assert "wXaY, such as w4a8, with X one of 2 3 4 6 8 and Y one of 4 6 8 16, auto, autoaY" in message
     assert "known: " not in message and len(message) < 200
@@ -97,7 +98,7 @@ NUMBERS |= {"edge_steps": "3", "low_rank": "16", "descent": "2", "ars_threshold"
 
 @pytest.mark.parametrize("key", NUMBERS)
 def test_a_number_in_quotes_is_refused_with_how_to_write_it(key: str):
-    message = refusal(lambda: recipe.from_dict({"rule": [{"match": "*", key: NUMBERS[key]}]}))
+    message = refusal(lambda: from_dict({"rule": [{"match": "*", key: NUMBERS[key]}]}))
     assert f"{key} = {NUMBERS[key]!r}" in message and message.endswith(f"; write {key} = {NUMBERS[key]} without quotes")
 
 
@@ -108,11 +109,11 @@ def test_every_key_that_is_a_number_is_tried_in_quotes():
 
 def test_preset_quantizes_a_model_without_modulation_or_outside_layers():
     only = [Layer("blocks.0.attn.to_q", "attention", 64, 64)]
-    assert list(recipe.resolve(recipe.from_bits("w4a8"), only)) == ["blocks.0.attn.to_q"]
+    assert list(resolve(from_bits("w4a8"), only)) == ["blocks.0.attn.to_q"]
 
 
 def test_first_match_wins(toml):
-    plans = recipe.resolve(
+    plans = resolve(
         toml("""
         [[rule]]
         match = "*.to_q"
@@ -136,7 +137,7 @@ def test_first_match_wins(toml):
     )
     assert plans["blocks.0.attn.to_q"].rule.weight == "int8"
     wanted = Rule("role:attention", "table4", activation_bits=6, rotation="none", method="rtn", table="twin-log")
-    assert plans["blocks.0.attn.to_k"] == recipe.LayerPlan(wanted, group_size=64, activation_group_size=0)
+    assert plans["blocks.0.attn.to_k"] == LayerPlan(wanted, group_size=64, activation_group_size=0)
     assert "proj_out" not in plans
     assert {plans[name].rule.weight for name in plans if "attn" not in name} == {"int3"}
     assert {plan.group_size for plan in plans.values() if plan.rule.weight == "int3"} == {32}
@@ -145,37 +146,37 @@ def test_first_match_wins(toml):
 
 def test_role_patterns_are_patterns(toml):
     text = '[[rule]]\nmatch = "role:{}"\nweight = "int8"\n'
-    assert list(recipe.resolve(toml(text.format("*e*d*")), LAYERS)) == [
+    assert list(resolve(toml(text.format("*e*d*")), LAYERS)) == [
         "blocks.0.ff.in",
         "blocks.0.ff.out",
         "blocks.0.emb.linear",
     ]
-    assert list(recipe.resolve(toml(text.format("attention")), LAYERS)) == ["blocks.0.attn.to_q", "blocks.0.attn.to_k"]
+    assert list(resolve(toml(text.format("attention")), LAYERS)) == ["blocks.0.attn.to_q", "blocks.0.attn.to_k"]
 
 
 def test_a_role_is_no_name_and_a_name_no_role(toml):
     layers = [*LAYERS, Layer("attention", "other", 64, 64)]
-    plans = recipe.resolve(toml('[[rule]]\nmatch = "attention"\nweight = "int8"\n'), layers)
+    plans = resolve(toml('[[rule]]\nmatch = "attention"\nweight = "int8"\n'), layers)
     assert list(plans) == ["attention"]
 
 
 def test_unused_rule_names_itself_and_near_names(toml):
-    message = refusal(lambda: recipe.resolve(toml('[[rule]]\nmatch = "*"\n[[rule]]\nmatch = "blocks.0.atn.to_q"\n'), LAYERS))
+    message = refusal(lambda: resolve(toml('[[rule]]\nmatch = "*"\n[[rule]]\nmatch = "blocks.0.atn.to_q"\n'), LAYERS))
     assert "rule 2" in message and "'blocks.0.atn.to_q'" in message and "mine" in message
     assert "did you mean blocks.0.attn.to_q" in message
-    message = refusal(lambda: recipe.resolve(toml('[[rule]]\nmatch = "role:atention"\n'), LAYERS))
+    message = refusal(lambda: resolve(toml('[[rule]]\nmatch = "role:atention"\n'), LAYERS))
     assert "rule 1" in message and "role:attention" in message
 
 
 def test_shadowed_rule_is_told_from_an_unused_one(toml):
     text = '[[rule]]\nmatch = "*"\n[[rule]]\nmatch = "*.to_q"\nweight = "int8"\n'
-    message = refusal(lambda: recipe.resolve(toml(text), LAYERS))
+    message = refusal(lambda: resolve(toml(text), LAYERS))
     assert "rule 2" in message and "'*.to_q'" in message and "earlier" in message and "move it up" in message
 
 
 def test_optional_rule_may_match_nothing(toml):
     text = '[[rule]]\nmatch = "nothing"\noptional = true\n[[rule]]\nmatch = "*"\n'
-    assert len(recipe.resolve(toml(text), LAYERS)) == len(LAYERS)
+    assert len(resolve(toml(text), LAYERS)) == len(LAYERS)
 
 
 @pytest.mark.parametrize(
@@ -337,8 +338,8 @@ def test_a_file_may_say_everything(toml):
         table="gaussian",
         table_rows="channel",
     )
-    assert recipe.from_dict(json.loads(json.dumps(read.to_dict()))) == read
-    plans = recipe.resolve(read, LAYERS)
+    assert from_dict(json.loads(json.dumps(read.to_dict()))) == read
+    plans = resolve(read, LAYERS)
     out = plans["blocks.0.ff.out"]
     assert out.rule.activation(out.activation_group_size, 7) == ActivationSpec(4, "int", 64, 7)
     q = plans["blocks.0.attn.to_q"]
@@ -367,13 +368,13 @@ def test_recipe_without_a_usable_rule(toml, text: str):
 def test_unreadable_toml_names_the_file(tmp_path: Path, content: bytes):
     path = tmp_path / "mine.toml"
     path.write_bytes(content)
-    message = refusal(lambda: recipe.from_toml(path))
+    message = refusal(lambda: from_toml(path))
     assert str(path) in message and ("not valid TOML" in message or "not UTF-8 text" in message)
 
 
 def test_group_that_does_not_divide_names_rule_layer_and_fix(toml):
     layers = [Layer("blocks.0.attn.to_q", "attention", 64, 96)]
-    message = refusal(lambda: recipe.resolve(toml('[[rule]]\nmatch = "*.to_q"\ngroup_size = 64\n'), layers))
+    message = refusal(lambda: resolve(toml('[[rule]]\nmatch = "*.to_q"\ngroup_size = 64\n'), layers))
     for word in ("mine", "rule 1", "'*.to_q'", "blocks.0.attn.to_q", "96", "group_size = 64", '"auto"', '"channel"'):
         assert word in message
 
@@ -381,10 +382,10 @@ def test_group_that_does_not_divide_names_rule_layer_and_fix(toml):
 def test_vector_that_does_not_divide_names_rule_layer_and_fix(toml):
     layers = [Layer("blocks.0.attn.to_q", "attention", 64, 66)]
     text = '[[rule]]\nmatch = "*"\nweight = "{}"\n'
-    message = refusal(lambda: recipe.resolve(toml(text.format("vq256x4")), layers))
+    message = refusal(lambda: resolve(toml(text.format("vq256x4")), layers))
     for word in ("mine", "rule 1", "'*'", "blocks.0.attn.to_q", "66", "vq256x4", "4", "otherwise"):
         assert word in message
-    assert recipe.resolve(toml(text.format("vq64x2")), layers)["blocks.0.attn.to_q"].rule.weight == "vq64x2"
+    assert resolve(toml(text.format("vq64x2")), layers)["blocks.0.attn.to_q"].rule.weight == "vq64x2"
 
 
 @pytest.mark.parametrize(
@@ -395,8 +396,8 @@ def test_vector_that_does_not_divide_names_rule_layer_and_fix(toml):
     ],
 )
 def test_auto_group_takes_any_width(weight: str, width: int, group: int):
-    only = recipe.Recipe("r", (Rule("*", weight),))
-    assert recipe.resolve(only, [Layer("blocks.0.x", "other", 8, width)])["blocks.0.x"].group_size == group
+    only = Recipe("r", (Rule("*", weight),))
+    assert resolve(only, [Layer("blocks.0.x", "other", 8, width)])["blocks.0.x"].group_size == group
 
 
 @pytest.mark.parametrize("wanted", [32, 64, 128, "token"])
@@ -405,52 +406,52 @@ def test_auto_group_takes_any_width(weight: str, width: int, group: int):
 )
 def test_activation_groups_fall_back_to_smaller_ones(wanted: int | str, width: int, largest: int):
     """A recipe speaks of many widths: what does not divide one becomes the next smaller group that does, else the token."""
-    only = recipe.Recipe("r", (Rule("*", activation_bits=4, activation_group_size=wanted),))
-    plan = recipe.resolve(only, [Layer("x", "other", 8, width)])["x"]
+    only = Recipe("r", (Rule("*", activation_bits=4, activation_group_size=wanted),))
+    plan = resolve(only, [Layer("x", "other", 8, width)])["x"]
     assert plan.activation_group_size == (0 if wanted == "token" else min(wanted, largest))
 
 
 @pytest.mark.parametrize("bits", [f"w{x}a{y}" for x in (2, 3, 4, 6, 8) for y in (4, 6, 8, 16)])
 @pytest.mark.parametrize("width", [64, 44, 33])
 def test_every_preset_makes_a_layer_that_can_be_stored(bits: str, width: int):
-    plan = recipe.resolve(recipe.from_bits(bits), [Layer("x", "attention", 8, width)])["x"]
+    plan = resolve(from_bits(bits), [Layer("x", "attention", 8, width)])["x"]
     spec = QSpec(plan.rule.weight, 8, width, plan.group_size)
     layer_fields(LayerSpec(spec, plan.rule.activation(plan.activation_group_size, 10)))
 
 
 def test_channel_group_is_the_whole_width(toml):
-    plans = recipe.resolve(toml('[[rule]]\nmatch = "*"\ngroup_size = "channel"\n'), LAYERS)
+    plans = resolve(toml('[[rule]]\nmatch = "*"\ngroup_size = "channel"\n'), LAYERS)
     assert {name: plan.group_size for name, plan in plans.items()} == {layer.name: layer.in_features for layer in LAYERS}
 
 
 def test_layers_that_codewords_do_not_divide_take_what_the_rule_says_otherwise():
     layers = [Layer("even", "attention", 8, 32), Layer("odd", "attention", 8, 33)]
-    plans = recipe.resolve(recipe.with_weight_format(recipe.from_bits("w2a16"), "vq"), layers)
+    plans = resolve(with_weight_format(from_bits("w2a16"), "vq"), layers)
     assert [plans[name].rule.weight for name in ("even", "odd")] == ["vq256x4", "table2"]
     with pytest.raises(ValueError, match=r'layer odd has 33 inputs, which vq256x4 .* otherwise = "table2"'):
-        recipe.resolve(recipe.Recipe("mine", (Rule("*", weight="vq256x4"),)), layers)
+        resolve(Recipe("mine", (Rule("*", weight="vq256x4"),)), layers)
     with pytest.raises(ValueError, match="goes with a format, not with 'dense'"):
         Rule("*", weight="dense", otherwise="table2")
 
 
 def test_weight_formats_replace_each_other():
-    vq, table = (recipe.with_weight_format(recipe.from_bits("w2a16"), kind) for kind in ("vq", "table"))
-    assert recipe.with_weight_format(table, "vq") == vq and {rule.weight for rule in vq.rules} == {"vq256x4", "dense"}
-    assert recipe.with_weight_format(vq, "trellis") == recipe.from_bits("w2a16")
+    vq, table = (with_weight_format(from_bits("w2a16"), kind) for kind in ("vq", "table"))
+    assert with_weight_format(table, "vq") == vq and {rule.weight for rule in vq.rules} == {"vq256x4", "dense"}
+    assert with_weight_format(vq, "trellis") == from_bits("w2a16")
     assert {rule.weight for rule in table.rules} == {"table2", "dense"} and {rule.otherwise for rule in table.rules} == {""}
-    assert {rule.weight for rule in recipe.with_weight_format(recipe.from_bits("w3a8"), "vq").rules} == {"vq64x2", "dense"}
-    assert {rule.weight for rule in recipe.with_weight_format(vq, "ssvq").rules} == {"ssvq256x8", "dense"}
+    assert {rule.weight for rule in with_weight_format(from_bits("w3a8"), "vq").rules} == {"vq64x2", "dense"}
+    assert {rule.weight for rule in with_weight_format(vq, "ssvq").rules} == {"ssvq256x8", "dense"}
     for bits in ("w2a16", "w3a8", "w4a8"):
-        weights = {rule.weight for rule in recipe.with_weight_format(recipe.from_bits(bits), "trellis").rules}
+        weights = {rule.weight for rule in with_weight_format(from_bits(bits), "trellis").rules}
         assert weights == {f"trellis{bits[1]}_l12", "dense"}
     with pytest.raises(ValueError, match="w4a8: weight format ssvq has no weights of this width; use w2 or w3"):
-        recipe.with_weight_format(recipe.from_bits("w4a8"), "ssvq")
+        with_weight_format(from_bits("w4a8"), "ssvq")
 
 
 @pytest.mark.parametrize("of", ["auto", "autoa16"])
 def test_weight_formats_go_with_fixed_bits(of: str):
     with pytest.raises(ValueError, match=r"weight format trellis goes with fixed bits.*level tables"):
-        recipe.with_weight_format(recipe.from_bits(of), "trellis")
+        with_weight_format(from_bits(of), "trellis")
 
 
 @pytest.mark.parametrize(
@@ -476,19 +477,19 @@ def test_a_key_that_would_mean_nothing_is_refused(weight: str, keys: dict, words
 def test_what_only_data_can_give_is_refused_without(keys: dict):
     (key, value), *_ = keys.items()
     with pytest.raises(ValueError, match=rf"{key} = \W?{value}\W? needs calibration data"):
-        recipe.without_data(recipe.Recipe("mine", (Rule("*", **keys),)))
+        without_data(Recipe("mine", (Rule("*", **keys),)))
 
 
 @pytest.mark.parametrize("bits", ["w4a8", "w2a16", "w8a4"])
 def test_dictionary_form_round_trips_through_json(bits: str):
-    preset = recipe.from_bits(bits)
-    assert recipe.from_dict(json.loads(json.dumps(preset.to_dict()))) == preset
+    preset = from_bits(bits)
+    assert from_dict(json.loads(json.dumps(preset.to_dict()))) == preset
 
 
 def test_toml_and_dictionary_mean_the_same(toml):
     read = toml('name = "x"\n[[rule]]\nmatch = "role:attention"\nweight = "table3"\n[[rule]]\nmatch = "*"\ngroup_size = 32\n')
     assert read.name == "x"
-    assert recipe.from_dict(read.to_dict()) == read
+    assert from_dict(read.to_dict()) == read
     assert toml('[[rule]]\nmatch = "*"\n').name == "mine"
 
 
@@ -500,9 +501,9 @@ def test_rules_checked_when_built_in_python_too():
 
 def test_a_trellis_needs_outputs_to_go_round():
     """Of fewer than 32 the layer is refused by name, or takes what the rule has for it otherwise."""
-    layers = [recipe.Layer("a", "attention", 32, 20), recipe.Layer("b", "attention", 31, 20)]
-    rule = recipe.Rule("*", weight="trellis4_l12")
+    layers = [Layer("a", "attention", 32, 20), Layer("b", "attention", 31, 20)]
+    rule = Rule("*", weight="trellis4_l12")
     with pytest.raises(ValueError, match=r"layer b has 31 outputs, and trellis4_l12 needs 32; name a scalar format"):
-        recipe.resolve(recipe.Recipe("r", (rule,)), layers)
-    plans = recipe.resolve(recipe.Recipe("r", (replace(rule, otherwise="table4"),)), layers)
+        resolve(Recipe("r", (rule,)), layers)
+    plans = resolve(Recipe("r", (replace(rule, otherwise="table4"),)), layers)
     assert [plan.rule.weight for plan in plans.values()] == ["trellis4_l12", "table4"]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from quantdit.cli import _parser
+from quantdit.cli import calibrate, evaluate, gate
+from quantdit.cli.command_line import command_parser
 from quantdit.evaluation.gate import judge
 from quantdit.evaluation.metrics.table import FORMAT
 
@@ -63,6 +64,6 @@ def test_the_workflow_s_commands_are_those_of_the_program():
     found = []
     for line in re.findall(r"run: quantdit (.*)$", text, re.MULTILINE):
         words = shlex.split(re.sub(r"\$([A-Z]+)", lambda m: variables[m[1]].strip(), line))
-        found.append(_parser().parse_args(words).run.__name__)
-    assert found == ["_calibrate", "_evaluate", "_gate"]
+        found.append(command_parser().parse_args(words).run)
+    assert found == [calibrate.run, evaluate.run, gate.run]
     assert (ROOT / variables["BASELINE"].strip()).exists()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from quantdit.compiling.finetune import Training, check_trains
-from quantdit.recipes import recipe
+from quantdit.recipes.finetuning import FineTuning, check_trains
+from quantdit.recipes.presets import METHODS
 
 spec = importlib.util.spec_from_file_location("papers", Path(__file__).parents[2] / "reports" / "papers.py")
 papers = importlib.util.module_from_spec(spec)
@@ -38,7 +38,7 @@ def test_every_part_is_a_recipe_with_its_training():
                     k: v for k, v in part.changes.items() if not k.startswith("training.")
                 }
                 if training is not None:
-                    assert isinstance(training, Training)
+                    assert isinstance(training, FineTuning)
                     check_trains(plan.rules)
 
 
@@ -62,7 +62,7 @@ def test_the_page_shows_full_rows_before_quick_ones(tmp_path: Path):
     quick = filled(papers.QUICK, 20.0)
     page = papers.page(quick)
     for paper in papers.PAPERS:
-        assert f"arXiv {recipe.METHODS[paper].arxiv}" in page and f"--method {paper}" in page
+        assert f"arXiv {METHODS[paper].arxiv}" in page and f"--method {paper}" in page
         assert len(papers.shown(quick, paper)) == sum(row["paper"] == paper for row in quick)
     assert page.count(", quick") == len(quick)
     full = filled(papers.FULL, 40.0)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import quantdit
 from quantdit.calibration import viterbi
 from quantdit.checkpoints.checkpoint import CheckpointError, quant_layers, read_transformer
-from quantdit.compiling.compiler import REPORT
+from quantdit.compiling.report import REPORT
 from quantdit.system.files import WEIGHTS
 
 ONCE = ("--samples", "1", "--steps", "1")

@@ -16,8 +16,9 @@ from quantdit.calibration.observe.sensitivity import Part
 from quantdit.layers.quant_linear import QuantLinear
 from quantdit.models import adapter as adapters
 from quantdit.pipelines.pipeline import generate, load_pipeline
-from quantdit.recipes import recipe
-from quantdit.recipes.recipe import WEIGHTS, LayerPlan
+from quantdit.recipes.presets import from_bits
+from quantdit.recipes.resolve import options
+from quantdit.recipes.rules import WEIGHTS, LayerPlan
 from quantdit.tensors.layer_spec import as_stored
 
 BLOCK = "transformer_blocks.1"
@@ -39,7 +40,7 @@ def build(made) -> QuantLinear:
 
 
 def layers_of(transformer: nn.Module, bits: str) -> dict[str, dict[str, LayerPlan]]:
-    return recipe.options(recipe.from_bits(bits), adapters.layers(transformer, adapters.adapter_for(transformer)))
+    return options(from_bits(bits), adapters.layers(transformer, adapters.adapter_for(transformer)))
 
 
 def part_of(transformer: nn.Module, module: nn.Module, calls: list[Call], names: list[str]) -> Part:

@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quantdit.compiling.compiler import Settings, calibrate
+from quantdit.compiling.compile import compile
+from quantdit.compiling.plan import Plan
 from quantdit.evaluation.gate import judge
 from quantdit.evaluation.gate.judge import FAIL, INCONCLUSIVE, PASS
 from quantdit.evaluation.metrics.intervals import bootstrap, bootstrap_many, jackknife
 from quantdit.evaluation.metrics.table import FORMAT, decibels, meanings
 from quantdit.pipelines.pipeline import load_pipeline
-from quantdit.recipes import recipe
+from quantdit.recipes.presets import from_bits
+from quantdit.recipes.sampling_plan import SamplingPlan
 
 PROMPTS, SEEDS = 8, 3
 FLOORS = {"other seeds": 12.0, "other batch": 90.0, "other dtype": 60.0}
@@ -457,5 +459,5 @@ def pixel_16(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path
     PixelDiTPipeline(model, FlowMatchEulerDiscreteScheduler()).save_pretrained(folder / "full")
     for bits in ("w8a8", "w2a16"):
         pipeline, source = load_pipeline(str(folder / "full"))
-        calibrate(pipeline, source, recipe.from_bits(bits), folder / bits, Settings(samples=2, steps=2))
+        compile(pipeline, source, Plan(from_bits(bits), SamplingPlan(samples=2, steps=2)), folder / bits)
     return folder / "full", folder / "w8a8", folder / "w2a16"

@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantdit.compiling.compiler import Settings, calibrate
+from quantdit.compiling.compile import compile
+from quantdit.compiling.plan import Plan
 from quantdit.kernels.triton_ops import dispatch
 from quantdit.layers.quant_linear import QuantLinear
 from quantdit.pipelines.pipeline import load_pipeline
-from quantdit.recipes import recipe
+from quantdit.recipes.presets import from_bits
+from quantdit.recipes.sampling_plan import SamplingPlan
 
 
 def test_a_checkpoint_runs_on_a_gpu_as_it_is(pixel_dit: Path, tmp_path: Path, gpu: Callable, monkeypatch: pytest.MonkeyPatch):
     pipeline, source = load_pipeline(str(pixel_dit))
-    calibrate(pipeline, source, recipe.from_bits("w4a8"), tmp_path / "out", Settings(samples=1, steps=1))
+    compile(pipeline, source, Plan(from_bits("w4a8"), SamplingPlan(samples=1, steps=1)), tmp_path / "out")
     model = load_pipeline(str(tmp_path / "out"))[0].transformer.to(torch.bfloat16)
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     assert {m.layer_spec.activation.bits for m in layers} == {8, 16}

@@ -1,0 +1,353 @@
+"""The compiler: a model and a plan in, a quantized diffusers folder out, block by block and resumable."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import fields, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from quantdit.calibration.observe import capture
+from quantdit.calibration.observe.recorded_calls import StoredCalls
+from quantdit.calibration.observe.timestep_salience import salient_calls
+from quantdit.checkpoints import checkpoint, streaming
+from quantdit.checkpoints.random_weights import open_scratch, write_random_transformer
+from quantdit.checkpoints.streaming import Stream
+from quantdit.compiling import quantize_blocks, report, work_folder
+from quantdit.compiling.block_inputs import describe_chain, links_of
+from quantdit.compiling.identity import identity_of, run_of
+from quantdit.compiling.job import Job
+from quantdit.compiling.plan import Component, Plan, Target, check, check_finite, check_full_precision, component
+from quantdit.compiling.quantize_blocks import QuantizedTransformer
+from quantdit.compiling.report import REPORT, CompileResult
+from quantdit.compiling.targets import quantize_to_target
+from quantdit.models.known_models import ALIASES, locate, transformer_config
+from quantdit.pipelines.pipeline import MODEL, BareTransformer, Source, check_options, load_pipeline
+from quantdit.pipelines.sampling import sample, sampled_times, sampling_plan_for
+from quantdit.recipes.presets import BEST, finetuning_for, finetuning_of, from_any, is_bits, with_auto, with_weight_format
+from quantdit.recipes.rules import Recipe
+from quantdit.recipes.sampling_plan import SamplingPlan
+from quantdit.system import files, memory, progress
+from quantdit.tensors.timesteps import buckets_of
+
+SAMPLING = tuple(field.name for field in fields(SamplingPlan) if field.name not in ("buckets", "latent"))
+# Options of `calibrate` -> fields of FineTuning.
+FINETUNING = {"finetune_steps": "steps", "finetune_mode": "mode", "candidates": "candidates", "initial_ratios": "initial"}
+LOADING = ("device", "weights", "memory_budget", "random_weights")
+
+
+def calibrate(
+    model: str | Path,
+    recipe: Recipe | Mapping | str | Path,
+    output: str | Path,
+    *,
+    method: str = BEST,
+    target: Target | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    **options: object,
+) -> CompileResult:
+    """Quantize a model and write the quantized pipeline's folder, as `quantdit calibrate` does.
+
+    Args:
+        model: name, hub id or folder, in full precision.
+        recipe: bits such as `w4a8`, the path of a TOML file, a dictionary or a Recipe.
+        output: folder to write.
+        method: with bits, whose: `best`, today's presets, or a paper's of presets.METHODS.
+        target: a size or an error that each layer's weight bits are chosen for.
+        resume: go on with an interrupted run of the same settings.
+        overwrite: replace an output that quantdit wrote, unless it holds files of yours.
+        options: what is sampled (fields of SamplingPlan: samples, steps, seed, guidance, height, width, frames, prompts,
+            timesteps, timestep_choice, tokens; what is not given suits the model); `weight_format`, with bits: `table`, `vq`,
+            `ssvq` or `trellis`; fine-tuning (`finetune_steps`, `finetune_mode`, `candidates`, `initial_ratios`); `device`;
+            `weights`, the folder of a known model's weights; `memory_budget` in bytes; `random_weights`, made up in a known
+            model's shapes.
+
+    Raises:
+        ValueError: an option that there is not, a model that cannot be loaded, or as `compile`.
+        OSError: the output cannot be written.
+    """
+    own = ("model", "recipe", "output", "method", "target", "resume", "overwrite")
+    check_options("calibrate", options, (*own, *SAMPLING, "weight_format", *FINETUNING, *LOADING))
+    given = {key: value for key, value in options.items() if value is not None}
+    model = str(files.check_path("model", model, MODEL))
+    chosen = recipe_for(recipe, method, target, given.get("weight_format"))
+    output = Path(files.check_path("output", output))
+    if method != BEST and given.get("samples") == 0:
+        raise ValueError(f"--method {method} calibrates on samples that the model makes itself; leave out --samples 0")
+    with work_folder.clear_disk_errors(output), ExitStack() as stack:
+        work_folder.check_output(output, overwrite, resume)
+        read = {} if is_bits(recipe) else {"recipe": recipe}
+        read |= {"--weights folder": given["weights"]} if "weights" in given else {}
+        work_folder.check_apart(output, {what: (Path(path),) for what, path in read.items() if isinstance(path, str | Path)})
+        scratch = _scratch(model, output, stack) if given.get("random_weights") else None
+        locate(model)
+        progress.say(f"loading {model}")  # seconds go into it
+        pipeline, source = _open(model, given, scratch)
+        device = str(given.get("device", "cpu"))
+        sampling = sampling_plan_for(pipeline, source, device, {key: given[key] for key in SAMPLING if key in given})
+        wanted = {field: given.get(name) for name, field in FINETUNING.items()}
+        finetuning = finetuning_for(chosen, finetuning_of(recipe, method), sampling.samples > 0, **wanted)
+        result = compile(pipeline, source, Plan(chosen, sampling, finetuning, target), output, resume, overwrite)
+        if scratch is not None:
+            shutil.rmtree(scratch)
+        return result
+
+
+def recipe_for(
+    given: Recipe | Mapping | str | Path, method: str = BEST, target: Target | None = None, weight_format: object = None
+) -> Recipe:
+    """Return the recipe that is meant: bits with a target leave the widths open, and may be of another weight format.
+
+    Raises:
+        ValueError: it cannot be read, or what goes with some bits, or with none, is given beside others.
+    """
+    budget, error = (None, None) if target is None else (target.size_budget, target.max_output_error)
+    beside = {"--weight-format": weight_format, "--size-budget": budget, "--max-output-error": error}
+    if method != BEST and (wrong := next((option for option, value in beside.items() if value is not None), None)):
+        raise ValueError(f"--method {method} takes --bits and settles the weights itself; leave out {wrong}, or --method")
+    recipe = from_any(given, method)
+    if target is not None and is_bits(given):
+        recipe = with_auto(recipe)
+    if weight_format is None:
+        return recipe
+    if not is_bits(given):
+        raise ValueError("--weight-format goes with --bits; a recipe names the weight format itself")
+    return with_weight_format(recipe, str(weight_format))
+
+
+def _scratch(model: str, output: Path, stack: ExitStack) -> Path:
+    """Return the folder beside the output that made-up weights go into, locked; refuses a model whose shapes are not known."""
+    if model not in ALIASES or not ALIASES[model].hub:
+        raise ValueError(f"--random-weights needs a known model that is not embedded, got {model!r}; see quantdit models")
+    place = work_folder.place_of(output)
+    scratch = place.with_name(f"{place.name}.random")
+    stack.enter_context(work_folder.locked(scratch))
+    return scratch
+
+
+def _open(model: str, given: Mapping[str, object], scratch: Path | None) -> tuple[object, Source]:
+    """Return the pipeline to calibrate, or its bare transformer, and its source."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()  # the terminal is our own progress bars'
+    weights = scratch or given.get("weights")
+    if scratch is not None:
+        seed = given.get("seed", 0)
+        open_scratch(scratch, {"model": model, "seed": seed})
+        for number, part in enumerate(ALIASES[model].transformers):
+            write_random_transformer(transformer_config(model), scratch / part, seed + number)
+    how = {"device": given.get("device", "cpu"), "memory_budget": given.get("memory_budget")}
+    pipeline, source = load_pipeline(model, weights=None if weights is None else Path(weights), **how)
+    if scratch is not None:
+        source = replace(source, random_weights=True)
+    elif isinstance(pipeline, BareTransformer):
+        warnings.warn(files.Advice(f"{source.folder} has no pipeline, only a transformer: conditions are made up"), stacklevel=3)
+    return pipeline, source
+
+
+def compile(
+    pipeline: object, source: Source, plan: Plan, output: Path, resume: bool = False, overwrite: bool = False
+) -> CompileResult:
+    """Quantize a pipeline's transformers as planned and write the quantized pipeline's folder.
+
+    Work goes on in `OUTPUT.partial` beside the output and is renamed at the end, so the final name never holds half a model.
+    Each finished block is stored there; `resume=True` continues after the last one. The same source, plan and versions give the
+    same bytes of `transformer/`. If `resume=True` finds the output finished by a run of the same, that is returned.
+
+    Raises:
+        ValueError: an output that is not to be replaced, lies where the source does, or is being written by another process; a
+            plan that does not fit, NaN or infinite weights or activations (the layer is named), or a partial run of another
+            plan.
+        OSError: the output cannot be written.
+    """
+    work_folder.check_output(output, overwrite, resume)
+    if output.resolve().is_relative_to(source.folder.resolve()):
+        raise ValueError(f"output {output} lies inside the source {source.folder}; choose a folder outside")
+    work_folder.check_apart(output, {"source": work_folder.paths_of(source.folder)})
+    if not source.bare:
+        work_folder.rest_of(source.folder, _left(source))
+    with work_folder.locked(output):
+        return _compile(pipeline, source, plan, output, resume, overwrite)
+
+
+def _compile(pipeline: object, source: Source, plan: Plan, output: Path, resume: bool, overwrite: bool) -> CompileResult:
+    began = time.perf_counter()
+    transformers = {part: getattr(pipeline, part).eval() for part in source.parts}
+    check_full_precision(transformers, str(source.folder))
+    plan = plan.for_its_data()
+    components = {part: component(t, plan.recipe) for part, t in transformers.items()}
+    check(plan, components)
+    for transformer in transformers.values():
+        check_finite(transformer)
+    identity = identity_of(pipeline, source, plan)
+    if (finished := _finished(output, source, identity, resume, overwrite)) is not None:
+        return finished
+
+    partial = work_folder.partial_of(output)
+    jobs = _captured(pipeline, source, components, plan, partial / work_folder.WORK, run_of(identity))
+    captured = time.perf_counter()
+    made, allocation = {}, None
+    for part, job in jobs.items():
+        if plan.target is None:
+            made[part] = quantize_blocks.quantize(job, components[part].plans, job.folder / "blocks")
+        else:
+            made[part], allocation = quantize_to_target(job, components[part], plan.target)
+    quantized = time.perf_counter()
+    written = _write(source, jobs, partial, identity)
+    seconds = {"sample": captured - began, "quantize": quantized - captured, "write": time.perf_counter() - quantized}
+    result = _result(output, source, identity, components, jobs, made, seconds)
+    result = replace(result, allocation=allocation, files=written)
+    files.write_json(partial / REPORT, report.to_json(result))
+    work_folder.publish(partial, output, identity)
+    return result
+
+
+def _finished(output: Path, source: Source, identity: dict, resume: bool, overwrite: bool) -> CompileResult | None:
+    """Return what a run of this identity made already, or None with its work folder begun or opened.
+
+    Raises:
+        ValueError: output or work folder are of another run.
+    """
+    partial = work_folder.partial_of(output)
+    if not (resume and work_folder.is_finished(output, identity)):
+        if resume and not overwrite and (before := _finished_before(output, source, identity)) is not None:
+            return before
+        work_folder.open_partial(output, identity, resume, overwrite)
+        if not (resume and work_folder.is_finished(partial, identity)):
+            return None
+    work_folder.publish(partial, output, identity)
+    return report.read(output)
+
+
+def _finished_before(output: Path, source: Source, identity: dict) -> CompileResult | None:
+    """Return what a finished run of this identity left in an output; None if that is not the whole result of a run.
+
+    Raises:
+        ValueError: it is that of a run of another identity; names the settings that differ.
+    """
+    try:
+        content = files.read_json(output / REPORT)
+        before = report.from_json(content, output, already_finished=True)
+        if before.sha256 != files.digest(output / source.parts[0]):
+            return None
+    except (files.CheckpointError, OSError):
+        return None
+    if other := work_folder.differences({key: content[key] for key in identity}, identity):
+        raise ValueError(
+            f"output {output} holds a finished run of other settings: {other}; choose another --output, or pass --overwrite to"
+            " replace it"
+        )
+    return before
+
+
+def _captured(
+    pipeline: object, source: Source, components: Mapping[str, Component], plan: Plan, work: Path, run: str
+) -> dict[str, Job]:
+    """Sample from the pipeline, and return for each transformer its calls and what is needed to work on it."""
+    streams = {
+        part: Stream(each.transformer, files.tensor_files(source.part(part)), shared=each.adapter.shared)
+        for part, each in components.items()
+        if streaming.is_streamed(each.transformer)
+    }
+    if streams:
+        memory.give_back_at_once()
+    sampling, edge_steps = plan.sampling, plan.recipe.edge_steps
+    calls = dict.fromkeys(components, StoredCalls(()))
+    if sampling.samples:
+        with ExitStack() as stack:
+            for part, stream in streams.items():
+                stack.enter_context(stream.following(components[part].blocks))
+            calls = capture.transformer_calls(
+                lambda: sample(pipeline, sampling, {part: each.adapter for part, each in components.items()}),
+                {part: each.transformer for part, each in components.items()},
+                sampling.steps,
+                sampling.buckets,
+                work / "calls",
+                sampling.timesteps if sampling.timestep_choice == "even" else 0,
+                edge_steps,
+            )
+    elif edge_steps:
+        for part, each in components.items():
+            times = sampled_times(pipeline, each.transformer, each.adapter, sampling.steps)
+            calls[part] = StoredCalls((), buckets_of(times, sampling.steps, sampling.buckets, edge_steps)[1])
+    jobs = {}
+    for part, each in components.items():
+        folder = work / part
+        folder.mkdir(parents=True, exist_ok=True)
+        jobs[part] = Job(each.transformer, each.blocks, calls[part], plan, folder, streams.get(part), run)
+        if sampling.timestep_choice == "salience" and sampling.samples and sampling.timesteps:
+            jobs[part] = _salient(jobs[part], sampling.timesteps)
+    return jobs
+
+
+def _salient(job: Job, count: int) -> Job:
+    """Return the job with the calls of its most salient timesteps alone."""
+    links = links_of(job)
+    if not links:
+        raise ValueError("the transformer's blocks have no order to choose timesteps by; use --timestep-choice even")
+    with job.loaded(links[0].path):
+        return replace(job, calls=salient_calls(job.transformer, links[0].path, job.calls, count))
+
+
+def _write(source: Source, jobs: Mapping[str, Job], partial: Path, identity: dict) -> list[str]:
+    """Write the rest of the pipeline and the quantized transformers; returns the paths of all files in the folder."""
+    written = [] if source.bare else work_folder.copy_rest(source.folder, partial, _left(source))
+    scheduler = None if source.bare else checkpoint.scheduler_of(source.folder)
+    for part, job in jobs.items():
+        read = job.stream.read if job.stream is not None else None
+        recipe, provenance = identity["recipe"], identity["provenance"]
+        checkpoint.write_transformer(job.transformer, partial / part, recipe, provenance, read, scheduler)
+    return [*written, *(f"{part}/{name}" for part in jobs for name in work_folder.files_in(partial / part))]
+
+
+def _result(
+    output: Path,
+    source: Source,
+    identity: dict,
+    components: Mapping[str, Component],
+    jobs: Mapping[str, Job],
+    made: Mapping[str, QuantizedTransformer],
+    seconds: Mapping[str, float],
+) -> CompileResult:
+    """Return what is to be said of transformers that lie written in the work folder."""
+    partial, first = work_folder.partial_of(output), source.parts[0]
+    spent = sum((job.seconds for job in jobs.values()), Counter())
+    return CompileResult(
+        output,
+        **identity,
+        sha256=files.digest(partial / first),
+        machine={"platform": platform.platform(), "torch": torch.__version__, "diffusers": version("diffusers")},
+        seconds={stage: round(value, 1) for stage, value in seconds.items()},
+        seconds_of_quantize={stage: round(value, 1) for stage, value in spent.items()},
+        memory={
+            "budget_bytes": source.memory_budget,
+            "peak_bytes": memory.peak(),
+            "streamed": any(job.stream is not None for job in jobs.values()),
+        },
+        blocks={part: describe_chain(job) for part, job in jobs.items()},
+        model_rel_rmse=made[first].model_error,
+        model_rel_rmse_of_parts={part: m.model_error for part, m in made.items()} if len(made) > 1 else None,
+        size=report.added([report.size_of(job.transformer, partial / part) for part, job in jobs.items()]),
+        dense_layers=sum(len(each.layers) - len(each.options) for each in components.values()),
+        layers={
+            name if part == first else f"{part}.{name}": layer
+            for part, of_part in made.items()
+            for name, layer in of_part.reports.items()
+        },
+        warning=report.RANDOM_WARNING if source.random_weights else None,
+        files=[],
+    )
+
+
+def _left(source: Source) -> set[str]:
+    """Return what of a pipeline's folder is not copied into the output."""
+    return {*source.parts, REPORT}
