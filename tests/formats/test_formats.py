@@ -13,13 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
+from laws import LAW
 from quantdit.formats import FORMATS, Format, QSpec, trellis
 from quantdit.formats.packing import pack_codes, packed_bytes, unpack_codes
 from quantdit.tensors.qtensor import QTensor, check_values, spec_fields
 
-WIDTHS = (1, 7, 8, 40, 64, 100, 128, 129, 136, 192, 300)
-PACKED = tuple(name for name, f in FORMATS.items() if name not in ("int8", "fp8_e4m3"))  # these go through packing.py
+BITS = (1, 2, 3, 4, 6, 8, 12, 16)
 AFFINE = ("int2", "int3", "int4", "int6")
 TABLES = ("table2", "table3", "table4", "table6")
 TABLES_E4M3 = tuple(f"{name}_e4m3" for name in TABLES)
@@ -77,17 +80,18 @@ def test_the_lists_here_cover_the_table():
     assert all(name == f.name for name, f in FORMATS.items())
 
 
-@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", FORMATS)
-def test_unpack_inverts_pack(name: str, width: int):
+def test_unpack_inverts_pack(name: str):
+    """Rows shorter and longer than a block of 128, that do and do not fill their last byte."""
     f = FORMATS[name]
-    codes = every_code_everywhere(f.levels, width)
-    data = f.pack(f, codes)
-    unpacked = f.unpack(f, data, width)
-    assert unpacked.dtype == codes.dtype == f.code_dtype
-    assert torch.equal(unpacked, codes)
-    expected = spec_fields(QSpec(name, len(codes), width * f.dim, width * f.dim))["data"]
-    assert (data.dtype, tuple(data.shape)) == (expected.dtype, expected.shape)
+    for width in (1, 100, 136):
+        codes = every_code_everywhere(f.levels, width)
+        data = f.pack(f, codes)
+        unpacked = f.unpack(f, data, width)
+        assert unpacked.dtype == codes.dtype == f.code_dtype
+        assert torch.equal(unpacked, codes)
+        expected = spec_fields(QSpec(name, len(codes), width * f.dim, width * f.dim))["data"]
+        assert (data.dtype, tuple(data.shape)) == (expected.dtype, expected.shape)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -101,15 +105,36 @@ def test_pack_takes_any_strides_and_leaves_its_input_alone(name: str):
     assert transposed.contiguous().view(torch.uint8).tolist() == f.pack(f, before.T.contiguous()).view(torch.uint8).tolist()
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8, 12, 16])
-def test_packed_bytes_are_those_of_the_docstring(bits: int, width: int):
-    generator = torch.Generator().manual_seed(width)
-    codes = torch.randint(2**bits, (3, width), generator=generator).to(torch.uint8 if bits <= 8 else torch.int32)
+@st.composite
+def any_codes(draw: st.DrawFn) -> tuple[int, torch.Tensor]:
+    """A width in bits, and codes `[rows, n]` of that width."""
+    bits = draw(st.sampled_from(BITS))
+    shape = draw(st.tuples(st.integers(1, 4), st.integers(1, 300)))
+    codes = draw(arrays("uint8" if bits <= 8 else "int32", shape, elements=st.integers(0, 2**bits - 1)))
+    return bits, torch.from_numpy(codes)
+
+
+@LAW
+@given(any_codes())
+def test_packed_bytes_are_those_of_the_docstring(drawn: tuple[int, torch.Tensor]):
+    """Of any codes of any shape; and they come back."""
+    bits, codes = drawn
     packed = pack_codes(codes, bits)
     assert packed.tolist() == [slow_pack(row, bits) for row in codes.tolist()]
-    assert packed.shape[1] == packed_bytes(width, bits)
-    assert torch.equal(unpack_codes(packed, bits, width), codes)
+    assert packed.shape[1] == packed_bytes(codes.shape[1], bits)
+    assert torch.equal(unpack_codes(packed, bits, codes.shape[1]), codes)
+
+
+@LAW
+@given(any_codes(), st.data())
+def test_codes_out_of_range_are_refused(drawn: tuple[int, torch.Tensor], data: st.DataObject):
+    """Wherever they stand, whatever is beside them; of 8 bits every uint8 is a code."""
+    bits, codes = drawn
+    if bits != 8:
+        row, column = data.draw(st.integers(0, codes.shape[0] - 1)), data.draw(st.integers(0, codes.shape[1] - 1))
+        codes[row, column] = wrong = data.draw(st.integers(2**bits, 255 if bits < 8 else 2**31 - 1))
+        with pytest.raises(ValueError, match=f"{wrong} does not fit {bits} bits"):
+            pack_codes(codes, bits)
 
 
 def test_the_picture_of_a_block_of_128():
@@ -138,18 +163,6 @@ def test_element_0_lies_in_the_low_bits(bits: int):
     assert pack_codes(codes, bits)[0].nonzero().tolist() == [[128 * bits // 8]]
 
 
-@pytest.mark.parametrize("name", [name for name in PACKED if FORMATS[name].code_bits != 8])
-@pytest.mark.parametrize("width", [8, 100, 300])
-def test_codes_out_of_range_are_refused(name: str, width: int):
-    """Wherever in the row they stand; of 8-bit formats every uint8 is a code."""
-    f = FORMATS[name]
-    for position in {0, width // 2, width - 1}:
-        codes = torch.zeros(2, width, dtype=f.code_dtype)
-        codes[1, position] = f.levels
-        with pytest.raises(ValueError, match=f"{f.levels} does not fit {f.code_bits} bits"):
-            f.pack(f, codes)
-
-
 @pytest.mark.parametrize("name", AFFINE)
 def test_affine_decode_of_every_legal_code_multiplier_and_offset(name: str):
     """I = code * multiplier + offset, nothing left out: one row per (multiplier, offset), its group holds every code."""
@@ -166,7 +179,7 @@ def test_affine_decode_of_every_legal_code_multiplier_and_offset(name: str):
     assert (int(integers.min()), int(integers.max())) == (-128, 127)
 
 
-@pytest.mark.parametrize(("width", "group"), [(40, 40), (64, 32), (100, 4), (128, 128), (136, 8), (192, 64), (300, 100)])
+@pytest.mark.parametrize(("width", "group"), [(40, 40), (100, 4), (136, 8), (192, 64), (300, 100)])
 @pytest.mark.parametrize("name", AFFINE)
 def test_affine_groups_run_along_the_input(name: str, width: int, group: int):
     """Groups that end inside, at and beyond a packed block of 128."""
@@ -211,7 +224,7 @@ def test_affine_groups_that_leave_int8_are_refused(name: str):
             assert f.check(f, spec, stored) is not None
 
 
-@pytest.mark.parametrize("width", [1, 40, 100, 136, 300])
+@pytest.mark.parametrize("width", [1, 136])
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("name", TABLES)
 def test_table_decode(name: str, per_channel: bool, width: int):
@@ -228,7 +241,7 @@ def test_table_decode(name: str, per_channel: bool, width: int):
     assert integers.tolist() == expected
 
 
-@pytest.mark.parametrize("width", [1, 40, 129, 300])
+@pytest.mark.parametrize("width", [1, 129])
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("name", TABLES_E4M3)
 def test_e4m3_table_decode(name: str, per_channel: bool, width: int):
@@ -267,7 +280,7 @@ def test_nan_in_a_codebook_is_refused(name: str, rows: int, nan: int):
     assert "NaN" in check_values(spec, {"scale": torch.ones(3), **stored})
 
 
-@pytest.mark.parametrize("count", [1, 8, 25, 129, 150])
+@pytest.mark.parametrize("count", [1, 25, 129])
 @pytest.mark.parametrize("name", VECTORS)
 def test_vector_decode(name: str, count: int):
     """I[o, i d : (i + 1) d] = codebook[assignment[o, i]] for every assignment at every place."""
@@ -282,7 +295,7 @@ def test_vector_decode(name: str, count: int):
     assert integers.tolist() == [[entry for code in row for entry in entries[code]] for row in codes.tolist()]
 
 
-@pytest.mark.parametrize("count", [1, 8, 25, 129])
+@pytest.mark.parametrize("count", [1, 129])
 @pytest.mark.parametrize("name", SIGN_SPLIT)
 def test_sign_split_decode(name: str, count: int):
     """The low 8 bits choose magnitudes; bit 8 + j negates number j."""
@@ -339,7 +352,7 @@ def slow_states(column: list[int], window: int, bits: int) -> list[int]:
     return states
 
 
-@pytest.mark.parametrize("out", [1, 3, 8, 70])
+@pytest.mark.parametrize("out", [1, 70])
 @pytest.mark.parametrize("name", TRELLIS)
 def test_trellis_decode_of_any_bytes(name: str, out: int):
     """I[o, i] = table[state], whatever the bits: also of fewer outputs than a window has codes, which go round more than once."""
@@ -439,15 +452,15 @@ def test_fp8_nan_is_refused(code: int):
     assert "1 entries are NaN" in f.check(f, QSpec("fp8_e4m3", 2, 24, 24), {"data": f.pack(f, codes)})
 
 
-@pytest.mark.parametrize("bad", [-1e-30, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", FORMATS)
-def test_scales_that_are_negative_or_not_finite_are_refused(name: str, bad: float):
+def test_scales_that_are_negative_or_not_finite_are_refused(name: str):
     width = 8 * FORMATS[name].dim
     spec = QSpec(name, 3, width, width)
     tensors = {key: torch.zeros(field.shape).to(field.dtype) for key, field in spec_fields(spec).items()}
     assert check_values(spec, tensors) is None
-    tensors["scale"][1] = bad
-    assert "scale" in check_values(spec, tensors)
+    for bad in (-1e-30, math.nan, math.inf, -math.inf):
+        tensors["scale"][1] = bad
+        assert "scale" in check_values(spec, tensors), bad
 
 
 def test_packed_bytes_are_the_golden_ones():

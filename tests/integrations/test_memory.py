@@ -63,7 +63,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_memory_after_loading_is_the_file_and_the_dense_remainder(folders: tuple[Path, Path], how: str):
     small, large = folders
     done = subprocess.run(
-        [sys.executable, "-P", "-c", CHILD, str(small), str(large), how], capture_output=True, text=True, timeout=300
+        [sys.executable, "-P", "-c", CHILD, str(small), str(large), how], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

@@ -207,6 +207,6 @@ def test_other_processes_load_the_folder_themselves(made, run, tmp_path: Path):
         pytest.skip("one class will do: a process takes seconds to begin")
     save_file(made.inputs[0], tmp_path / "inputs")
     arguments = [made.folder / "many", made.name, tmp_path / "inputs", tmp_path / "output"]
-    done = subprocess.run([sys.executable, "-P", "-c", CHILD, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-P", "-c", CHILD, *map(str, arguments)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert torch.equal(load_file(tmp_path / "output")["y"], run(made.model, made.inputs[0]))

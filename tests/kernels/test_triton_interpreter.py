@@ -56,7 +56,7 @@ def test_interpreted(file: str, tmp_path: Path):
     environment = os.environ | {"TRITON_INTERPRET": "1", "QUANTDIT_LAUNCHED": str(report), "QUANTDIT_TUNE": "0"}
     environment.pop("QUANTDIT_KERNELS", None)
     command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(FOLDER / file)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=FOLDER.parents[2], timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=FOLDER.parents[2], timeout=900)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
     assert set(json.loads(report.read_text())) == FILES[file]

@@ -7,6 +7,7 @@ The inputs are small integers divided by 2: exact in every dtype, and of -1, 0, 
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import numpy as np
 import pytest
@@ -20,10 +21,9 @@ from quantdit.tensors.hadamard import random_sign
 from quantdit.tensors.layer_spec import ActivationSpec, LayerSpec, layer_fields, stored_bytes
 from quantdit.tensors.qtensor import QTensor, spec_fields
 from quantdit.tensors.transform import Transform
+from some_formats import EACH_KIND, SOME
 
 OUT, WIDTH, BLOCK = 20, 96, 16
-# One trellis for each width, and the largest window once: the others differ in a number that tests/formats covers.
-SOME = tuple(name for name, f in FORMATS.items() if f.window in (0, 12) or name == "trellis4_l16")
 U32 = 2.0**-24
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # unit roundoff
 
@@ -109,10 +109,14 @@ def assert_is_by_hand(layer: QuantLinear, x: torch.Tensor) -> None:
     assert (np.abs(y.detach().double().numpy().reshape(expected.shape) - expected) <= bound).all()
 
 
-@pytest.mark.parametrize("dtype", UNIT)
-@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
-@pytest.mark.parametrize("activation_bits", [16, 8, 4])
-@pytest.mark.parametrize("name", SOME)
+# All of a weight that decodes to integers and of one that decodes to e4m3; of the others one layer with codes, one without.
+FORWARD = [
+    *product(("int4", "table4_e4m3"), (16, 8, 4), (False, True), UNIT),
+    *product([name for name in SOME if name not in ("int4", "table4_e4m3")], (16, 8), (True,), (torch.float32,)),
+]
+
+
+@pytest.mark.parametrize(("name", "activation_bits", "rotated", "dtype"), FORWARD)
 def test_forward_is_the_dense_layer(name: str, activation_bits: int, rotated: bool, dtype: torch.dtype):
     """With and without bias; matrices, batches of sequences, a single token, one without a batch at all."""
     largest = 1 if rotated else 100
@@ -151,7 +155,7 @@ def test_inference_mode(name: str, activation_bits: int):
     assert torch.equal(layer(x), expected)
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", EACH_KIND)
 @pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
 def test_weight_is_in_the_unrotated_space(name: str, rotated: bool):
     """It is the stored weight times R^T; a row's rotation is off by (block + 2) u of its norm."""
@@ -189,7 +193,7 @@ def test_repr_says_what_it_is():
 
 
 @pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", EACH_KIND)
 def test_state_dict_round_trip(name: str, assign: bool):
     layer = layer_of(random_qtensor(name), 8, rotated=True, bias=True)
     state = layer.state_dict()
@@ -203,7 +207,7 @@ def test_state_dict_round_trip(name: str, assign: bool):
 
 
 @pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", EACH_KIND)
 def test_loading_another_weight_after_a_call(name: str, assign: bool):
     """Nothing of the old weight may stay behind."""
     x = inputs(5, WIDTH)
@@ -214,7 +218,7 @@ def test_loading_another_weight_after_a_call(name: str, assign: bool):
     assert torch.equal(old(x), expected)
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", EACH_KIND)
 def test_call_of_a_copy(name: str):
     layer, x = layer_of(random_qtensor(name), 8, rotated=True, bias=True), inputs(5, WIDTH)
     expected = layer(x)
@@ -232,7 +236,7 @@ def test_what_a_call_keeps_can_be_switched_off():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", EACH_KIND)
 def test_a_cast_keeps_what_is_stored(name: str, dtype: torch.dtype):
     """Of the tensors only the bias follows the model's dtype; casting back and forth changes no stored byte."""
     layer = layer_of(random_qtensor(name), 8, rotated=True, bias=True)
@@ -249,7 +253,7 @@ def test_a_cast_keeps_what_is_stored(name: str, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("activation_bits", [16, 8])
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", EACH_KIND)
 def test_call_after_a_cast(name: str, activation_bits: int):
     layer = layer_of(random_qtensor(name), activation_bits, rotated=True, bias=True)
     layer(inputs(5, WIDTH))

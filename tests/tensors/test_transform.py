@@ -13,7 +13,7 @@ from quantdit.tensors import transform
 from quantdit.tensors.hadamard import block_size, hadamard, random_sign, spread, step_sign
 from quantdit.tensors.transform import Transform
 
-WIDTHS = (60, 100, 192, 384, 1152)  # 4 x 15, 4 x 25, 64 x 3, 128 x 3, 128 x 9
+WIDTHS = (100, 384)  # 4 x 25, 128 x 3
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -172,7 +172,7 @@ def test_charts_say_what_they_show():
 def browse(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,900"]
     flags += [f"--user-data-dir={path.parent / 'profile'}", "--virtual-time-budget=1500", "--enable-logging=stderr"]
-    return subprocess.run([BROWSER, *flags, *options, path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    return subprocess.run([BROWSER, *flags, *options, path.as_uri()], capture_output=True, text=True, timeout=900, check=True)
 
 
 @needs_browser
