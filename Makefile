@@ -28,9 +28,13 @@ test-slow: $(VENV)/test.done
 fuzz: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --output reports/fuzz.jsonl
 
+# Types are checked in a copy as `pip install` makes it, where calibration/, kernels/ and exporters/ are inside quantdit/.
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build/types
+	$(BIN)/python -c "from setuptools import setup; setup()" -q build_py --build-lib build/types
+	$(BIN)/basedpyright
 
 # The embedded models quantized with little data, and held against their baselines, as a project that ships a quantized model would:
 # about a minute on two cores (make -j2 gate). Fails where quantdit gate says fail (1) or inconclusive (3).
