@@ -18,7 +18,7 @@ from quantdit.calibration.layer import quantize_layers
 from quantdit.compiling import quantize_blocks, targets
 from quantdit.compiling.compile import compile
 from quantdit.compiling.plan import Plan, Target
-from quantdit.compiling.report import REPORT
+from quantdit.compiling.report import REPORT, to_json
 from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.recipes.presets import from_bits, with_auto
 from quantdit.recipes.resolve import options, resolve
@@ -54,7 +54,7 @@ def mixed(pixel_dit: Path, tmp_path_factory: pytest.TempPathFactory) -> Mixed:
     plan = with_auto(from_bits("w4a8"))
     folder = tmp_path_factory.mktemp("mixed") / "out"
     report = compile(pipeline, source, Plan(plan, SamplingPlan(samples=2, steps=2), target=Target(size_budget=0.25)), folder)
-    return Mixed(folder, report)
+    return Mixed(folder, to_json(report))
 
 
 def digests(folder: Path) -> dict[str, str]:
