@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -315,3 +316,12 @@ def test_damaged_allocation_is_one_line(cli, mixed: Mixed, tmp_path: Path, damag
     (folder / REPORT).write_text(json.dumps(report | {"allocation": allocation}))
     ran = cli("inspect", folder)
     assert ran.code == 1 and REPORT in ran.error
+
+
+def test_allocation_of_an_earlier_version_can_be_inspected(cli, mixed: Mixed, tmp_path: Path):
+    folder = Path(shutil.copytree(mixed.folder, tmp_path / "earlier"))
+    report = json.loads((folder / REPORT).read_text())
+    report["allocation"]["max_drift"] = report["allocation"].pop("max_output_error")
+    (folder / REPORT).write_text(json.dumps(report))
+    ran = cli("inspect", folder)
+    assert ran.code == 0 and "weights: " in ran.out, ran.err
