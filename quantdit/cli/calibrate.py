@@ -153,8 +153,9 @@ def _print(result: CompileResult) -> None:
     if result.already_finished:
         print(f"{result.output} is finished already, by a run of the same settings; --overwrite calibrates again")
     kind, error = result.mean_error()
+    dense = f", {result.dense_layers} left dense" if result.dense_layers else ""
     print(
-        f"{result.output}: {len(result.layers)} layers quantized{f', {result.dense_layers} left dense' if result.dense_layers else ''},"
+        f"{result.output}: {len(result.layers)} layers quantized{dense},"
         f" {result.size['bits_per_weight']:.2f} bits a weight, {result.size['file_bytes'] / 1e6:.2f} MB,"
         f" mean {kind} {error:.4f}, {sum(result.seconds.values()):.0f} s, at most"
         f" {result.memory['peak_bytes'] / 2**30:.1f} GiB of memory; report in {result.output / REPORT}"

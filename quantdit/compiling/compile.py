@@ -111,7 +111,8 @@ def recipe_for(
         ValueError: it cannot be read, or what goes with some bits, or with none, is given beside others.
     """
     budget, error = (None, None) if target is None else (target.size_budget, target.max_output_error)
-    beside = {"--weight-format": weight_format, "--size-budget": budget, "--max-output-error": error}
+    beside = {"--recipe": None if is_bits(given) else given, "--weight-format": weight_format}
+    beside |= {"--size-budget": budget, "--max-output-error": error}
     if method != BEST and (wrong := next((option for option, value in beside.items() if value is not None), None)):
         raise ValueError(f"--method {method} takes --bits and settles the weights itself; leave out {wrong}, or --method")
     recipe = from_any(given, method)

@@ -99,11 +99,11 @@ def quantize(
             blocks before are quantized: load it again.
     """
     asked = {"seed": seed, "tokens": tokens, "finetune_steps": finetune_steps}
-    seed, tokens, finetune_steps = checked_numbers(asked, optional=("finetune_steps",)).values()
+    checked = checked_numbers(asked, optional=("finetune_steps",))
     given, transformer = transformer, getattr(transformer, "_orig_mod", transformer)  # of torch.compile
     _check_transformer(transformer)
     chosen = _recipe(recipe, method, has_inputs=inputs is not None)
-    finetuning = finetuning_for(chosen, finetuning_of(recipe, method), inputs is not None, steps=finetune_steps)
+    finetuning = finetuning_for(chosen, finetuning_of(recipe, method), inputs is not None, steps=checked["finetune_steps"])
     if finetuning is not None and inputs is None:
         raise ValueError(f"finetune_steps = {finetune_steps} needs inputs to train on; give quantdit.quantize some inputs=")
     plan = Plan(chosen, SamplingPlan(seed=seed, tokens=tokens), finetuning)
@@ -122,13 +122,18 @@ def quantize(
             made = quantize_blocks.quantize(Job(transformer, part.blocks, calls, plan, folder), part.plans, folder / "blocks")
     for name, layer in checkpoint.quant_layers(transformer).items():
         layer.weight_dtype = dtypes[name]
-    provenance = {"quantdit": quantdit.__version__, "calibration": {"calls": len(calls), "seed": seed, "tokens": tokens}}
-    # What `inspect` shows of a folder that has no calibration report.
-    provenance["layers"] = {name: {k: v for k, v in found.items() if k in ERRORS} for name, found in made.reports.items()}
-    if finetuning is not None:
-        provenance["training"] = asdict(finetuning)
-    attach(transformer, checkpoint.describe(transformer, chosen.to_dict(), provenance))
+    attach(transformer, checkpoint.describe(transformer, chosen.to_dict(), _provenance(plan, len(calls), made.reports)))
     return given
+
+
+def _provenance(plan: Plan, calls: int, reports: Mapping[str, dict]) -> dict:
+    """Return what a folder says of how it was made; of its layers what `inspect` shows where there is no calibration report."""
+    found = {
+        "quantdit": quantdit.__version__,
+        "calibration": {"calls": calls, "seed": plan.sampling.seed, "tokens": plan.sampling.tokens},
+        "layers": {name: {k: v for k, v in report.items() if k in ERRORS} for name, report in reports.items()},
+    }
+    return found if plan.finetuning is None else found | {"training": asdict(plan.finetuning)}
 
 
 def _check_transformer(transformer: object) -> None:

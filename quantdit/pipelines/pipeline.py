@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -557,9 +557,8 @@ def generate(
     guidance: float | None = None,
     batch: int = 32,
     prompts: Sequence[str] | None = None,
-    classes: Sequence[int | str] | None = None,
     description: str = "generate",
-    **options: object,
+    **options: Any,
 ) -> Tensor:
     """Sample `count` images `[n, c, h, w]` or, from a video pipeline, clips `[n, f, c, h, w]`; float32 in [-1, 1].
 
@@ -568,8 +567,8 @@ def generate(
     Raises:
         ValueError: the pipeline does not take what is asked for.
     """
-    asked = Sampling(count, seed, steps, guidance, prompts, batch, classes, **options)
-    arguments = sampling_arguments(pipeline, count, prompts, classes)
+    asked = Sampling(count, seed, steps, guidance, prompts, batch, **options)
+    arguments = sampling_arguments(pipeline, count, asked.prompts, asked.classes)
     extra, images = call_options(pipeline, asked), []
     with progress.denoising(pipeline, -(-count // batch), steps, description) as batch_done:
         for part in seeded_batches(arguments, count, seed, batch):

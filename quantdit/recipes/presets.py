@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from quantdit.recipes.finetuning import FineTuning, chooses, trains
 from quantdit.recipes.rules import AUTO, DENSE, WEIGHTS, Recipe, Rule, from_dict, from_toml, near
@@ -91,7 +92,7 @@ def finetuning_of(bits: object, method: str = BEST) -> FineTuning | None:
     return METHODS[method].finetuning.get(_widths(bits)[0]) if known else None
 
 
-def finetuning_for(recipe: Recipe, preset: FineTuning | None, with_data: bool = True, **given: object) -> FineTuning | None:
+def finetuning_for(recipe: Recipe, preset: FineTuning | None, with_data: bool = True, **given: Any) -> FineTuning | None:
     """Return how a recipe is fine-tuned: `preset` where there is something to train, with what was `given` changed in it.
 
     Args:
@@ -111,7 +112,7 @@ def finetuning_for(recipe: Recipe, preset: FineTuning | None, with_data: bool = 
         raise ValueError(
             "--finetune-mode, --candidates and --initial-ratios go with --finetune-steps: without it nothing is fine-tuned"
         )
-    if given.get("candidates", 1) != 1 and not any(map(chooses, recipe.rules)):
+    if given.get("candidates", 1) > 1 and not any(map(chooses, recipe.rules)):
         raise ValueError(
             f"--candidates {given['candidates']}: no layer of {recipe.name} has a codebook to choose from (trellis codes stay as"
             " they are); take --weight-format vq or table, or leave it out"

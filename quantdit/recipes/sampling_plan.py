@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 TIMESTEP_CHOICES = ("even", "salience")
 
@@ -22,6 +23,7 @@ class Size:
 SMALL = Size(1, 1, 16, 16, 32)
 # The least that a field may be, where it is a whole number.
 LEAST = {"samples": 0, "steps": 1, "seed": 0, "timesteps": 0, "tokens": 0, "height": 1, "width": 1, "frames": 1}
+OPTIONAL = ("height", "width", "frames")
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,13 @@ class SamplingPlan:
         """
         for name, least in LEAST.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ValueError(f"{name} is {value!r:.60}, expected a whole number, at least {least}")
+            if value is None and name in OPTIONAL:
+                continue
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r:.60}, expected a whole number")
+            if value < least:
+                raise ValueError(f"{name} is {value}, expected at least {least}")
+            object.__setattr__(self, name, int(value))
         object.__setattr__(self, "prompts", (self.prompts,) if isinstance(self.prompts, str) else tuple(self.prompts))
         if self.timestep_choice not in TIMESTEP_CHOICES:
             raise ValueError(f"timestep choice {self.timestep_choice!r} is unknown; use one of {', '.join(TIMESTEP_CHOICES)}")

@@ -20,6 +20,7 @@ import measure
 import quantdit
 from quantdit.compiling.compile import compile
 from quantdit.compiling.plan import Plan, Target
+from quantdit.compiling.report import CompileResult
 from quantdit.evaluation.report.picture import side_by_side
 from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.recipes.finetuning import FineTuning
@@ -178,9 +179,9 @@ def make_row(bits: str, method: str, changes: dict, preset_bits: float, work: Pa
     )
 
 
-def _draw(reference: torch.Tensor, images: torch.Tensor, bits: str, report: dict, metrics: dict) -> None:
+def _draw(reference: torch.Tensor, images: torch.Tensor, bits: str, report: CompileResult, metrics: dict) -> None:
     """Draw the first images of full precision and of a preset side by side: reports/pictures/fashion-dit-BITS.png."""
-    size = f"{report['size']['file_bytes'] / 1e6:.2f} MB, {report['size']['bits_per_weight']:.2f} bits per weight"
+    size = f"{report.size['file_bytes'] / 1e6:.2f} MB, {report.size['bits_per_weight']:.2f} bits per weight"
     quality = f"paired PSNR {metrics['psnr']['mean']:.1f} dB over {len(images)} images, SSIM {metrics['ssim']['mean']:.4f}"
     panels = [("full precision", reference[:PICTURED]), (bits, images[:PICTURED])]
     path = Path(__file__).parent.parent / "pictures" / f"{measure.MODEL}-{bits}.png"

@@ -14,7 +14,7 @@ from quantdit.calibration.data_free import quantize_without_data
 from quantdit.checkpoints.checkpoint import quant_layers, read_transformer
 from quantdit.compiling.compile import compile
 from quantdit.compiling.plan import Plan
-from quantdit.compiling.report import REPORT
+from quantdit.compiling.report import REPORT, to_json
 from quantdit.layers.quant_linear import QuantLinear
 from quantdit.pipelines.pipeline import generate, load_pipeline
 from quantdit.recipes.presets import from_bits
@@ -31,7 +31,7 @@ def made(pixel_dit: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """`pixel_dit` in w4a8 without data."""
     out = tmp_path_factory.mktemp("no-data") / "out"
     pipeline, source = load_pipeline(str(pixel_dit))
-    return out, compile(pipeline, source, Plan(from_bits("w4a8"), SamplingPlan(samples=0)), out)
+    return out, to_json(compile(pipeline, source, Plan(from_bits("w4a8"), SamplingPlan(samples=0)), out))
 
 
 def quantized(weight: str, linear: nn.Linear, seed: int = 0, **rule: object):

@@ -585,15 +585,15 @@ def test_python_refuses_unknown_options_and_no_samples_by_name(everything, pixel
     for name in ("samples", "columns"):
         with pytest.raises(ValueError, match=f"{name} is 0, expected at least 1"):
             quantdit.generate(pixel_dit, out / "x.png", **{name: 0}, steps=1)
-    with pytest.raises(ValueError, match=r"^quantize has no option 'calibration_step'; did you mean calibration_steps\?$"):
-        quantdit.quantize(None, "w4a8", calibration_step=0)
+    with pytest.raises(ValueError, match=r"^quantize has no option 'finetune_step'; did you mean finetune_steps\?$"):
+        quantdit.quantize(None, "w4a8", finetune_step=0)
     with pytest.raises(ValueError, match=r"^load has no option 'accept_configs'; did you mean accept_config\?$"):
         quantdit.load(pixel_dit, accept_configs=True)
     assert not out.exists()
 
 
 SAMPLED = ("samples", "steps", "batch", "height", "width", "frames")  # whole numbers of at least 1
-BELOW = dict.fromkeys((*SAMPLED, "columns", "seeds", "probes"), 0) | {"seed": -1, "tokens": -1, "calibration_steps": -1}
+BELOW = dict.fromkeys((*SAMPLED, "columns", "seeds", "probes"), 0) | {"seed": -1, "tokens": -1, "finetune_steps": -1}
 
 
 @pytest.mark.parametrize(
@@ -601,7 +601,7 @@ BELOW = dict.fromkeys((*SAMPLED, "columns", "seeds", "probes"), 0) | {"seed": -1
     [
         ("evaluate", (*SAMPLED, "seed", "guidance", "seeds", "probes")),
         ("generate", (*SAMPLED, "seed", "guidance", "columns")),
-        ("quantize", ("seed", "tokens", "calibration_steps")),
+        ("quantize", ("seed", "tokens", "finetune_steps")),
     ],
 )
 def test_python_refuses_what_is_no_number_by_its_name(pixel_dit: Path, tmp_path: Path, function: str, names: tuple[str, ...]):

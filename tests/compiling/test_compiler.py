@@ -239,9 +239,7 @@ def test_all_zero_layer_stays_zero(cli, pixel_dit: Path, tmp_path: Path):
 
 
 def test_one_sample_of_one_step_is_enough_to_run(cli, pixel_dit: Path, tmp_path: Path):
-    ran = cli(
-        "calibrate", "--model", pixel_dit, "--bits", "w2a4", "--output", tmp_path / "out", *ONCE, "--calibration-steps", "2"
-    )
+    ran = cli("calibrate", "--model", pixel_dit, "--bits", "w2a4", "--output", tmp_path / "out", *ONCE, "--finetune-steps", "2")
     assert ran.code == 0, ran.err
 
 
@@ -255,7 +253,7 @@ def test_recipe_that_quantizes_nothing_leaves_nothing_unreadable(cli, pixel_dit:
 
 
 @pytest.mark.parametrize(
-    ("bits", "more"), [("w4a8", ()), ("w2a16", ("--calibration-steps", "2")), ("auto", ("--size-budget", "0.5"))]
+    ("bits", "more"), [("w4a8", ()), ("w2a16", ("--finetune-steps", "2")), ("auto", ("--size-budget", "0.5"))]
 )
 def test_number_of_threads_changes_nothing(cli, pixel_dit: Path, tmp_path: Path, bits: str, more: tuple[str, ...]):
     before = torch.get_num_threads()

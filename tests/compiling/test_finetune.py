@@ -337,8 +337,8 @@ def test_impossible_training_is_refused(given: dict):
 @pytest.mark.parametrize("mode", ["block", "end-to-end"])
 def test_calibrate_with_assignments(cli, pixel_dit: Path, tmp_path: Path, mode: str):
     few = ("--samples", "16", "--steps", "3", "--bits", "w2a16", "--weight-format", "vq")
-    steps = ("--calibration-steps", "20", "--calibration-mode", mode, "--candidates", "2")
-    for name, more in (("plain", ("--calibration-steps", "0")), ("first", steps)):
+    steps = ("--finetune-steps", "20", "--finetune-mode", mode, "--candidates", "2")
+    for name, more in (("plain", ("--finetune-steps", "0")), ("first", steps)):
         ran = cli("calibrate", "--model", pixel_dit, "--output", tmp_path / name, *few, *more)
         assert ran.code == 0, ran.err
     pipeline, source = load_pipeline(str(pixel_dit))
@@ -368,11 +368,11 @@ def test_calibrate_with_assignments(cli, pixel_dit: Path, tmp_path: Path, mode: 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (("--bits", "w2a16", "--samples", "0", "--calibration-steps", "5"), ("--samples 0", "--calibration-steps")),
+        (("--bits", "w2a16", "--samples", "0", "--finetune-steps", "5"), ("--samples 0", "--finetune-steps")),
         (("--bits", "w8a8", "--weight-format", "vq"), ("w2 or w3 or w4",)),
-        (("--bits", "w2a16", "--weight-format", "vq", "--calibration-steps", "5", "--candidates", "9"), ("9 candidates", "4")),
+        (("--bits", "w2a16", "--weight-format", "vq", "--finetune-steps", "5", "--candidates", "9"), ("9 candidates", "4")),
         (("--bits", "w2a16", "--candidates", "2"), ("--candidates 2", "w2a16", "trellis", "--weight-format vq")),
-        (("--bits", "w8a8", "--calibration-steps", "5"), ("codebooks", "int8", "weight format table, vq or trellis")),
+        (("--bits", "w8a8", "--finetune-steps", "5"), ("codebooks", "int8", "weight format table, vq or trellis")),
     ],
 )
 def test_what_cannot_be_is_one_line(cli, pixel_dit: Path, tmp_path: Path, given: tuple, words: tuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from quantdit.calibration.layer import quantize_layers
 from quantdit.compiling import quantize_blocks, targets
 from quantdit.compiling.compile import compile
 from quantdit.compiling.plan import Plan, Target
-from quantdit.compiling.report import REPORT
+from quantdit.compiling.report import REPORT, to_json
 from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.recipes.presets import from_bits, with_auto
 from quantdit.recipes.resolve import options, resolve
@@ -54,7 +55,7 @@ def mixed(pixel_dit: Path, tmp_path_factory: pytest.TempPathFactory) -> Mixed:
     plan = with_auto(from_bits("w4a8"))
     folder = tmp_path_factory.mktemp("mixed") / "out"
     report = compile(pipeline, source, Plan(plan, SamplingPlan(samples=2, steps=2), target=Target(size_budget=0.25)), folder)
-    return Mixed(folder, report)
+    return Mixed(folder, to_json(report))
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -119,7 +120,7 @@ def test_activations_and_rotation_stay_those_of_the_preset(mixed: Mixed):
         side = ".norm1." in name
         assert entry["spec"]["activation"]["bits"] == (16 if side else 8)
         assert entry["spec"]["rotation"] == "hadamard" and entry["method"] == "gptq"
-    assert mixed.report["provenance"]["target"] == {"size_budget": 0.25, "max_drift": None}
+    assert mixed.report["provenance"]["target"] == {"size_budget": 0.25, "max_output_error": None}
     config = json.loads((mixed.folder / "transformer" / "config.json").read_text())["quantization_config"]
     assert {rule["weight"] for rule in config["recipe"]["rule"]} == {"dense", "auto"}
 
@@ -136,10 +137,10 @@ def test_smallest_possible_budget_gives_the_narrowest_weights(run, tmp_path: Pat
     assert stored <= float(least) * whole < stored + 0.001 * whole, "what the error advised is the least that works"
 
 
-@pytest.mark.parametrize("flag", ["--size-budget", "--max-drift"])
+@pytest.mark.parametrize("flag", ["--size-budget", "--max-output-error"])
 @pytest.mark.parametrize("value", ["0", "-0.25", "nan", "inf", "2.0"])
 def test_hostile_targets_are_one_line(run, tmp_path: Path, flag: str, value: str):
-    if (flag, value) == ("--max-drift", "2.0"):
+    if (flag, value) == ("--max-output-error", "2.0"):
         pytest.skip("a bound that anything keeps is a bound")
     ran = run(f"{flag}={value}")
     assert ran.code == 1 and str(float(value)).removesuffix(".0") in ran.error
@@ -147,7 +148,7 @@ def test_hostile_targets_are_one_line(run, tmp_path: Path, flag: str, value: str
 
 
 def test_both_targets_or_words_are_wrong_usage(run):
-    assert run("--size-budget", "0.3", "--max-drift", "0.1").code == 2
+    assert run("--size-budget", "0.3", "--max-output-error", "0.1").code == 2
     assert run("--size-budget", "many").code == 2
 
 
@@ -156,7 +157,7 @@ def test_both_targets_or_words_are_wrong_usage(run):
 
 def test_auto_needs_a_target_and_a_target_needs_auto(cli, run, pixel_dit: Path, tmp_path: Path):
     ran = run(bits="auto")
-    assert ran.code == 1 and "--size-budget" in ran.error and "--max-drift" in ran.error
+    assert ran.code == 1 and "--size-budget" in ran.error and "--max-output-error" in ran.error
     (tmp_path / "fixed.toml").write_text('[[rule]]\nmatch = "*"\nweight = "int4"\n')
     ran = run("--recipe", tmp_path / "fixed.toml", "--size-budget", "0.3", bits=None)
     assert ran.code == 1 and 'weight = "auto"' in ran.error
@@ -209,7 +210,7 @@ def test_layers_of_rules_with_a_weight_keep_it(run, tmp_path: Path):
 
 def test_measured_drift_keeps_the_bound(run, tmp_path: Path, mixed: Mixed):
     bound = 1.2 * mixed.report["model_rel_rmse"]
-    ran = run("--max-drift", f"{bound:.6f}", bits="auto")
+    ran = run("--max-output-error", f"{bound:.6f}", bits="auto")
     assert ran.code == 0, ran.err
     report = json.loads((tmp_path / "out" / REPORT).read_text())
     allocation = report["allocation"]
@@ -223,7 +224,7 @@ def test_measured_drift_keeps_the_bound(run, tmp_path: Path, mixed: Mixed):
 
 
 def test_bound_out_of_reach_says_what_the_widest_weights_give(run, tmp_path: Path):
-    ran = run("--max-drift", "0.0001", bits="auto")
+    ran = run("--max-output-error", "0.0001", bits="auto")
     assert ran.code == 1 and "0.0001" in ran.error and "widest weights give 0.0" in ran.error and "autoa16" in ran.error
     assert not (tmp_path / "out").exists()
 
@@ -231,7 +232,9 @@ def test_bound_out_of_reach_says_what_the_widest_weights_give(run, tmp_path: Pat
 # ---- interrupted runs
 
 
-@pytest.mark.parametrize(("stop", "target"), [("sensitivity", ("--size-budget", "0.25")), ("quantize", ("--max-drift", "0.02"))])
+@pytest.mark.parametrize(
+    ("stop", "target"), [("sensitivity", ("--size-budget", "0.25")), ("quantize", ("--max-output-error", "0.02"))]
+)
 def test_resumed_run_gives_the_bytes_of_an_uninterrupted_one(
     run, mixed: Mixed, monkeypatch, tmp_path: Path, target: tuple[str, str], stop: str
 ):
@@ -313,3 +316,12 @@ def test_damaged_allocation_is_one_line(cli, mixed: Mixed, tmp_path: Path, damag
     (folder / REPORT).write_text(json.dumps(report | {"allocation": allocation}))
     ran = cli("inspect", folder)
     assert ran.code == 1 and REPORT in ran.error
+
+
+def test_allocation_of_an_earlier_version_can_be_inspected(cli, mixed: Mixed, tmp_path: Path):
+    folder = Path(shutil.copytree(mixed.folder, tmp_path / "earlier"))
+    report = json.loads((folder / REPORT).read_text())
+    report["allocation"]["max_drift"] = report["allocation"].pop("max_output_error")
+    (folder / REPORT).write_text(json.dumps(report))
+    ran = cli("inspect", folder)
+    assert ran.code == 0 and "weights: " in ran.out, ran.err

@@ -66,7 +66,7 @@ def test_quantizing_with_inputs(tiny, run, name: str):
         model, calls = small(tiny)
         steps = 1 if name == "trained" else None
         with default(dtype):
-            quantdit.quantize(model, WITH_INPUTS[name], calls, calibration_steps=steps)
+            quantdit.quantize(model, WITH_INPUTS[name], calls, finetune_steps=steps)
             y = run(model, calls[0])
         models.append(model)
         assert torch.equal(y, run(models[0], calls[0]))

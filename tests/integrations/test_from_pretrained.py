@@ -137,14 +137,14 @@ def test_scales_of_trellis_codes_are_trained_in_memory_too(tiny):
     made = []
     for steps in (0, 20):
         model, inputs = tiny("DiTTransformer2DModel")
-        quantdit.quantize(model, plan, inputs, calibration_steps=steps)
+        quantdit.quantize(model, plan, inputs, finetune_steps=steps)
         made.append(quant_layers(model)["transformer_blocks.0.attn1.to_q"])
     assert torch.equal(made[0].data, made[1].data) and not torch.equal(made[0].scale, made[1].scale)
 
 
 def test_bits_are_trained_as_their_preset_says(tiny, monkeypatch: pytest.MonkeyPatch):
     asked = []
-    monkeypatch.setattr("quantdit.compiling.finetune.preset", lambda *given: asked.append(given))
+    monkeypatch.setattr("quantdit.compiling.in_memory.finetuning_of", lambda *given: asked.append(given))
     model, inputs = tiny("DiTTransformer2DModel")
     quantdit.quantize(model, "w8a8", inputs)
     assert asked == [("w8a8", "best")]

@@ -283,9 +283,9 @@ def test_what_needs_inputs_says_so_in_terms_of_python(dit):
 
 def test_steps_with_nothing_to_train_on_are_refused(dit):
     model, calls = dit
-    assert "inputs=" in refusal(lambda: quantdit.quantize(model, "w2a16", calibration_steps=5))
-    assert "int8" in refusal(lambda: quantdit.quantize(model, "w8a8", calls, calibration_steps=5))
-    assert "calibration_steps is -1" in refusal(lambda: quantdit.quantize(model, "w2a16", calls, calibration_steps=-1))
+    assert "inputs=" in refusal(lambda: quantdit.quantize(model, "w2a16", finetune_steps=5))
+    assert "int8" in refusal(lambda: quantdit.quantize(model, "w8a8", calls, finetune_steps=5))
+    assert "finetune_steps is -1" in refusal(lambda: quantdit.quantize(model, "w2a16", calls, finetune_steps=-1))
 
 
 @pytest.mark.parametrize("recipe", [None, 4, "w5a8", {"rule": []}], ids=str)

@@ -24,7 +24,7 @@ PAPERS = {"lrq-dit": "2508.03485", "vq4dit": "2408.17131"}
 FEW = ("--samples", "16", "--steps", "2")
 
 # What the papers say of each rule: LRQ-DiT sections 4.1 and 4.2, VQ4DiT's settings.
-NEAREST = {"method": "rtn", "act_order": False, "descent": 0, "bias_correction": False}
+NEAREST = {"method": "rtn", "act_order": False, "cd_passes": 0, "bias_correction": False}
 TLQ = {"table": "twin-log", "table_rows": "channel", "rotation": "ars", "ars_threshold": 1.0, "smooth": "absmax", "low_rank": 0}
 TOKEN = {"activation_format": "int", "activation_group_size": "token", "activation_scale": "dynamic"}
 WORDS = {"rotation": "none", "activation_bits": 16, "smooth": "none", "low_rank": 0}
@@ -33,8 +33,8 @@ SAID = {
     ("lrq-dit", "w4a4"): {"weight": "table4", "activation_bits": 4, **TLQ, **TOKEN, **NEAREST},
     ("lrq-dit", "w3a8"): {"weight": "table3", "activation_bits": 8, **TLQ, **TOKEN, **NEAREST},
     ("lrq-dit", "w3a6"): {"weight": "table3", "activation_bits": 6, **TLQ, **TOKEN, **NEAREST},
-    ("vq4dit", "w2a16"): {"weight": "vq256x4", "otherwise": "table2", **WORDS, **NEAREST},
-    ("vq4dit", "w3a16"): {"weight": "vq64x2", "otherwise": "table3", **WORDS, **NEAREST},
+    ("vq4dit", "w2a16"): {"weight": "vq256x4", "fallback": "table2", **WORDS, **NEAREST},
+    ("vq4dit", "w3a16"): {"weight": "vq64x2", "fallback": "table3", **WORDS, **NEAREST},
 }
 LEFT_ALONE = {"lrq-dit": {"role:outside", "role:modulation", "role:embedder"}, "vq4dit": {"role:outside", "role:embedder"}}
 
@@ -79,7 +79,7 @@ def test_the_help_names_the_papers(cli):
         (("--bits", "w2a16", "--method", "vq4dit", "--samples", "0"), ("vq4dit", "--samples 0")),
         (("--bits", "w2a16", "--method", "vq4dit", "--weight-format", "trellis"), ("vq4dit", "leave out --weight-format")),
         (("--bits", "w4a8", "--method", "lrq-dit", "--size-budget", "0.25"), ("lrq-dit", "leave out --size-budget")),
-        (("--bits", "w4a8", "--method", "lrq-dit", "--max-drift", "0.1"), ("lrq-dit", "leave out --max-drift")),
+        (("--bits", "w4a8", "--method", "lrq-dit", "--max-output-error", "0.1"), ("lrq-dit", "leave out --max-output-error")),
     ],
 )
 def test_what_a_method_does_not_have_is_one_line(cli, pixel_dit: Path, tmp_path: Path, given: tuple, words: tuple):
@@ -116,7 +116,7 @@ def test_lrq_dit_calibrates_saves_and_loads(cli, pixel_dit: Path, tmp_path: Path
 def test_vq4dit_trains_assignments_saves_and_loads(cli, pixel_dit: Path, tmp_path: Path):
     few = ("--bits", "w2a16", "--method", "vq4dit", *FEW)
     for name, steps in (("kmeans", 0), ("trained", 30), ("again", 30)):
-        ran = cli("calibrate", "--model", pixel_dit, "--output", tmp_path / name, *few, "--calibration-steps", steps)
+        ran = cli("calibrate", "--model", pixel_dit, "--output", tmp_path / name, *few, "--finetune-steps", steps)
         assert ran.code == 0, ran.err
     plain, report = (files.read_json(tmp_path / name / REPORT) for name in ("kmeans", "trained"))
     assert "training" not in plain["provenance"]
@@ -146,7 +146,7 @@ def test_quantize_takes_a_method(model: torch.nn.Module):
     adapter, generator = adapter_for(model), torch.Generator().manual_seed(0)
     with torch.no_grad():
         inputs = [synthetic_inputs(model, adapter, Size(4, 1, 8, 8, 4), generator, time) for time in (900.0, 100.0)]
-        made = quantdit.quantize(model, "w2a16", inputs, method="vq4dit", calibration_steps=3)
+        made = quantdit.quantize(model, "w2a16", inputs, method="vq4dit", finetune_steps=3)
     state = made.config.quantization_config.state
     assert state["recipe"]["name"] == "w2a16 vq4dit"
     assert state["provenance"]["training"] == asdict(finetuning_of("w2a16", "vq4dit")) | {"steps": 3}

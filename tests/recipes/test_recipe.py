@@ -93,7 +93,7 @@ def test_other_bits_are_refused_with_what_is_known(bits: str, near: str | None):
 
 
 NUMBERS = {"group_size": "64", "activation_bits": "8", "activation_group_size": "32", "edge_activation_bits": "16"}
-NUMBERS |= {"edge_steps": "3", "low_rank": "16", "descent": "2", "ars_threshold": "1.5"}
+NUMBERS |= {"edge_steps": "3", "low_rank": "16", "cd_passes": "2", "ars_threshold": "1.5"}
 
 
 @pytest.mark.parametrize("key", NUMBERS)
@@ -232,10 +232,10 @@ def test_optional_rule_may_match_nothing(toml):
         ("low_rank = true", ["low_rank", "True", "whole number"]),
         ('low_rank = "32"', ["low_rank", "'32'", "whole number"]),
         ("low_rank = 99999999999999999999", ["low_rank", "512"]),
-        ("descent = -1", ["descent", "-1", "whole number"]),
-        ("descent = 101", ["descent", "101", "100"]),
-        ("descent = 0.5", ["descent", "0.5", "whole number"]),
-        ("descent = false", ["descent", "False", "whole number"]),
+        ("cd_passes = -1", ["cd_passes", "-1", "whole number"]),
+        ("cd_passes = 101", ["cd_passes", "101", "100"]),
+        ("cd_passes = 0.5", ["cd_passes", "0.5", "whole number"]),
+        ("cd_passes = false", ["cd_passes", "False", "whole number"]),
         ("act_order = 1", ["act_order", "1", "true or false"]),
         ('act_order = "yes"', ["act_order", "'yes'", "true or false"]),
         ("bias_correction = 0", ["bias_correction", "0", "true or false"]),
@@ -301,7 +301,7 @@ def test_a_file_may_say_everything(toml):
         low_rank = 16
         method = "rtn"
         act_order = false
-        descent = 0
+        cd_passes = 0
         bias_correction = false
         table = "gaussian"
         table_rows = "channel"
@@ -333,7 +333,7 @@ def test_a_file_may_say_everything(toml):
         low_rank=16,
         method="rtn",
         act_order=False,
-        descent=0,
+        cd_passes=0,
         bias_correction=False,
         table="gaussian",
         table_rows="channel",
@@ -383,7 +383,7 @@ def test_vector_that_does_not_divide_names_rule_layer_and_fix(toml):
     layers = [Layer("blocks.0.attn.to_q", "attention", 64, 66)]
     text = '[[rule]]\nmatch = "*"\nweight = "{}"\n'
     message = refusal(lambda: resolve(toml(text.format("vq256x4")), layers))
-    for word in ("mine", "rule 1", "'*'", "blocks.0.attn.to_q", "66", "vq256x4", "4", "otherwise"):
+    for word in ("mine", "rule 1", "'*'", "blocks.0.attn.to_q", "66", "vq256x4", "4", "fallback"):
         assert word in message
     assert resolve(toml(text.format("vq64x2")), layers)["blocks.0.attn.to_q"].rule.weight == "vq64x2"
 
@@ -428,17 +428,17 @@ def test_layers_that_codewords_do_not_divide_take_what_the_rule_says_otherwise()
     layers = [Layer("even", "attention", 8, 32), Layer("odd", "attention", 8, 33)]
     plans = resolve(with_weight_format(from_bits("w2a16"), "vq"), layers)
     assert [plans[name].rule.weight for name in ("even", "odd")] == ["vq256x4", "table2"]
-    with pytest.raises(ValueError, match=r'layer odd has 33 inputs, which vq256x4 .* otherwise = "table2"'):
+    with pytest.raises(ValueError, match=r'layer odd has 33 inputs, which vq256x4 .* fallback = "table2"'):
         resolve(Recipe("mine", (Rule("*", weight="vq256x4"),)), layers)
     with pytest.raises(ValueError, match="goes with a format, not with 'dense'"):
-        Rule("*", weight="dense", otherwise="table2")
+        Rule("*", weight="dense", fallback="table2")
 
 
 def test_weight_formats_replace_each_other():
     vq, table = (with_weight_format(from_bits("w2a16"), kind) for kind in ("vq", "table"))
     assert with_weight_format(table, "vq") == vq and {rule.weight for rule in vq.rules} == {"vq256x4", "dense"}
     assert with_weight_format(vq, "trellis") == from_bits("w2a16")
-    assert {rule.weight for rule in table.rules} == {"table2", "dense"} and {rule.otherwise for rule in table.rules} == {""}
+    assert {rule.weight for rule in table.rules} == {"table2", "dense"} and {rule.fallback for rule in table.rules} == {""}
     assert {rule.weight for rule in with_weight_format(from_bits("w3a8"), "vq").rules} == {"vq64x2", "dense"}
     assert {rule.weight for rule in with_weight_format(vq, "ssvq").rules} == {"ssvq256x8", "dense"}
     for bits in ("w2a16", "w3a8", "w4a8"):
@@ -466,7 +466,7 @@ def test_weight_formats_go_with_fixed_bits(of: str):
 def test_a_key_that_would_mean_nothing_is_refused(weight: str, keys: dict, words: str):
     with pytest.raises(ValueError, match=words):
         Rule("*", weight=weight, **keys)
-    Rule("*", weight=weight, otherwise={"group_size": "int2"}.get(next(iter(keys)), "table2"), **keys)
+    Rule("*", weight=weight, fallback={"group_size": "int2"}.get(next(iter(keys)), "table2"), **keys)
 
 
 @pytest.mark.parametrize(
@@ -505,5 +505,13 @@ def test_a_trellis_needs_outputs_to_go_round():
     rule = Rule("*", weight="trellis4_l12")
     with pytest.raises(ValueError, match=r"layer b has 31 outputs, and trellis4_l12 needs 32; name a scalar format"):
         resolve(Recipe("r", (rule,)), layers)
-    plans = resolve(Recipe("r", (replace(rule, otherwise="table4"),)), layers)
+    plans = resolve(Recipe("r", (replace(rule, fallback="table4"),)), layers)
     assert [plan.rule.weight for plan in plans.values()] == ["trellis4_l12", "table4"]
+
+
+def test_former_keys_are_read_and_written_as_todays(toml):
+    """Recipes, and checkpoints, of earlier versions say descent and otherwise."""
+    read = toml('[[rule]]\nmatch = "*"\nweight = "vq256x4"\ndescent = 1\notherwise = "table2"\n')
+    assert read.rules == (Rule("*", "vq256x4", cd_passes=1, fallback="table2"),)
+    assert {"cd_passes", "fallback"} <= read.to_dict()["rule"][0].keys()
+    assert "descent is the former name of cd_passes" in refusal(lambda: toml('[[rule]]\nmatch = "*"\ndescent = 1\ncd_passes = 1'))
