@@ -19,9 +19,14 @@ def relative(error: float, power: float) -> float:
 
 
 @one_thread()
+def squared(x: Tensor) -> float:
+    """Return `|x|^2`, summed in the dtype that x has."""
+    return float(x.square().sum())
+
+
 def squares(got: Tensor, expected: Tensor) -> tuple[float, float]:
     """Return `|got - expected|^2` and `|expected|^2`, summed in the dtype that the tensors have."""
-    return float((got - expected).square().sum()), float(expected.square().sum())
+    return squared(got - expected), squared(expected)
 
 
 def energy(weight: Tensor, gram: Tensor) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from quantdit.calibration import errors
 from quantdit.calibration.observe.capture import first_tensor
 from quantdit.checkpoints import checkpoint
 from quantdit.exporters import onnx_session
@@ -164,12 +166,12 @@ def verified(
 
 
 def rel_rmse(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Return ||got - expected|| / ||expected|| over all pairs; 0 where both are zero."""
+    """Return ||got - expected|| / ||expected|| over all pairs; inf where only errors are not zero, 0 where nothing is."""
     error = power = 0.0
     for got, expected in pairs:
-        error += float((got.double() - expected.double()).square().sum())
-        power += float(expected.double().square().sum())
-    return (error / power) ** 0.5 if power else float("inf") if error else 0.0
+        squares = errors.squares(got.double(), expected.double())
+        error, power = error + squares[0], power + squares[1]
+    return math.inf if error and not power else errors.relative(error, power)
 
 
 def _moved(transformer: nn.Module, call: Recorded) -> Tensor:

@@ -19,7 +19,7 @@ from torch import nn
 import quantdit
 from quantdit.calibration import allocate
 from quantdit.calibration.allocate import Option
-from quantdit.calibration.observe import capture, sensitivity
+from quantdit.calibration.observe import block_order, capture, sensitivity
 from quantdit.calibration.observe import recorded_calls as call_files
 from quantdit.calibration.observe.recorded_calls import StoredCalls
 from quantdit.calibration.observe.timestep_salience import salient_calls
@@ -351,7 +351,7 @@ def _quantize_to_target(job: Job, options: dict[str, dict[str, LayerPlan]], targ
         # Each attempt keeps its blocks: a later one may turn out worse, and an interrupted run goes through them again.
         if chosen not in tried:
             tried.append(chosen)
-        sensitivity.put(job.transformer, full)
+        block_order.put(job.transformer, full)
         plans = {name: plans[chosen[name].weight] for name, plans in options.items()}
         return quantize_blocks.quantize(job, plans, job.folder / f"blocks-{tried.index(chosen)}")
 
