@@ -22,7 +22,7 @@ from quantdit.calibration.observe.recorded_calls import Call, Key
 Outputs = tuple[Tensor | None, ...]
 
 
-class Unchained(ValueError):
+class BlocksNotSequential(ValueError):
     """Blocks that cannot be run one after the other; says why."""
 
 
@@ -35,7 +35,7 @@ _FAILURES = (AttributeError, TypeError, IndexError, KeyError, RuntimeError)
 
 
 @dataclass(frozen=True)
-class Link:
+class BlockLink:
     """One block.
 
     Attributes:
@@ -58,7 +58,7 @@ class Link:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, content: dict) -> Link:
+    def from_dict(cls, content: dict) -> BlockLink:
         """Return what `to_dict` gave."""
         fed = None if content["fed"] is None else tuple((key, number) for key, number in content["fed"])
         return cls(content["path"], fed, tuple(content["passed"]), content["single"], tuple(content["needs"]))
@@ -66,7 +66,7 @@ class Link:
 
 @dataclass(frozen=True)
 class _Arrival:
-    """A block that is about to run: its arguments, their versions (see `_Ran`), and where they come from (see `Link`)."""
+    """A block that is about to run: its arguments, their versions (see `_Ran`), and where they come from (see `BlockLink`)."""
 
     call: Call
     began: dict[Key, tuple[int, ...]]
@@ -97,11 +97,11 @@ def outputs_of(output: object) -> Outputs:
     """Return what a block returned as a tuple.
 
     Raises:
-        Unchained: something else than a tensor or a tuple of tensors.
+        BlocksNotSequential: something else than a tensor or a tuple of tensors.
     """
     outputs = output if isinstance(output, tuple) else (output,)
     if not all(v is None or isinstance(v, Tensor) for v in outputs):
-        raise Unchained(f"a block returns {type(output).__name__}, expected tensors")
+        raise BlocksNotSequential(f"a block returns {type(output).__name__}, expected tensors")
     return cast(Outputs, outputs)
 
 
@@ -124,12 +124,12 @@ def outputs_at(transformer: nn.Module, paths: Sequence[str]) -> Iterator[dict[st
             handle.remove()
 
 
-def observe(transformer: nn.Module, paths: Sequence[str], call: Call) -> list[Link]:
+def observe(transformer: nn.Module, paths: Sequence[str], call: Call) -> list[BlockLink]:
     """Return the chain of the blocks at `paths`, in running order, by making one call of the transformer.
 
     Raises:
-        Unchained: a block that never runs or runs twice, or arguments, or an output of the transformer, that cannot be had from
-            the block before alone.
+        BlocksNotSequential: a block that never runs or runs twice, or arguments, or an output of the transformer, that cannot be
+            had from the block before alone.
     """
     observer = _Observer(transformer, call)
     handles = []
@@ -144,15 +144,17 @@ def observe(transformer: nn.Module, paths: Sequence[str], call: Call) -> list[Li
             handle.remove()
     links, latest = observer.links, observer.latest
     if missing := set(paths) - {link.path for link in links}:
-        raise Unchained(f"block {min(missing)} never runs")
+        raise BlocksNotSequential(f"block {min(missing)} never runs")
     assert latest is not None  # there is a block, and all have run
     try:
         again = last_output(transformer, links, call, latest.copies)
     except _FAILURES as error:
-        raise Unchained(f"the way from the last block to the output cannot be run without the blocks ({error})") from error
+        raise BlocksNotSequential(
+            f"the way from the last block to the output cannot be run without the blocks ({error})"
+        ) from error
     found = tensors_of(output)
     if not found or not _equal(tensors_of(again), found):
-        raise Unchained("the output needs more than what its last block returned (a long skip connection?)")
+        raise BlocksNotSequential("the output needs more than what its last block returned (a long skip connection?)")
     return links
 
 
@@ -161,7 +163,7 @@ class _Observer:
 
     def __init__(self, transformer: nn.Module, call: Call) -> None:
         self.transformer, self.call = transformer, call
-        self.links: list[Link] = []
+        self.links: list[BlockLink] = []
         self.latest: _Ran | None = None
         self._ends: dict[int, Outputs] = {}  # what the last block of each finished list returned
         self._arrival: _Arrival | None = None
@@ -172,7 +174,7 @@ class _Observer:
         if self._replaying:
             return
         if any(link.path == path for link in self.links):
-            raise Unchained(f"block {path} runs more than once in a call")
+            raise BlocksNotSequential(f"block {path} runs more than once in a call")
         pending = Call(args, kwargs, self.call.bucket)
         began = {key: _versions(pending.argument(key)) for key in _keys(pending)}
         if self.latest is None:
@@ -190,7 +192,7 @@ class _Observer:
         assert arrival is not None  # `before` saw it
         outputs = outputs_of(output)
         passed, single = _passed(arrival.call, outputs), not isinstance(output, tuple)
-        self.links.append(Link(path, arrival.fed, passed, single, arrival.needs))
+        self.links.append(BlockLink(path, arrival.fed, passed, single, arrival.needs))
         copies = tuple(None if tensor is None else tensor.clone() for tensor in outputs)
         self.latest = _Ran(arrival.call, arrival.began, outputs, _versions(outputs), copies)
 
@@ -205,7 +207,7 @@ class _Observer:
                     return needs
         finally:
             self._replaying = False
-        raise Unchained(f"block {path} needs more than what the blocks before it returned (a long skip connection?)")
+        raise BlocksNotSequential(f"block {path} needs more than what the blocks before it returned (a long skip connection?)")
 
 
 def first_call(transformer: nn.Module, path: str, call: Call) -> Call:
@@ -223,10 +225,12 @@ def first_call(transformer: nn.Module, path: str, call: Call) -> Call:
         return found[0]
     finally:
         handle.remove()
-    raise Unchained(f"block {path} never runs")
+    raise BlocksNotSequential(f"block {path} never runs")
 
 
-def next_call(transformer: nn.Module, links: Sequence[Link], index: int, call: Call, recorded: Mapping[int, Outputs]) -> Call:
+def next_call(
+    transformer: nn.Module, links: Sequence[BlockLink], index: int, call: Call, recorded: Mapping[int, Outputs]
+) -> Call:
     """Return the call of the block after `links[index]` by replay.
 
     `call` is the transformer's, `recorded` the outputs of block `index` and of those that the next one `needs`, by number.
@@ -234,7 +238,7 @@ def next_call(transformer: nn.Module, links: Sequence[Link], index: int, call: C
     return _replayed(transformer, links[: index + 1], call, recorded, links[index + 1].path)
 
 
-def last_output(transformer: nn.Module, links: Sequence[Link], call: Call, outputs: Outputs) -> object:
+def last_output(transformer: nn.Module, links: Sequence[BlockLink], call: Call, outputs: Outputs) -> object:
     """Return what the transformer returns for `call` if its last block returns `outputs`; no block is run."""
     with _standing_in(transformer, links, {len(links) - 1: outputs}):
         return run_call(transformer, call)
@@ -249,7 +253,7 @@ def run_call(module: nn.Module, call: Call) -> object:
 class _StandIn(nn.Module):
     """Takes the place of a block: returns what was recorded, or its own inputs."""
 
-    def __init__(self, link: Link, outputs: Outputs | None, block: nn.Module) -> None:
+    def __init__(self, link: BlockLink, outputs: Outputs | None, block: nn.Module) -> None:
         super().__init__()
         self.link, self.outputs = link, outputs
         self._block = (block,)  # in a tuple, so that it is no submodule
@@ -269,7 +273,9 @@ class _StandIn(nn.Module):
         return outputs[0] if self.link.single else outputs
 
 
-def _standing_in(transformer: nn.Module, links: Sequence[Link], recorded: Mapping[int, Outputs]) -> AbstractContextManager[None]:
+def _standing_in(
+    transformer: nn.Module, links: Sequence[BlockLink], recorded: Mapping[int, Outputs]
+) -> AbstractContextManager[None]:
     """Let the blocks of `links` return what is recorded of them, or else their inputs, while the body runs."""
     blocks = (transformer.get_submodule(link.path) for link in links)
     stand_ins = (
@@ -295,12 +301,12 @@ def put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         model.set_submodule(name, layer)
 
 
-def _replayed(transformer: nn.Module, links: Sequence[Link], call: Call, recorded: Mapping[int, Outputs], path: str) -> Call:
+def _replayed(transformer: nn.Module, links: Sequence[BlockLink], call: Call, recorded: Mapping[int, Outputs], path: str) -> Call:
     try:
         with _standing_in(transformer, links, recorded):
             return first_call(transformer, path, call)
     except _FAILURES as error:
-        raise Unchained(f"the way to block {path} cannot be run without the blocks before it ({error})") from error
+        raise BlocksNotSequential(f"the way to block {path} cannot be run without the blocks before it ({error})") from error
 
 
 def _keys(call: Call) -> tuple[Key, ...]:
@@ -334,7 +340,9 @@ def _passed(call: Call, outputs: Outputs) -> tuple[Key | None, ...]:
         if output is not None:
             fitting = next((k for k, value in given.items() if k not in passed and value.shape == output.shape), None)
             if fitting is None:
-                raise Unchained(f"a block returns a tensor {tuple(output.shape)} that none of its arguments has the shape of")
+                raise BlocksNotSequential(
+                    f"a block returns a tensor {tuple(output.shape)} that none of its arguments has the shape of"
+                )
         passed.append(fitting)
     return tuple(passed)
 

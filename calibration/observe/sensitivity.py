@@ -36,7 +36,7 @@ ROWS = 8  # images kept of each call
 
 
 @dataclass(frozen=True)
-class Part:
+class MeasuredBlock:
     """A part of the model whose layers are measured together: a block, or the whole model for what lies outside of them.
 
     Attributes:
@@ -68,7 +68,7 @@ def measured(calls: list) -> list:
 
 
 def sensitivity(
-    part: Part,
+    part: MeasuredBlock,
     plans: Mapping[str, Mapping[str, LayerPlan]],
     transformer: nn.Module,
     model_calls: list[Call],

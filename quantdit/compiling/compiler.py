@@ -417,7 +417,7 @@ def _sensitivities(job: Job, options: dict[str, dict[str, LayerPlan]]) -> dict[s
                 bar.update(len(unit.names))
             elif unit.names:
                 stats = quantize_blocks.statistics_of(job, unit)
-                part = sensitivity.Part(unit.run, unit.linears, list(sensitivity.measured(unit.calls)), stats)
+                part = sensitivity.MeasuredBlock(unit.run, unit.linears, list(sensitivity.measured(unit.calls)), stats)
                 result = sensitivity.sensitivity(
                     part,
                     options,

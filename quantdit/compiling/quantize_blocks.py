@@ -25,7 +25,7 @@ from quantdit.calibration.data_free import quantize_without_data, unit_seed
 from quantdit.calibration.layer import Quantized, quantize_layers
 from quantdit.calibration.observe import block_order, capture
 from quantdit.calibration.observe import recorded_calls as call_files
-from quantdit.calibration.observe.block_order import Link, Unchained
+from quantdit.calibration.observe.block_order import BlockLink, BlocksNotSequential
 from quantdit.calibration.observe.recorded_calls import Call, StoredCall, StoredCalls
 from quantdit.calibration.observe.sensitivity import replaced
 from quantdit.calibration.stats import Stats
@@ -154,7 +154,7 @@ def quantize(job: Job, plans: Mapping[str, LayerPlan], folder: Path) -> Made:
     return Made({name: reports[name] for name in plans}, drift)
 
 
-def links_of(job: Job) -> list[Link]:
+def links_of(job: Job) -> list[BlockLink]:
     """Return the chain of the transformer's blocks; empty if they cannot be run one after the other.
 
     Raises:
@@ -165,7 +165,7 @@ def links_of(job: Job) -> list[Link]:
         try:
             with job.timed("observe"), job.following():
                 links = block_order.observe(job.transformer, job.blocks, job.calls[0])
-        except Unchained as error:
+        except BlocksNotSequential as error:
             if job.stream is not None:
                 raise ValueError(
                     f"{type(job.transformer).__name__}: {error}; such a model must be in memory as a whole, give a larger"
@@ -173,7 +173,7 @@ def links_of(job: Job) -> list[Link]:
                 ) from error
             links = []
         sealed.write(path, {"links": [link.to_dict() for link in links]}, job.run)
-    return [Link.from_dict(content) for content in sealed.read(path, job.run)["links"]]
+    return [BlockLink.from_dict(content) for content in sealed.read(path, job.run)["links"]]
 
 
 def describe_chain(job: Job) -> dict | None:
@@ -216,7 +216,7 @@ def _unit(job: Job, path: str, number: int, names: Collection[str], calls: Store
     return Unit(path, number, mine, job.transformer.get_submodule(path), calls)
 
 
-def _walk_chain(job: Job, links: list[Link], names: Collection[str], calls: StoredCalls, inputs: Path) -> Iterator[Unit]:
+def _walk_chain(job: Job, links: list[BlockLink], names: Collection[str], calls: StoredCalls, inputs: Path) -> Iterator[Unit]:
     reached = max((int(p.parent.name) for p in inputs.glob(f"*/{call_files.INDEX}")), default=-1)
     if reached < 0:
         with job.timed("propagate"):
@@ -236,7 +236,7 @@ def _walk_chain(job: Job, links: list[Link], names: Collection[str], calls: Stor
         memory.give_back()
 
 
-def _first_inputs(job: Job, first: Link, calls: StoredCalls, folder: Path) -> None:
+def _first_inputs(job: Job, first: BlockLink, calls: StoredCalls, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i, call in enumerate(calls):
         reached = block_order.first_call(job.transformer, first.path, call)
@@ -257,7 +257,7 @@ def _open_inputs(job: Job, folder: Path, calls: StoredCalls) -> StoredCalls:
     return StoredCalls(tuple(entries))
 
 
-def _hand_on(job: Job, links: list[Link], number: int, calls: StoredCalls, mine: StoredCalls, inputs: Path) -> None:
+def _hand_on(job: Job, links: list[BlockLink], number: int, calls: StoredCalls, mine: StoredCalls, inputs: Path) -> None:
     """Run the block `links[number]` on its calls and keep what the next one gets; of the last, what it returns."""
     folder = inputs / _number(number + 1)
     shutil.rmtree(folder, ignore_errors=True)
