@@ -427,16 +427,18 @@ def _asked(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _models(args: argparse.Namespace) -> int:
-    from quantdit.models.known_models import ALIASES
+    from quantdit.models.known_models import KNOWN_MODELS
 
     rows = [("name", "size", "embedded", "transformer", "hub id", "what it makes")]
-    rows += [(name, a.parameters, "no" if a.hub else "yes", a.transformer, a.hub or "-", a.about) for name, a in ALIASES.items()]
+    rows += [
+        (name, a.parameters, "no" if a.hub else "yes", a.transformer, a.hub or "-", a.about) for name, a in KNOWN_MODELS.items()
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     for name, size, *texts, about in rows:
         cells = [name.ljust(widths[0]), size.rjust(widths[1]), *(t.ljust(w) for t, w in zip(texts, widths[2:], strict=True))]
         print(*cells, about, sep="  ")
     print("\nwhat quantdit calibrate samples of each, but for what --samples, --steps, --guidance, --height, ... say")
-    rows = [("name", "on a CPU", "on a GPU"), *((name, _captured(a.cpu), _captured(a.gpu)) for name, a in ALIASES.items())]
+    rows = [("name", "on a CPU", "on a GPU"), *((name, _captured(a.cpu), _captured(a.gpu)) for name, a in KNOWN_MODELS.items())]
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     for row in rows:
         print(row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2], sep="  ")
@@ -573,9 +575,9 @@ def _training(args: argparse.Namespace, settings, plan):
 
 def _check_model(args: argparse.Namespace) -> None:
     """Refuse a model that there cannot be, before seconds go into loading what loads it."""
-    from quantdit.models.known_models import ALIASES, locate
+    from quantdit.models.known_models import KNOWN_MODELS, locate
 
-    if args.random_weights and (args.model not in ALIASES or not ALIASES[args.model].hub):
+    if args.random_weights and (args.model not in KNOWN_MODELS or not KNOWN_MODELS[args.model].hub):
         raise ValueError(f"--random-weights needs a known model that is not embedded, got {args.model!r}; see quantdit models")
     locate(args.model)
 
@@ -585,14 +587,14 @@ def _open(args: argparse.Namespace, scratch: Path | None):
     from dataclasses import replace
 
     from quantdit.checkpoints.random_weights import open_scratch, write_random_transformer
-    from quantdit.models.known_models import ALIASES, transformer_config
+    from quantdit.models.known_models import KNOWN_MODELS, transformer_config
     from quantdit.pipelines.pipeline import load_pipeline
 
     _quiet()
     if scratch is None:
         return load_pipeline(args.model, device=args.device, weights=args.weights, memory_budget=args.memory_budget)
     open_scratch(scratch, {"model": args.model, "seed": args.seed})
-    for number, part in enumerate(ALIASES[args.model].transformers):
+    for number, part in enumerate(KNOWN_MODELS[args.model].transformers):
         write_random_transformer(transformer_config(args.model), scratch / part, args.seed + number)
     pipeline, source = load_pipeline(args.model, device=args.device, weights=scratch, memory_budget=args.memory_budget)
     return pipeline, replace(source, random_weights=True)
@@ -600,7 +602,7 @@ def _open(args: argparse.Namespace, scratch: Path | None):
 
 def _settings(args: argparse.Namespace, pipeline: object, prompts: list[str]):
     """Return what is sampled: what the user said, else what suits the model, else the defaults."""
-    from quantdit.models.known_models import ALIASES
+    from quantdit.models.known_models import KNOWN_MODELS
     from quantdit.pipelines.pipeline import BareTransformer
     from quantdit.pipelines.sampling import SIZES, Settings, takes
 
@@ -611,8 +613,8 @@ def _settings(args: argparse.Namespace, pipeline: object, prompts: list[str]):
     if prompts:
         given["prompts"] = tuple(prompts)
     wanted = {}
-    if args.model in ALIASES:
-        known = ALIASES[args.model].cpu if args.device == "cpu" else ALIASES[args.model].gpu
+    if args.model in KNOWN_MODELS:
+        known = KNOWN_MODELS[args.model].cpu if args.device == "cpu" else KNOWN_MODELS[args.model].gpu
         wanted = {"samples": known.prompts, "steps": known.steps, "guidance": known.guidance}
         wanted |= {size: getattr(known, size) for size in SIZES if takes(pipeline, size)}
         wanted |= {"latent": known.latent} if isinstance(pipeline, BareTransformer) else {}

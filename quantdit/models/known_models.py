@@ -11,7 +11,7 @@ from pathlib import Path
 from quantdit.models.adapter import Size
 
 EMBEDDED = Path(__file__).parent / "embedded"
-# <alias>.json: what the published transformer/config.json says of the shapes.
+# <name>.json: what the published transformer/config.json says of the shapes.
 CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -37,7 +37,7 @@ class Capture:
 
 
 @dataclass(frozen=True)
-class Alias:
+class KnownModel:
     """One known model.
 
     Attributes:
@@ -62,8 +62,8 @@ class Alias:
     transformers: tuple[str, ...] = ("transformer",)
 
 
-ALIASES: dict[str, Alias] = {
-    "fashion-dit": Alias(
+KNOWN_MODELS: dict[str, KnownModel] = {
+    "fashion-dit": KnownModel(
         "",
         "PixelDiTPipeline",
         "DiTTransformer2DModel",
@@ -72,7 +72,7 @@ ALIASES: dict[str, Alias] = {
         gpu=Capture(20, 2.0, 32, 28, 28, 1, Size(1, 1, 28, 28)),
         cpu=Capture(20, 2.0, 32, 28, 28, 1, Size(1, 1, 28, 28)),
     ),
-    "emoji-wan": Alias(
+    "emoji-wan": KnownModel(
         "",
         "PixelWanPipeline",
         "WanTransformer3DModel",
@@ -81,7 +81,7 @@ ALIASES: dict[str, Alias] = {
         gpu=Capture(20, 3.0, 32, 32, 32, 16, Size(1, 16, 32, 32, 16)),
         cpu=Capture(20, 3.0, 32, 32, 32, 16, Size(1, 16, 32, 32, 16)),
     ),
-    "wan-1.3b": Alias(
+    "wan-1.3b": KnownModel(
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         "WanPipeline",
         "WanTransformer3DModel",
@@ -90,7 +90,7 @@ ALIASES: dict[str, Alias] = {
         gpu=Capture(50, 5.0, 8, 480, 832, 81, Size(1, 21, 60, 104, 512)),
         cpu=Capture(4, 5.0, 2, 128, 128, 17, Size(1, 5, 16, 16, 512)),
     ),
-    "wan-14b": Alias(
+    "wan-14b": KnownModel(
         "Wan-AI/Wan2.1-T2V-14B-Diffusers",
         "WanPipeline",
         "WanTransformer3DModel",
@@ -99,7 +99,7 @@ ALIASES: dict[str, Alias] = {
         gpu=Capture(50, 5.0, 8, 480, 832, 81, Size(1, 21, 60, 104, 512)),
         cpu=Capture(4, 5.0, 2, 128, 128, 17, Size(1, 5, 16, 16, 512)),
     ),
-    "wan2.2-5b": Alias(
+    "wan2.2-5b": KnownModel(
         "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
         "WanPipeline",
         "WanTransformer3DModel",
@@ -109,7 +109,7 @@ ALIASES: dict[str, Alias] = {
         gpu=Capture(50, 5.0, 8, 704, 1280, 121, Size(1, 31, 44, 80, 512)),
         cpu=Capture(4, 5.0, 2, 256, 256, 17, Size(1, 5, 16, 16, 512)),
     ),
-    "wan2.2-a14b": Alias(
+    "wan2.2-a14b": KnownModel(
         "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
         "WanPipeline",
         "WanTransformer3DModel",
@@ -119,7 +119,7 @@ ALIASES: dict[str, Alias] = {
         cpu=Capture(4, 4.0, 2, 128, 128, 17, Size(1, 5, 16, 16, 512)),
         transformers=("transformer", "transformer_2"),
     ),
-    "flux-dev": Alias(
+    "flux-dev": KnownModel(
         "black-forest-labs/FLUX.1-dev",
         "FluxPipeline",
         "FluxTransformer2DModel",
@@ -128,7 +128,7 @@ ALIASES: dict[str, Alias] = {
         gpu=Capture(28, 3.5, 32, 1024, 1024, 1, Size(1, 1, 128, 128, 512)),
         cpu=Capture(4, 3.5, 2, 256, 256, 1, Size(1, 1, 32, 32, 512)),
     ),
-    "flux-schnell": Alias(
+    "flux-schnell": KnownModel(
         "black-forest-labs/FLUX.1-schnell",
         "FluxPipeline",
         "FluxTransformer2DModel",
@@ -137,7 +137,7 @@ ALIASES: dict[str, Alias] = {
         gpu=Capture(4, 0.0, 64, 1024, 1024, 1, Size(1, 1, 128, 128, 256)),
         cpu=Capture(4, 0.0, 2, 256, 256, 1, Size(1, 1, 32, 32, 256)),
     ),
-    "sd3.5-medium": Alias(
+    "sd3.5-medium": KnownModel(
         "stabilityai/stable-diffusion-3.5-medium",
         "StableDiffusion3Pipeline",
         "SD3Transformer2DModel",
@@ -147,7 +147,7 @@ ALIASES: dict[str, Alias] = {
         gpu=Capture(28, 4.5, 32, 1024, 1024, 1, Size(1, 1, 128, 128, 333)),
         cpu=Capture(4, 4.5, 2, 256, 256, 1, Size(1, 1, 32, 32, 333)),
     ),
-    "pixart-alpha": Alias(
+    "pixart-alpha": KnownModel(
         "PixArt-alpha/PixArt-XL-2-1024-MS",
         "PixArtAlphaPipeline",
         "PixArtTransformer2DModel",
@@ -156,7 +156,7 @@ ALIASES: dict[str, Alias] = {
         gpu=Capture(20, 4.5, 32, 1024, 1024, 1, Size(1, 1, 128, 128, 120)),
         cpu=Capture(4, 4.5, 2, 512, 512, 1, Size(1, 1, 64, 64, 120)),
     ),
-    "pixart-sigma": Alias(
+    "pixart-sigma": KnownModel(
         "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
         "PixArtSigmaPipeline",
         "PixArtTransformer2DModel",
@@ -165,7 +165,7 @@ ALIASES: dict[str, Alias] = {
         gpu=Capture(20, 4.5, 32, 1024, 1024, 1, Size(1, 1, 128, 128, 300)),
         cpu=Capture(4, 4.5, 2, 512, 512, 1, Size(1, 1, 64, 64, 300)),
     ),
-    "dit-xl-2-256": Alias(
+    "dit-xl-2-256": KnownModel(
         "facebook/DiT-XL-2-256",
         "DiTPipeline",
         "DiTTransformer2DModel",
@@ -174,7 +174,7 @@ ALIASES: dict[str, Alias] = {
         gpu=Capture(50, 4.0, 64, 256, 256, 1, Size(1, 1, 32, 32)),
         cpu=Capture(10, 4.0, 4, 256, 256, 1, Size(1, 1, 32, 32)),
     ),
-    "dit-xl-2-512": Alias(
+    "dit-xl-2-512": KnownModel(
         "facebook/DiT-XL-2-512",
         "DiTPipeline",
         "DiTTransformer2DModel",
@@ -183,7 +183,7 @@ ALIASES: dict[str, Alias] = {
         gpu=Capture(50, 4.0, 32, 512, 512, 1, Size(1, 1, 64, 64)),
         cpu=Capture(8, 4.0, 2, 512, 512, 1, Size(1, 1, 64, 64)),
     ),
-    "hunyuanvideo": Alias(
+    "hunyuanvideo": KnownModel(
         "hunyuanvideo-community/HunyuanVideo",
         "HunyuanVideoPipeline",
         "HunyuanVideoTransformer3DModel",
@@ -192,7 +192,7 @@ ALIASES: dict[str, Alias] = {
         gpu=Capture(30, 6.0, 8, 544, 960, 61, Size(1, 16, 68, 120, 256)),
         cpu=Capture(4, 6.0, 2, 128, 128, 17, Size(1, 5, 16, 16, 256)),
     ),
-    "cogvideox-2b": Alias(
+    "cogvideox-2b": KnownModel(
         "THUDM/CogVideoX-2b",
         "CogVideoXPipeline",
         "CogVideoXTransformer3DModel",
@@ -201,7 +201,7 @@ ALIASES: dict[str, Alias] = {
         gpu=Capture(50, 6.0, 8, 480, 720, 49, Size(1, 13, 60, 90, 226)),
         cpu=Capture(4, 6.0, 2, 128, 128, 17, Size(1, 5, 16, 16, 226)),
     ),
-    "cogvideox-5b": Alias(
+    "cogvideox-5b": KnownModel(
         "THUDM/CogVideoX-5b",
         "CogVideoXPipeline",
         "CogVideoXTransformer3DModel",
@@ -210,7 +210,7 @@ ALIASES: dict[str, Alias] = {
         gpu=Capture(50, 6.0, 8, 480, 720, 49, Size(1, 13, 60, 90, 226)),
         cpu=Capture(4, 6.0, 2, 128, 128, 17, Size(1, 5, 16, 16, 226)),
     ),
-    "ltx-video": Alias(
+    "ltx-video": KnownModel(
         "Lightricks/LTX-Video",
         "LTXPipeline",
         "LTXVideoTransformer3DModel",
@@ -220,7 +220,7 @@ ALIASES: dict[str, Alias] = {
         gpu=Capture(50, 3.0, 8, 512, 704, 161, Size(1, 21, 16, 22, 128)),
         cpu=Capture(4, 3.0, 2, 256, 256, 33, Size(1, 5, 8, 8, 128)),
     ),
-    "latte": Alias(
+    "latte": KnownModel(
         "maxin-cn/Latte-1",
         "LattePipeline",
         "LatteTransformer3DModel",
@@ -230,7 +230,7 @@ ALIASES: dict[str, Alias] = {
         # The number of frames is fixed.
         cpu=Capture(4, 7.5, 2, 128, 128, 16, Size(1, 16, 16, 16, 120)),
     ),
-    "sana": Alias(
+    "sana": KnownModel(
         "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
         "SanaPipeline",
         "SanaTransformer2DModel",
@@ -240,7 +240,7 @@ ALIASES: dict[str, Alias] = {
         gpu=Capture(20, 4.5, 32, 1024, 1024, 1, Size(1, 1, 32, 32, 300)),
         cpu=Capture(4, 4.5, 2, 512, 512, 1, Size(1, 1, 16, 16, 300)),
     ),
-    "qwen-image": Alias(
+    "qwen-image": KnownModel(
         "Qwen/Qwen-Image",
         "QwenImagePipeline",
         "QwenImageTransformer2DModel",
@@ -249,7 +249,7 @@ ALIASES: dict[str, Alias] = {
         gpu=Capture(50, 4.0, 16, 1024, 1024, 1, Size(1, 1, 128, 128, 256)),
         cpu=Capture(4, 4.0, 2, 256, 256, 1, Size(1, 1, 32, 32, 64)),
     ),
-    "z-image": Alias(
+    "z-image": KnownModel(
         "Tongyi-MAI/Z-Image",
         "ZImagePipeline",
         "ZImageTransformer2DModel",
@@ -258,7 +258,7 @@ ALIASES: dict[str, Alias] = {
         gpu=Capture(50, 4.0, 32, 1024, 1024, 1, Size(1, 1, 128, 128, 256)),
         cpu=Capture(4, 4.0, 2, 256, 256, 1, Size(1, 1, 32, 32, 64)),
     ),
-    "z-image-turbo": Alias(
+    "z-image-turbo": KnownModel(
         "Tongyi-MAI/Z-Image-Turbo",
         "ZImagePipeline",
         "ZImageTransformer2DModel",
@@ -270,28 +270,28 @@ ALIASES: dict[str, Alias] = {
 }
 
 
-def transformer_config(alias: str) -> dict:
+def transformer_config(name: str) -> dict:
     """Return the config of a known model's transformer (of each, if it has two), with `_class_name`: shapes without weights.
 
     Raises:
-        ValueError: not an alias, or one whose config is not in the package.
+        ValueError: not a name of KNOWN_MODELS, or one whose config is not in the package.
     """
-    if alias not in ALIASES:
-        raise ValueError(f"unknown model {alias!r}; known names: {', '.join(ALIASES)}")
-    path = CONFIGS / f"{alias}.json" if ALIASES[alias].hub else EMBEDDED / alias / "transformer" / "config.json"
+    if name not in KNOWN_MODELS:
+        raise ValueError(f"unknown model {name!r}; known names: {', '.join(KNOWN_MODELS)}")
+    path = CONFIGS / f"{name}.json" if KNOWN_MODELS[name].hub else EMBEDDED / name / "transformer" / "config.json"
     if not path.exists():
-        raise ValueError(f"the shapes of {alias} are not in the package")
+        raise ValueError(f"the shapes of {name} are not in the package")
     return json.loads(path.read_text())
 
 
 def locate(model: str) -> Path | str:
-    """Return the folder of a model, or its hub id: `model` is an alias, a folder, or `owner/name`.
+    """Return the folder of a model, or its hub id: `model` is a name of KNOWN_MODELS, a folder, or `owner/name`.
 
     Raises:
         ValueError: none of these; names the near matches.
     """
-    if model in ALIASES:
-        return ALIASES[model].hub or EMBEDDED / model
+    if model in KNOWN_MODELS:
+        return KNOWN_MODELS[model].hub or EMBEDDED / model
     try:
         path = Path(model).expanduser()
     except RuntimeError as error:
@@ -302,6 +302,6 @@ def locate(model: str) -> Path | str:
         raise ValueError(f"{model} is a file; give the diffusers folder it lies in, or a name that `quantdit models` lists")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith(".") and not path.parent.is_dir():
         return model
-    near = difflib.get_close_matches(model, ALIASES, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known names: {', '.join(ALIASES)}"
+    near = difflib.get_close_matches(model, KNOWN_MODELS, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known names: {', '.join(KNOWN_MODELS)}"
     raise ValueError(f"unknown model {model!r}: no known name, no folder, no hub id (owner/name); {hint}")
