@@ -44,9 +44,9 @@ from quantdit.tensors import transform
 from quantdit.tensors.layer_spec import NARROWER, LayerSpec, as_computed, as_stored, layer_fields
 from quantdit.tensors.qtensor import FIELDS, check_values
 
-SPEC = 4
+FORMAT_VERSION = 4
 # Spec 2 has no config in the header. Up to spec 3 a smoothed layer's premultiplier is float32, an outlier rotation dense.
-READ = (2, 3, SPEC)
+READABLE_VERSIONS = (2, 3, FORMAT_VERSION)
 MAX_TIMESTEP = 1e9
 METHOD = "quantdit"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
@@ -111,7 +111,7 @@ def write_transformer(
         return as_stored(_field(name), value) if name in own else narrowest(value)
 
     described, config = describe(model, recipe, provenance), config_of(model)
-    header = {"spec": SPEC, "recipe": recipe, "provenance": provenance, "layers_sha256": layers_digest(described)}
+    header = {"spec": FORMAT_VERSION, "recipe": recipe, "provenance": provenance, "layers_sha256": layers_digest(described)}
     header["config"] = config
     if scheduler is not None:
         header["scheduler"] = scheduler
@@ -177,7 +177,7 @@ def describe(model: nn.Module, recipe: dict, provenance: dict) -> dict:
     """Return the quantization_config of a transformer with QuantLinear layers, but for the sha256 of its file."""
     return {
         "quant_method": METHOD,
-        "spec": SPEC,
+        "spec": FORMAT_VERSION,
         "recipe": recipe,
         "provenance": provenance,
         "timestep_edges": list(getattr(model, "timestep_edges", ())),
@@ -237,7 +237,7 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32, accept_co
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
         raise CheckpointError(f"{where}: no quantization_config of quantdit; was this folder made by quantdit?")
-    check_spec(quantization, where)
+    check_version(quantization, where)
     paths = weight_files(folder)
     stored = stored_tensors(paths)
     check_plausible(config, len(stored), where)
@@ -261,17 +261,17 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32, accept_co
     return model.requires_grad_(False).eval()
 
 
-def check_spec(quantization: dict, where: Path) -> None:
+def check_version(quantization: dict, where: Path) -> None:
     """Refuse a quantization_config of another version.
 
     Raises:
         CheckpointError: it is older, newer, or none.
     """
     spec = quantization.get("spec")
-    if type(spec) is not int or spec not in READ:
-        older = type(spec) is int and 0 < spec < SPEC
+    if type(spec) is not int or spec not in READABLE_VERSIONS:
+        older = type(spec) is int and 0 < spec < FORMAT_VERSION
         remedy = "calibrate the model again" if older else "upgrade with pip install -U quantdit"
-        raise CheckpointError(f"{where}: checkpoint spec {spec!r}, but this quantdit reads spec {SPEC}; {remedy}")
+        raise CheckpointError(f"{where}: checkpoint spec {spec!r}, but this quantdit reads spec {FORMAT_VERSION}; {remedy}")
 
 
 def prepare(

@@ -156,7 +156,7 @@ class QuantDiTQuantizer(DiffusersQuantizer):
     def validate_environment(self, *args: object, device_map: object = None, **kwargs: object) -> None:
         """Refuse a checkpoint of another spec, and layers that are to be quantized but would go to the disk as they are."""
         if self._stored:
-            checkpoint.check_spec(self.quantization_config.state, WHERE)
+            checkpoint.check_version(self.quantization_config.state, WHERE)
         elif isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError("what is on the disk is not quantized while it loads; calibrate the model first, or leave out disk")
 
@@ -272,7 +272,7 @@ class QuantDiTQuantizer(DiffusersQuantizer):
             provenance = {"quantdit": quantdit.__version__, "calibration": {"samples": 0, "seed": config.seed}}
             provenance["layers"] = self._errors  # what `inspect` shows
             config.state = checkpoint.describe(model, config.recipe.to_dict(), provenance)
-        self.quantization_config.state["spec"] = checkpoint.SPEC  # what it would be saved as
+        self.quantization_config.state["spec"] = checkpoint.FORMAT_VERSION  # what it would be saved as
         # from_single_file leaves it out.
         model.register_to_config(quantization_config=self.quantization_config)
         if not any(hasattr(module, "_hf_hook") for module in model.modules()):  # accelerate has what it offloads elsewhere

@@ -443,7 +443,7 @@ def _as_diffusers_would(transformer: nn.Module, folder: Path) -> nn.Module:
     from quantdit.integrations.diffusers_quantizer import attach
 
     quantization = files.read_json(folder / "config.json")["quantization_config"]
-    return attach(transformer, quantization | {"spec": checkpoint.SPEC})  # what it would be saved as
+    return attach(transformer, quantization | {"spec": checkpoint.FORMAT_VERSION})  # what it would be saved as
 
 
 def sampling_arguments(
