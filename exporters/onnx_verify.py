@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -73,7 +74,7 @@ def recorded_calls(pipeline: object, part: str) -> list[Recorded]:
 
     def after(module: nn.Module, args: tuple, output: object) -> None:
         begun, arguments = started[-1]
-        calls.append(Recorded(arguments, first_tensor(output).clone(), time.perf_counter() - begun))
+        calls.append(Recorded(arguments, _predicted(output).clone(), time.perf_counter() - begun))
 
     handles = [transformer.register_forward_pre_hook(before, with_kwargs=True), transformer.register_forward_hook(after)]
     video = any("frames" in spec.shape for spec in adapter.inputs)
@@ -184,7 +185,13 @@ def _moved(transformer: nn.Module, call: Recorded) -> Tensor:
         return value
 
     with torch.no_grad():
-        return first_tensor(transformer(**{name: moved(name, value) for name, value in call.arguments.items()}))
+        return _predicted(transformer(**{name: moved(name, value) for name, value in call.arguments.items()}))
+
+
+def _predicted(output: object) -> Tensor:
+    tensor = first_tensor(output)
+    assert tensor is not None  # a transformer returns one
+    return tensor
 
 
 def _parts(
@@ -200,9 +207,9 @@ def _parts(
     feeds |= {i.name: onnx_session.as_numpy(arguments[i.name], i.type) for i in opened.get_inputs() if i.name in arguments}
     expected = {**known, opened.get_outputs()[0].name: call.output}
     names = [o.name for o in opened.get_outputs()]
-    outputs = zip(names, opened.run(names, feeds), strict=True)
+    outputs = {name: np.asarray(got) for name, got in zip(names, opened.run(names, feeds), strict=True)}
     cut.unlink()
-    return {name: rel_rmse([(torch.from_numpy(got), expected[name].reshape(got.shape))]) for name, got in outputs}
+    return {name: rel_rmse([(torch.from_numpy(got), expected[name].reshape(got.shape))]) for name, got in outputs.items()}
 
 
 def _layer_values(transformer: nn.Module, call: Recorded) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
