@@ -133,10 +133,11 @@ def _search(options: Mapping[str, tuple[Option, ...]], limit: float, limited: in
     cost = np.full((2, len(names), wide), np.inf)
     for i, name in enumerate(names):
         cost[:, i, : len(options[name])] = np.array([(o.bytes, o.error**2) for o in options[name]]).T
-    hulls = [_hull(*cost[:, i]) for i in range(len(names))]
+    size, error = cost
+    hulls = [_hull(size[i], error[i]) for i in range(len(names))]
     now = np.array([hull[0] for hull in hulls], dtype=int)
     rows = np.arange(len(names))
-    steps = [(_slope(*cost[:, i], a, b), i, b) for i, hull in enumerate(hulls) for a, b in itertools.pairwise(hull)]
+    steps = [(_slope(size[i], error[i], a, b), i, b) for i, hull in enumerate(hulls) for a, b in itertools.pairwise(hull)]
     steps.sort(key=lambda step: -step[0])  # stable, and slopes fall along a hull: a layer's steps stay in order
     best, found = (np.inf, np.inf), now
     change = cost - cost[:, rows, now][:, :, None]

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,11 +36,16 @@ class Measured(Protocol):
 
     Attributes:
         error: rel_rmse of their outputs on held-out rows, all of them together.
+        activation_error: the part of it that the inputs' quantization alone makes.
         noise: mean over those rows of the activations' squared quantization error, in parts of the row's square.
     """
 
-    error: float
-    noise: float
+    @property
+    def error(self) -> float: ...
+    @property
+    def activation_error(self) -> float: ...
+    @property
+    def noise(self) -> float: ...
 
 
 T = TypeVar("T", bound=Measured)
@@ -64,7 +69,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Choice(Generic[T]):
+class RotationChoice(Generic[T]):
     """The candidate chosen, its transform, what quantizing with it gave, and what the report says of the choice."""
 
     candidate: Candidate
@@ -82,7 +87,7 @@ def choose(
     attempt: Callable[[Transform], T],
     activation_error: Callable[[Transform], float],
     seed: int,
-) -> Choice[T]:
+) -> RotationChoice[T]:
     """Return the smoothing and rotation of layers that share an input.
 
     Args:
@@ -92,7 +97,7 @@ def choose(
         fitted: `[r, k]` rows of it that outlier rotations are fitted to.
         activation: how inputs are quantized.
         attempt: quantizes the layers with a transform.
-        activation_error: the part of `Measured.error` that the inputs' quantization alone makes with a transform; cheap.
+        activation_error: `Measured.activation_error` with a transform; cheap.
         seed: of signs and greedy rotations.
 
     Raises:
@@ -100,11 +105,11 @@ def choose(
     """
     first, *others = candidates(rule, weight, stats, fitted, lambda t: attempt(t).error, seed)
     t = first.build()
-    best = Choice(first, t, attempt(t), {})
+    best = RotationChoice(first, t, attempt(t), {})
     measured = [(first, best.made.error)]
     if others and not is_tame(best.made.noise, activation, weight.shape[1]):
         # A candidate can mend the part of the error that the inputs make.
-        rest = max(0.0, best.made.error**2 - activation_error(t) ** 2)
+        rest = max(0.0, best.made.error**2 - best.made.activation_error**2)
         built = [(candidate, candidate.build()) for candidate in others]
         bounds = [math.hypot(rest**0.5, activation_error(t)) for _, t in built]
         for number in sorted(range(len(built)), key=bounds.__getitem__):
@@ -114,10 +119,10 @@ def choose(
             made = attempt(t)
             measured.append((candidate, made.error))
             if made.error < GAIN * best.made.error or not math.isfinite(best.made.error):
-                best = Choice(candidate, t, made, {})
+                best = RotationChoice(candidate, t, made, {})
     if not math.isfinite(best.made.error):
         raise ValueError(f"no smoothing and rotation gives a finite output error, tried {len(measured)}; the layer is broken")
-    return Choice(best.candidate, best.transform, best.made, _report(rule, best, measured))
+    return replace(best, report=_report(rule, best, measured))
 
 
 def candidates(
@@ -161,7 +166,7 @@ def _gaussian_noise(activation: ActivationSpec, width: int) -> float:
     return relative_noise(quantized_inputs(x, replace(activation.between, buckets=0), None, x.new_zeros(len(x))), x)
 
 
-def _report(rule: Rule, best: Choice, measured: list[tuple[Candidate, float]]) -> dict:
+def _report(rule: Rule, best: RotationChoice, measured: list[tuple[Candidate, float]]) -> dict:
     """Return what the report says: what was asked and chosen, and the errors of what was compared with it, one thing varied."""
     taken, compared = best.candidate, len(measured) > 1
     rotations = {c.rotation: error for c, error in measured if c.alpha == taken.alpha and compared}
@@ -172,5 +177,5 @@ def _report(rule: Rule, best: Choice, measured: list[tuple[Candidate, float]]) -
     return report
 
 
-def _six(errors: Mapping[object, float]) -> dict[str, float]:
+def _six(errors: Mapping[Any, float]) -> dict[str, float]:
     return {str(name): float(f"{error:.6g}") for name, error in errors.items()}

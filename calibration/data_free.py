@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantdit.calibration import rotate, smooth
 from quantdit.calibration.layer import Quantized, histogram
-from quantdit.calibration.quantize import quantize_weight
+from quantdit.calibration.quantize import quantize_as_planned
 from quantdit.recipes.rules import LayerPlan
 from quantdit.system.threads import one_thread
 from quantdit.tensors import transform
@@ -43,7 +43,7 @@ def quantize_without_data(
     t = rotate.build(rotation, torch.zeros(0, width, dtype=torch.float32), seed, factor)
     W = transform.apply_to_weight(t, weight.detach().float())
     known = torch.ones(width, dtype=torch.float32).diag()
-    q = quantize_weight(W, known, rule.weight, plan.group_size, rule.method, rule.table, seed, table_rows=rule.table_rows)
+    q = quantize_as_planned(W, known, plan, seed)
     activation = rule.activation(plan.activation_group_size, buckets)
     spec = LayerSpec(q.spec, activation, t.kind, t.rotation_block, t.smoothed, steps=t.steps)
     tensors = q.tensors() | transform.tensors(t)

@@ -222,7 +222,7 @@ def fp8_grid(weight: Tensor, importance: Tensor, group_size: int, format: str, t
 def table_grid(weight: Tensor, importance: Tensor, group_size: int, format: str, table: str, rows: str = "layer") -> Grid:
     """Level tables, fitted to rows divided by their RMS, one for the whole weight (`rows="layer"`) or one a row (`channel`)."""
     f = FORMATS[format]
-    element = f.fields(f, QSpec(format, *weight.shape, weight.shape[1]))["codebook"].dtype
+    element = f.fields(f, QSpec(format, len(weight), weight.shape[1], weight.shape[1]))["codebook"].dtype
     rms = _not_zero(weight.double().square().mean(dim=1).sqrt().float())  # float32 does not hold the squares of 1e20
     normal = weight / rms[:, None]
     if rows == "layer":

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from quantdit.calibration.activations import quantized_inputs, relative_noise, static_scales
-from quantdit.calibration.choice import choose
+from quantdit.calibration.choice import RotationChoice, choose
+from quantdit.calibration.errors import output_error
 from quantdit.calibration.lowrank import LowRank, low_rank
-from quantdit.calibration.quantize import energy, quantize_weight
+from quantdit.calibration.quantize import quantize_as_planned
 from quantdit.calibration.stats import Stats
 from quantdit.recipes.rules import LayerPlan
 from quantdit.system import files
@@ -46,15 +48,80 @@ class _Coded:
 
 @dataclass(frozen=True)
 class _Attempt:
-    """The linears quantized behind one transform; `error` and `noise` as `choice.Measured` has them.
+    """The linears quantized behind one transform; `error`, `activation_error` and `noise` as `choice.Measured` has them.
 
     `gram` `[in, in]` is that of the transformed inputs.
     """
 
     error: float
+    activation_error: float
     noise: float
     gram: Tensor
     coded: dict[str, _Coded]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Linears that share an input, and how they are quantized.
+
+    Attributes:
+        weights: `[out, in]` float32 by name.
+        whole: all of them, one below the other, `[sum of out, in]`.
+        stats: what calibration saw at the input.
+        plan: of each of them.
+        seed: of random signs, greedy rotations and k-means.
+        centred: whether biases take up the mean of the outputs' errors.
+        activation: how inputs are quantized.
+        gram: `[in, in]` of the inputs, centred or not.
+    """
+
+    weights: dict[str, Tensor]
+    whole: Tensor
+    stats: Stats
+    plan: LayerPlan
+    seed: int
+    centred: bool
+    activation: ActivationSpec
+    gram: Tensor
+
+    @cached_property
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Return the rows `[r, in]` that errors are measured on, and their buckets: rotations are fitted to the others."""
+        return self.stats.rows[1::2], self.stats.row_buckets[1::2]
+
+    @cached_property
+    def norm(self) -> Tensor:
+        """Return the norm of the outputs of the held rows."""
+        return (self.held[0] @ self.whole.T).norm().clamp_min(1e-30)
+
+    def attempt(self, t: Transform) -> _Attempt:
+        """Quantize the linears behind a transform, and measure the error on the held rows."""
+        G = transform.gram(t, self.gram)
+        coded = {n: _coded(transform.apply_to_weight(t, w), G, self.plan, self.seed) for n, w in self.weights.items()}
+        delta = torch.cat([made.delta for made in coded.values()])
+        x, tokens, difference = self._seen(t)
+        activation_error = float(difference.norm() / self.norm)
+        difference = difference + tokens @ delta.T
+        if self.centred:
+            difference = difference - delta @ transform.apply(t, self.stats.mean)
+        return _Attempt(float(difference.norm() / self.norm), activation_error, relative_noise(tokens, x), G, coded)
+
+    def activation_error(self, t: Transform) -> float:
+        """Return `_Attempt.activation_error` without quantizing weights."""
+        return float(self._seen(t)[2].norm() / self.norm)
+
+    def _seen(self, t: Transform) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the transformed held rows, what quantization makes of them, and the difference that makes to the outputs."""
+        held, buckets = self.held
+        x = transform.apply(t, held)
+        tokens = quantized_inputs(x, self.activation, static_scales(x, buckets, self.activation), buckets)
+        return x, tokens, (tokens - x) @ transform.apply_to_weight(t, self.whole).T
+
+    def noise(self, rows: Tensor, scales: Tensor | None) -> float:
+        """Return the `noise` of `lowrank.low_rank` for transformed rows `[r, in]`."""
+        seen = quantized_inputs(rows, self.activation, scales, self.stats.row_buckets)
+        squared = float((seen - rows).square().sum(dtype=torch.float64))
+        return squared * self.stats.count / max(1, len(rows)) / rows.shape[1]
 
 
 def quantize_layer(weight: Tensor, bias: Tensor | None, stats: Stats, plan: LayerPlan, seed: int) -> Quantized:
@@ -83,92 +150,46 @@ def quantize_layers(
     weights = {name: weight.detach().float() for name, (weight, _) in linears.items()}
     whole = torch.cat(list(weights.values())) if len(weights) > 1 else next(iter(weights.values()))
     centred = rule.bias_correction and all(bias is not None for _, bias in linears.values())
-    gram = stats.centred_gram if centred else stats.gram
     activation = rule.activation(plan.activation_group_size, stats.absmax.shape[0])
-
-    # Rotations are fitted to every other sampled row and compared on the rest.
-    fitted, held, held_buckets = stats.rows[::2], stats.rows[1::2], stats.row_buckets[1::2]
-    wanted = held @ whole.T
-    norm = wanted.norm().clamp_min(1e-30)
-
-    def seen(t: Transform) -> tuple[Tensor, Tensor]:
-        x = transform.apply(t, held)
-        return x, quantized_inputs(x, activation, static_scales(x, held_buckets, activation), held_buckets)
-
-    def attempt(t: Transform) -> _Attempt:
-        G = transform.gram(t, gram)
-        coded = {name: _coded(transform.apply_to_weight(t, weight), G, plan, seed) for name, weight in weights.items()}
-        delta = torch.cat([made.delta for made in coded.values()])
-        x, tokens = seen(t)
-        difference = (tokens - x) @ transform.apply_to_weight(t, whole).T + tokens @ delta.T
-        if centred:
-            difference = difference - delta @ transform.apply(t, stats.mean)
-        return _Attempt(float(difference.norm() / norm), relative_noise(tokens, x), G, coded)
-
-    def activation_error(t: Transform) -> float:
-        x, tokens = seen(t)
-        return float(((tokens - x) @ transform.apply_to_weight(t, whole).T).norm() / norm)
-
-    choice = choose(rule, whole, stats, fitted, activation, attempt, activation_error, seed)
-    t, G = choice.transform, choice.made.gram
-    rows = transform.apply(t, stats.rows)
+    group = _Group(weights, whole, stats, plan, seed, centred, activation, stats.centred_gram if centred else stats.gram)
+    choice = choose(rule, whole, stats, stats.rows[::2], activation, group.attempt, group.activation_error, seed)
+    rows = transform.apply(choice.transform, stats.rows)
     scales = static_scales(rows, stats.row_buckets, activation)
-    noise = _noise(rows, scales, stats, activation) if rule.low_rank else 0.0
+    noise = group.noise(rows, scales) if rule.low_rank else 0.0
     found = {}
-    for name, (weight, bias) in linears.items():
+    for name, (_, bias) in linears.items():
         made = choice.made.coded[name]
         if rule.low_rank:
-            made = _with_branch(made, G, plan, noise, seed)
-        found[name] = _quantized(weight, bias, made, t, G, scales, stats, plan, choice.report)
+            made = _with_branch(made, choice.made.gram, plan, noise, seed)
+        found[name] = _quantized(group, name, bias, made, choice, scales)
     return found
 
 
 def _coded(W: Tensor, G: Tensor, plan: LayerPlan, seed: int, branch: LowRank | None = None) -> _Coded:
     """Quantize a weight in the transformed space, or what a branch leaves of it."""
     rest = W if branch is None else W - branch.product
-    q = _quantize(rest, G, plan, seed)
+    q = quantize_as_planned(rest, G, plan, seed)
     return _Coded(W, q, branch, q.dequantize().sub_(rest))
-
-
-def _quantize(W: Tensor, G: Tensor, plan: LayerPlan, seed: int) -> QTensor:
-    rule = plan.rule
-    options = {"act_order": rule.act_order, "descent": rule.cd_passes, "table_rows": rule.table_rows}
-    return quantize_weight(W, G, rule.weight, plan.group_size, rule.method, rule.table, seed, **options)
 
 
 def _with_branch(made: _Coded, G: Tensor, plan: LayerPlan, noise: float, seed: int) -> _Coded:
     """Return the weight with a low-rank branch beside it; as it was, if none helps."""
     W, rank = made.weight, min(plan.rule.low_rank, *made.weight.shape)
-    branch = low_rank(W, G, rank, lambda w: _quantize(w, G, plan, seed).dequantize(), noise, seed=seed)
+    branch = low_rank(W, G, rank, lambda w: quantize_as_planned(w, G, plan, seed).dequantize(), noise, seed=seed)
     return made if branch is None else _coded(W, G, plan, seed, branch)
 
 
-def _noise(rows: Tensor, scales: Tensor | None, stats: Stats, activation: ActivationSpec) -> float:
-    """Return the `noise` of `lowrank.low_rank` for transformed rows `[r, k]`."""
-    noise = (quantized_inputs(rows, activation, scales, stats.row_buckets) - rows).square().sum(dtype=torch.float64)
-    return float(noise) * stats.count / max(1, len(rows)) / rows.shape[1]
-
-
 def _quantized(
-    weight: Tensor,
-    bias: Tensor | None,
-    made: _Coded,
-    t: Transform,
-    G: Tensor,
-    scales: Tensor | None,
-    stats: Stats,
-    plan: LayerPlan,
-    choices: dict,
+    group: _Group, name: str, bias: Tensor | None, made: _Coded, choice: RotationChoice[_Attempt], scales: Tensor | None
 ) -> Quantized:
-    """Return the layer to be stored."""
-    rule, q, branch = plan.rule, made.q, made.branch
-    activation = rule.activation(plan.activation_group_size, stats.absmax.shape[0])
+    """Return the layer to be stored; `scales` `[buckets]` of static activations."""
+    rule, stats, t, q, branch = group.plan.rule, group.stats, choice.transform, made.q, made.branch
     shared = transform.tensors(t) | ({} if scales is None else {"static_scale": scales})
     tensors = q.tensors() | {key: tensor.clone() for key, tensor in shared.items()}  # a file takes a tensor once
     if branch is not None:
         tensors |= {"up": branch.up, "down": branch.down}
     rank = branch.up.shape[1] if branch is not None else 0
-    spec = LayerSpec(q.spec, activation, t.kind, t.rotation_block, t.smoothed, rank, t.steps)
+    spec = LayerSpec(q.spec, group.activation, t.kind, t.rotation_block, t.smoothed, rank, t.steps)
     mended = bias
     if bias is not None and rule.bias_correction:
         mended = as_stored((bias.detach().float() - made.delta @ transform.apply(t, stats.mean)), bias)
@@ -176,13 +197,13 @@ def _quantized(
         "spec": spec.to_dict(),
         "method": rule.method,
         "rms": stats.rms,
-        "weight_only_rel_rmse": relative_error(made.delta, G, weight.detach().float(), stats.gram),
-        **choices,
+        "weight_only_rel_rmse": output_error(made.delta, group.weights[name], stats.gram, choice.made.gram),
+        **choice.report,
         "low_rank": _describe(branch),
         "activation_absmax": [round(float(v), 5) for v in stats.absmax.amax(dim=1)],
         "weight_histogram": histogram(made.weight if branch is None else made.weight - branch.product, q.scale),
     }
-    return Quantized(spec, {name: tensor.contiguous() for name, tensor in tensors.items()}, mended, report)
+    return Quantized(spec, {key: tensor.contiguous() for key, tensor in tensors.items()}, mended, report)
 
 
 def as_stored(value: Tensor, like: Tensor) -> Tensor:
@@ -191,12 +212,6 @@ def as_stored(value: Tensor, like: Tensor) -> Tensor:
     A bias that was stored in 16 bits stays a bias that can be: the checkpoint writes floats as narrow as is lossless.
     """
     return value.to(files.narrowest(like).dtype).to(like.dtype)
-
-
-def relative_error(delta: Tensor, gram: Tensor, weight: Tensor, whole_gram: Tensor) -> float:
-    """Return rel_rmse of the output: of `delta` under `gram`, which may be centred and rotated, relative to all of `weight`'s."""
-    power = energy(weight, whole_gram)
-    return (energy(delta, gram) / power) ** 0.5 if power > 0 else 0.0
 
 
 def _describe(branch: LowRank | None) -> dict | None:

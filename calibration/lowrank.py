@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantdit.calibration.quantize import energy
+from quantdit.calibration.errors import energy, relative
 
 OVERSAMPLING = 16
 POWER_STEPS = 16
@@ -122,7 +122,7 @@ def low_rank(
 
     def error(product: Tensor, rest: Tensor) -> float:
         squared = energy(product + rest - W, G) + noise * float(rest.square().sum(dtype=torch.float64))
-        return (squared / power) ** 0.5 if power > 0 else 0.0
+        return relative(squared, power)
 
     whole = quantize(W)
     without = error(torch.zeros_like(W), whole)

@@ -1,8 +1,8 @@
-"""From a weight and the Gram matrix of its inputs to a `QTensor`: the one door to every method and format."""
+"""From a weight and the Gram matrix of its inputs to a `QTensor`: the one entry point to every method and format."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,10 +12,36 @@ from quantdit.calibration.gptq import descend, gptq, rtn
 from quantdit.calibration.grids import GRIDS
 from quantdit.calibration.kmeans import assign, kmeans
 from quantdit.formats import FORMATS, QSpec
+from quantdit.recipes.rules import LayerPlan
 from quantdit.tensors.qtensor import QTensor
 
-ENERGY_BLOCK = 1024
 CODEBOOK_ROUNDS = 2  # of error feedback and a codebook fitted to its codes
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """What the methods of `quantize_weight` leave open.
+
+    Attributes:
+        table: how level tables are chosen, a name of grids.TABLES.
+        table_rows: `layer` (one table) or `channel` (one per output channel).
+        act_order: of gptq, see there.
+        cd_passes: passes of coordinate descent after gptq.
+        seed: of the k-means start.
+    """
+
+    table: str = "lloyd-max"
+    table_rows: str = "layer"
+    act_order: bool = False
+    cd_passes: int = 0
+    seed: int = 0
+
+
+def quantize_as_planned(weight: Tensor, gram: Tensor, plan: LayerPlan, seed: int) -> QTensor:
+    """Return weight `[out, in]` as its plan says; see `quantize_weight`."""
+    rule = plan.rule
+    options = WeightOptions(rule.table, rule.table_rows, rule.act_order, rule.cd_passes, seed)
+    return quantize_weight(weight, gram, rule.weight, plan.group_size, rule.method, options)
 
 
 def quantize_weight(
@@ -24,11 +50,7 @@ def quantize_weight(
     format: str,
     group_size: int,
     method: str = "gptq",
-    table: str = "lloyd-max",
-    seed: int = 0,
-    act_order: bool = False,
-    descent: int = 0,
-    table_rows: str = "layer",
+    options: WeightOptions = WeightOptions(),
 ) -> QTensor:
     """Return weight `[out, in]` as a QTensor.
 
@@ -39,11 +61,7 @@ def quantize_weight(
         group_size: for grouped formats; divides `in`.
         method: `gptq` (error feedback), `rtn` (round to nearest, or to the nearest codeword) or `hqq` (the same with HQQ's zero
             points).
-        table: how level tables are chosen, a name of grids.TABLES.
-        seed: of the k-means start.
-        act_order: of gptq, see there.
-        descent: passes of coordinate descent after gptq.
-        table_rows: `layer` (one table) or `channel` (one per output channel).
+        options: of the method.
 
     Raises:
         ValueError: the weight has NaN or infinite entries.
@@ -55,32 +73,32 @@ def quantize_weight(
     importance = gram.diagonal().float()
     importance = (importance / importance.mean().clamp_min(1e-30)).clamp_min(1e-6)
     if f.dim > 1:
-        return _quantize_vectors(weight, importance, gram, format, method, seed, act_order, descent)
-    extra = {"fit": "hqq"} if method == "hqq" else {"rows": table_rows} if format.startswith("table") else {}
-    grid = GRIDS[format](weight, importance, group_size, format, table, **extra)
+        return _quantize_vectors(weight, importance, gram, format, method, options)
+    extra = {"fit": "hqq"} if method == "hqq" else {"rows": options.table_rows} if format.startswith("table") else {}
+    grid = GRIDS[format](weight, importance, group_size, format, options.table, **extra)
     W = weight / grid.scale[:, None]
     if method == "gptq":
-        codes, groups = gptq(W, gram, grid, group_size, act_order=act_order)
-        codes = descend(codes, W, gram, grid, groups, group_size, descent) if descent else codes
+        codes, groups = gptq(W, gram, grid, group_size, act_order=options.act_order)
+        codes = descend(codes, W, gram, grid, groups, group_size, options.cd_passes) if options.cd_passes else codes
     else:
         codes, groups = rtn(W, importance, grid, group_size)
-    spec = QSpec(format, *weight.shape, group_size, grid.codebook_rows)
+    spec = QSpec(format, len(weight), weight.shape[1], group_size, grid.codebook_rows)
     q = QTensor(spec, f.pack(f, codes), _zero_rows(grid.scale, weight), **grid.fields(groups))
     q = _refine_scale(q, weight, gram) if method == "gptq" else q
     return replace(q, scale=gptvq.in_16_bits(q.scale)) if f.window else q
 
 
 def _quantize_vectors(
-    weight: Tensor, importance: Tensor, gram: Tensor, format: str, method: str, seed: int, act_order: bool, descent: int
+    weight: Tensor, importance: Tensor, gram: Tensor, format: str, method: str, options: WeightOptions
 ) -> QTensor:
-    f = FORMATS[format]
+    f, act_order = FORMATS[format], options.act_order
     out, width = weight.shape
     rms = weight.square().mean(dim=1).sqrt()
     rms = torch.where(rms > 0, rms, torch.ones_like(rms))
     W = weight / rms[:, None]
     weights = importance.reshape(-1, f.dim).repeat(out, 1)
     groups, split = W.reshape(-1, f.dim), f.sign_split
-    codebook = kmeans(groups.abs() if split else groups, weights, f.codewords, seed)
+    codebook = kmeans(groups.abs() if split else groups, weights, f.codewords, options.seed)
     if method == "gptq":
         for _ in range(CODEBOOK_ROUNDS):
             codes = gptvq.feedback(W, gram, codebook, act_order=act_order, sign_split=split)
@@ -89,7 +107,7 @@ def _quantize_vectors(
     W = W / unit
     if method == "gptq":
         codes = gptvq.feedback(W, gram, entries, act_order=act_order, sign_split=split)
-        codes = gptvq.descend(codes, W, gram, entries, descent, split) if descent else codes
+        codes = gptvq.descend(codes, W, gram, entries, options.cd_passes, split) if options.cd_passes else codes
     else:
         groups = W.reshape(-1, f.dim)
         codes = assign(groups.abs() if split else groups, weights, entries)
@@ -116,27 +134,3 @@ def _refine_scale(q: QTensor, weight: Tensor, gram: Tensor) -> QTensor:
     best = (projected * weight).sum(dim=1) / power.clamp_min(1e-30)
     scale = torch.where((power > 0) & (best > 0), best, q.scale)
     return replace(q, scale=scale)
-
-
-def energy(weight: Tensor, gram: Tensor) -> float:
-    """Return `tr(W G W^T)`, not negative: the squared norm of the outputs of weight W `[out, in]`.
-
-    G `[in, in]`, the Gram matrix of the inputs, is symmetric, so blocks of columns p, q < p count twice and half of the product
-    is enough. It is computed in the weight's dtype and summed in float64.
-    """
-    gram, total = gram.to(weight.dtype), 0.0
-    for start in range(0, len(gram), ENERGY_BLOCK):
-        part = slice(start, start + ENERGY_BLOCK)
-        projected = weight[:, part] @ gram[part, part]
-        projected.addmm_(weight[:, :start], gram[:start, part], alpha=2)
-        total += float(projected.mul_(weight[:, part]).sum(dtype=torch.float64))
-    return max(0.0, total)  # rounding can leave a tiny negative one of a layer that is reproduced exactly
-
-
-def output_error(delta: Tensor, weight: Tensor, gram: Tensor) -> float:
-    """Return rel_rmse of the layer's output, `sqrt(tr(D G D^T) / tr(W G W^T))`.
-
-    D is the weight error `[out, in]`, W the weight, G the Gram matrix `[in, in]` of the inputs.
-    """
-    power = energy(weight, gram)
-    return (energy(delta, gram) / power) ** 0.5 if power > 0 else 0.0

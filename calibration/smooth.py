@@ -24,7 +24,7 @@ REACH = 1e3  # a factor is at most this much above or below their geometric mean
 
 
 @dataclass(frozen=True)
-class Choice:
+class SmoothingChoice:
     """The strength chosen, None for no smoothing; its factor `[k]` or None; its transform; the error of each strength."""
 
     alpha: float | None
@@ -47,11 +47,14 @@ def salience(absmax: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: NaN or infinite entries.
     """
+    from scipy.stats import rankdata
+
     _check_finite(absmax, "activation magnitudes")
     seen = absmax[absmax.amax(dim=1) > 0].float()
     if len(seen) == 0:
         return absmax.new_zeros(absmax.shape[1], dtype=torch.float32)
-    ranks = _ranks(torch.cat([seen, weight.abs().amax(dim=0, keepdim=True).float()])).double()
+    magnitudes = torch.cat([seen, weight.abs().amax(dim=0, keepdim=True).float()])
+    ranks = torch.from_numpy(rankdata(magnitudes.numpy(force=True), axis=1)).to(seen.device)  # ties share their mean, float64
     ranks = ranks - ranks.mean(dim=1, keepdim=True)
     unit = ranks / ranks.norm(dim=1, keepdim=True).clamp_min(1e-30)  # no correlation with what is constant
     eta = torch.softmax(-(unit[:-1] @ unit[-1]), dim=0).float()
@@ -125,7 +128,7 @@ def choose(
     error: Callable[[Transform], float],
     base: Transform | None = None,
     alphas: tuple[float, ...] = ALPHAS,
-) -> Choice:
+) -> SmoothingChoice:
     """Return the smoothing of least output error; no smoothing is always among the candidates and wins ties.
 
     Args:
@@ -146,17 +149,7 @@ def choose(
     if not finite:
         raise ValueError(f"no strength of smoothing gives a finite output error: {errors}")
     best = min(finite, key=finite.__getitem__)
-    return Choice(best, factors[best], transforms[best], errors)
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Return each row's ranks `[rows, k]`; equal values share the mean of their ranks."""
-    ranks = []
-    for row in values:
-        _, group, count = row.unique(return_inverse=True, return_counts=True)
-        last = count.cumsum(0).double()
-        ranks.append((last - (count - 1) / 2)[group])
-    return torch.stack(ranks)
+    return SmoothingChoice(best, factors[best], transforms[best], errors)
 
 
 def _check_finite(values: Tensor, what: str) -> None:

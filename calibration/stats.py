@@ -122,15 +122,3 @@ def spread(count: int, start: int, limit: int = SAMPLED_ROWS) -> Tensor:
         return torch.arange(count)
     part = torch.arange(limit, dtype=torch.float64)
     return ((part + (part + start) * GOLDEN % 1) * count / limit).long().unique()
-
-
-def merge(a: Stats, b: Stats) -> Stats:
-    """Return the Stats of the rows of both."""
-    return Stats(
-        a.count + b.count,
-        a.total + b.total,
-        a.gram + b.gram,
-        torch.maximum(a.absmax, b.absmax),
-        torch.cat([a.rows, b.rows]),
-        torch.cat([a.row_buckets, b.row_buckets]),
-    )

@@ -7,7 +7,7 @@ from exponential (0) towards uniform. All are searched per row and per side and 
 the unit of the weights does not matter. There is no level at zero. As levels are stored in a table, a weight takes the nearest
 of them; the paper rounds log2|w| instead, which is never nearer.
 
-Tables are fitted to histograms, see levels.py.
+Tables are fitted to histograms, see lloyd_max.py.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from typing import Any
 
 import onnx_ir as ir
 
@@ -17,10 +18,12 @@ def translations(layer: str) -> dict:
     """Return the translation table of the tracer: our opaque layer, and two operators that it translates badly."""
     import onnx
     import torch
-    from onnxscript import opset23 as op
-    from onnxscript import values
+    from onnxscript import opset23, values
     from onnxscript.function_libs.torch_lib.ops.core import aten_slice_scatter
 
+    # The stubs of both have no constants, numbers or values of a trace as inputs.
+    op: Any = opset23
+    scatter: Any = aten_slice_scatter
     kind = onnx.defs.OpSchema
     schema = kind(
         layer,
@@ -48,7 +51,7 @@ def translations(layer: str) -> dict:
             dim in (-1, len(x.shape) - 1) and step == 2 and first in (0, 1) and isinstance(width, int) and width % 2 == 0
         )
         if not every_second or (end is not None and end < width):
-            return aten_slice_scatter(x, src, dim=dim, start=start, end=end, step=step)
+            return scatter(x, src, dim=dim, start=start, end=end, step=step)
         new = op.Unsqueeze(src, op.Constant(value_ints=[-1]))
         reshaped = x.producer()
         paired = reshaped.inputs[0].producer() if reshaped is not None and reshaped.op_type == "Reshape" else None
@@ -105,8 +108,8 @@ def expand_masks(graph: ir.Graph) -> None:
 def name_dimensions(graph: ir.Graph, names: dict[str, dict[int, str]]) -> None:
     """Give the dimensions of inputs that vary the names they go by, and forget the tracer's in between."""
     for value in graph.inputs:
-        known = names.get(value.name, {})
-        value.shape = ir.Shape([d if isinstance(d, int) else known[i] for i, d in enumerate(value.shape)])
+        known = names.get(value.name or "", {})
+        value.shape = ir.Shape([d if isinstance(d, int) else known[i] for i, d in enumerate(value.shape or ())])
     for value in (*graph.outputs, *(output for node in graph for output in node.outputs)):
         if value.shape is not None:
             value.shape = ir.Shape([d if isinstance(d, int) else None for d in value.shape])
@@ -139,7 +142,7 @@ def name_nodes(graph: ir.Graph, known: Container[str]) -> None:
             output.metadata_props.clear()
     for number, name in enumerate(computed):
         value = graph.initializers[name]
-        user = value.uses()[0].node.name if value.uses() else "unused"
+        user = next((use.node.name for use in value.uses()), "unused")
         value.name = f"{user}.constant{number}"
 
 
@@ -198,25 +201,21 @@ def narrow_weights(graph: ir.Graph) -> None:
     first = next(iter(graph))
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
-        if isinstance(tensor, ir.LazyTensor) or value.dtype != ir.DataType.FLOAT or tensor.size < NARROW_FROM:
+        if tensor is None or isinstance(tensor, ir.LazyTensor) or value.dtype != ir.DataType.FLOAT or tensor.size < NARROW_FROM:
             continue
-        array = tensor.numpy()
+        array, shape = tensor.numpy(), ir.Shape(tensor.shape)
         for dtype, kind in ((np.float16, ir.DataType.FLOAT16), (ml_dtypes.bfloat16, ir.DataType.BFLOAT16)):
             with np.errstate(over="ignore"):
-                narrow = array.astype(dtype)
+                narrow: Any = array.astype(dtype)
             if not np.array_equal(narrow.astype(np.float32), array):
                 continue
-            stored = ir.Tensor(narrow, dtype=kind, name=name)
-            cast = ir.node(
-                "Cast",
-                [ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(kind), const_value=stored)],
-                {"to": int(ir.DataType.FLOAT)},
-                name=f"{name}/Cast",
-            )
+            held = ir.Tensor(narrow, dtype=kind, name=name)
+            stored = ir.Value(name=name, shape=shape, type=ir.TensorType(kind), const_value=held)
+            cast = ir.node("Cast", [stored], {"to": int(ir.DataType.FLOAT)}, name=f"{name}/Cast")
             cast.outputs[0].name = f"{name}/Cast"
-            cast.outputs[0].shape, cast.outputs[0].type = tensor.shape, ir.TensorType(ir.DataType.FLOAT)
+            cast.outputs[0].shape, cast.outputs[0].type = shape, ir.TensorType(ir.DataType.FLOAT)
             graph.insert_before(first, cast)
             ir.convenience.replace_all_uses_with([value], [cast.outputs[0]])
             graph.initializers.pop(name)
-            graph.register_initializer(cast.inputs[0])
+            graph.register_initializer(stored)
             break

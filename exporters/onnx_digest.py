@@ -70,7 +70,7 @@ def check(path: Path) -> dict:
         raise CheckpointError(f"{path} has no digest, as earlier versions of quantdit exported it; export it again")
     stated = content.get(DIGEST) if isinstance(content, dict) else None
     blank = raw.replace(_entry(stated), _entry(BLANK)) if isinstance(stated, str) and stated.isascii() else raw
-    if hashlib.sha256(blank).hexdigest() != stated:
+    if not isinstance(content, dict) or hashlib.sha256(blank).hexdigest() != stated:
         raise CheckpointError(f"{path} is not what quantdit export wrote: it was damaged or changed; copy it or export it again")
     stated = content.get(DATA)
     if not isinstance(stated, dict) or stated.keys() != external:

@@ -60,6 +60,7 @@ def emit_layer(shared: Translation, name: str, layer: QuantLinear, x: ir.Value) 
     nodes = Nodes(name, shared.initializers, shared.calls[name])
     shared.calls[name] += 1
     spec = layer.layer_spec
+    assert x.shape is not None  # the tracer knows the rank of every value
     rank = len(x.shape)
     key = (id(x), _tokens_digest(layer))
     tokens = shared.prepared.get((*key, "transformed")) or (_transformed(nodes, layer, x, rank), None)
@@ -85,8 +86,8 @@ def emit_layer(shared: Translation, name: str, layer: QuantLinear, x: ir.Value) 
     if layer.bias is not None:
         y = nodes.op("Add", [y, _narrow(nodes, "bias", layer.bias)])
     if spec.rank:
-        thin = nodes.op("MatMul", [moved, _narrow(nodes, "down", layer.down.T)])
-        y = nodes.op("Add", [y, nodes.op("MatMul", [thin, _narrow(nodes, "up", layer.up.T)])])
+        thin = nodes.op("MatMul", [moved, _narrow(nodes, "down", layer.branch["down"].T)])
+        y = nodes.op("Add", [y, nodes.op("MatMul", [thin, _narrow(nodes, "up", layer.branch["up"].T)])])
     return nodes, y
 
 
@@ -107,7 +108,7 @@ def _product(nodes: Nodes, shared: Translation, layer: QuantLinear, codes: ir.Va
 
 
 def _scale(nodes: Nodes, layer: QuantLinear) -> ir.Value:
-    return nodes.lazy("scale", ir.DataType.FLOAT, layer.scale.shape, lambda: as_array(layer.scale))
+    return nodes.lazy("scale", ir.DataType.FLOAT, (layer.out_features,), lambda: as_array(layer.qtensor.scale))
 
 
 def _narrow(nodes: Nodes, field: str, tensor: Tensor) -> ir.Value:
@@ -139,6 +140,7 @@ def _transformed(nodes: Nodes, layer: QuantLinear, x: ir.Value, rank: int) -> ir
         x = nodes.op("Mul", [x, nodes.constant("premultiplier", t.premultiplier.float().numpy())])
     kept = [0] * (rank - 1)
     if t.rotation1 is not None:
+        assert t.permutation is not None and t.rotation2 is not None  # the three go together
         x = _block_product(nodes, x, t.rotation1, "rotation1", rank)
         x = nodes.op("Gather", [x, nodes.constant("permutation", t.permutation.numpy())], axis=-1)
         return _block_product(nodes, x, t.rotation2, "rotation2", rank)
@@ -201,7 +203,7 @@ def _quantized(
 def _token_scale(nodes: Nodes, shared: Translation, layer: QuantLinear, x: ir.Value, top: int) -> ir.Value:
     if not layer.layer_spec.activation.buckets:
         return _absmax_scale(nodes, x, top)
-    scales = nodes.constant("static_scale", layer.static_scale.numpy())
+    scales = nodes.constant("static_scale", layer.tensors()["static_scale"].numpy())
     return nodes.op("Gather", [scales, shared.bucket])  # a scalar
 
 
@@ -239,9 +241,9 @@ def _grouped_codes(nodes: Nodes, a: ActivationSpec, y: ir.Value, top: int, rank:
     kept = [0] * (rank - 1)
     y = nodes.op("Clip", [y, nodes.scalar(-127), nodes.scalar(127)])
     y = nodes.reshape(y, [*kept, width // a.group_size, a.group_size])
-    affine = a.format == "affine"
-    if affine:
-        low, high = _reduce(nodes, "ReduceMin", y), _reduce(nodes, "ReduceMax", y)
+    ends = None  # least and largest of each group of affine codes
+    if a.format == "affine":
+        ends = low, high = _reduce(nodes, "ReduceMin", y), _reduce(nodes, "ReduceMax", y)
         step = nodes.op("Div", [nodes.op("Sub", [high, low]), nodes.scalar(top)])
     else:
         step = nodes.op("Div", [_reduce(nodes, "ReduceMax", nodes.op("Abs", [y])), nodes.scalar(top)])
@@ -249,8 +251,8 @@ def _grouped_codes(nodes: Nodes, a: ActivationSpec, y: ir.Value, top: int, rank:
     def rounded(kind: str) -> tuple[ir.Value, ir.Value]:
         """Return y rounded with the multiplier above (Ceil) or below (Floor) the step, and each group's error."""
         multiplier = nodes.op("Max", [nodes.op(kind, [step]), nodes.scalar(1)])
-        if affine:
-            offset = _offset(nodes, low, high, multiplier, top)
+        if ends is not None:
+            offset = _offset(nodes, *ends, multiplier, top)
             steps = nodes.op("Round", [nodes.op("Div", [nodes.op("Sub", [y, offset]), multiplier])])
             codes = nodes.op("Clip", [steps, nodes.scalar(0), nodes.scalar(top)])
             values = nodes.op("Add", [nodes.op("Mul", [codes, multiplier]), offset])
@@ -258,7 +260,7 @@ def _grouped_codes(nodes: Nodes, a: ActivationSpec, y: ir.Value, top: int, rank:
             steps = nodes.op("Round", [nodes.op("Div", [y, multiplier])])
             codes = nodes.op("Clip", [steps, nodes.scalar(-top), nodes.scalar(top)])
             values = nodes.op("Mul", [codes, multiplier])
-        values = nodes.op("Clip", [values, nodes.scalar(-128 if affine else -127), nodes.scalar(127)])
+        values = nodes.op("Clip", [values, nodes.scalar(-127 if ends is None else -128), nodes.scalar(127)])
         apart = nodes.op("Sub", [values, y])
         return values, _reduce(nodes, "ReduceSum", nodes.op("Mul", [apart, apart]))
 

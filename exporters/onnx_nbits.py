@@ -15,9 +15,10 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
+from torch import Tensor
 
 from quantdit.exporters.onnx_nodes import Nodes
-from quantdit.exporters.onnx_weights import as_array, emit_integers
+from quantdit.exporters.onnx_weights import as_array, emit_integers, steps_of
 from quantdit.formats import QSpec
 from quantdit.tensors.layer_spec import decodes_to_fp8
 from quantdit.tensors.qtensor import QTensor
@@ -74,12 +75,13 @@ def _nibbles(q: QTensor, block: int) -> np.ndarray:
 
 
 def _block_scale(q: QTensor) -> np.ndarray:
-    return as_array(q.scale[:, None] * q.multiplier.float())
+    return as_array(q.scale[:, None] * steps_of(q)[0].float())
 
 
-def _leftovers(q: QTensor):
+def _leftovers(q: QTensor) -> Tensor:
     """Return `offset + 8 multiplier` `[out, groups]` int16: what `multiplier (code - 8)` lacks."""
-    return q.offset.short() + MIDDLE * q.multiplier.short()
+    multiplier, offset = steps_of(q)
+    return offset.short() + MIDDLE * multiplier.short()
 
 
 def _left_over(nodes: Nodes, spec: QSpec, read: Read, x: ir.Value, rank: int) -> ir.Value:

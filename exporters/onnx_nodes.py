@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -25,7 +26,7 @@ class Nodes:
         self.shared = shared
         self._counts: dict[str, int] = {}
 
-    def op(self, kind: str, inputs: Sequence[ir.Value | None], *, domain: str = "", **attributes: object) -> ir.Value:
+    def op(self, kind: str, inputs: Sequence[ir.Value | None], *, domain: str = "", **attributes: Any) -> ir.Value:
         """Append a node of one output; `attributes` are numbers, texts, lists of numbers, data types."""
         number = self._counts.get(kind, 0)
         self._counts[kind] = number + 1
@@ -67,5 +68,5 @@ class Nodes:
         return self.constant("number", np.array(number, np.float32))
 
 
-def _initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
+def _initializer(name: str, tensor: ir.Tensor | ir.LazyTensor) -> ir.Value:
     return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import KeyPath, MappingKey, SequenceKey, tree_leaves_with_path
 
 from quantdit.checkpoints import checkpoint
 from quantdit.exporters import onnx_digest
@@ -57,7 +58,7 @@ def open_graph(
 ) -> tuple[onnxruntime.InferenceSession, dict]:
     """Return what `session` does, and the metadata of a graph of ours, {} of any other."""
     path = Path(path)
-    threads = checked_numbers({"threads": threads}, optional=("threads",))["threads"]
+    checked_numbers({"threads": threads}, optional=("threads",))
     ort = _onnxruntime()
     missing = [p for p in providers if p not in ort.get_available_providers()]
     if missing:
@@ -71,7 +72,7 @@ def open_graph(
     if content.get("target") == VNNI and saturates():
         raise ValueError(f"{path} was exported with --target {VNNI}, {NO_VNNI}; export it with --target cpu")
     options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
+    options.intra_op_num_threads = torch.get_num_threads() if threads is None else int(threads)
     options.log_severity_level = 3
     options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
@@ -104,7 +105,7 @@ def saturates() -> bool:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     opened = _onnxruntime().InferenceSession(model.SerializeToString(), providers=[CPU])
     product = opened.run(None, {"x": np.full((8, 64), 255, np.uint8)})[0]
-    return bool((product != 255 * 127 * 64).any())
+    return bool(np.any(np.asarray(product) != 255 * 127 * 64))
 
 
 def _onnxruntime():
@@ -139,17 +140,14 @@ def _installed(wheel: str) -> bool:
     return True
 
 
-def leaves(arguments: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Yield name and value of every tensor, number and text in nested arguments: `a`, `a.b` of a dictionary, `a.0` of a list."""
-    for name, value in arguments.items():
-        if isinstance(value, Mapping):
-            inner = {str(key): v for key, v in value.items()}
-        elif isinstance(value, list | tuple):
-            inner = {str(i): v for i, v in enumerate(value)}
-        else:
-            yield name, value
-            continue
-        yield from leaves({f"{name}.{key}": v for key, v in inner.items()})
+def leaves(arguments: Mapping[str, object]) -> list[tuple[str, Any]]:
+    """Return name and value of every tensor, number and text in nested arguments: `a`, `a.b` of a dictionary, `a.0` of a list."""
+    return [(name_of(path), value) for path, value in tree_leaves_with_path(dict(arguments))]
+
+
+def name_of(path: KeyPath) -> str:
+    """Return the name of a leaf of nested arguments."""
+    return ".".join(str(key.idx if isinstance(key, SequenceKey) else cast(MappingKey, key).key) for key in path)
 
 
 def arguments_of(forward: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, object]:
@@ -250,8 +248,9 @@ def use_graph(pipeline: object, source: Source, path: Path) -> OnnxForward:
     """
     opened, content = open_graph(path)
     part = content.get("part")
-    quantized = part in source.parts and checkpoint.is_quantized(source.part(part))
-    if content and not (quantized and checkpoint.identity(source.part(part)) == content.get("sha256")):
+    folder = source.part(part) if part is not None and part in source.parts else None
+    own = folder is not None and checkpoint.is_quantized(folder) and checkpoint.identity(folder) == content.get("sha256")
+    if content and not own:
         raise ValueError(
             f"{path} was exported from another checkpoint than {source.label}; give the folder it was exported from, or export"
             f" this one: quantdit export {source.folder} --to onnx --output FILE.onnx"

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import gc
 import inspect
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quantdit.calibration import errors
 from quantdit.calibration.observe.capture import first_tensor
 from quantdit.checkpoints import checkpoint
 from quantdit.exporters import onnx_session
@@ -72,7 +75,7 @@ def recorded_calls(pipeline: object, part: str) -> list[Recorded]:
 
     def after(module: nn.Module, args: tuple, output: object) -> None:
         begun, arguments = started[-1]
-        calls.append(Recorded(arguments, first_tensor(output).clone(), time.perf_counter() - begun))
+        calls.append(Recorded(arguments, _predicted(output).clone(), time.perf_counter() - begun))
 
     handles = [transformer.register_forward_pre_hook(before, with_kwargs=True), transformer.register_forward_hook(after)]
     video = any("frames" in spec.shape for spec in adapter.inputs)
@@ -165,12 +168,12 @@ def verified(
 
 
 def rel_rmse(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Return ||got - expected|| / ||expected|| over all pairs; 0 where both are zero."""
+    """Return ||got - expected|| / ||expected|| over all pairs; inf where only errors are not zero, 0 where nothing is."""
     error = power = 0.0
     for got, expected in pairs:
-        error += float((got.double() - expected.double()).square().sum())
-        power += float(expected.double().square().sum())
-    return (error / power) ** 0.5 if power else float("inf") if error else 0.0
+        squares = errors.squares(got.double(), expected.double())
+        error, power = error + squares[0], power + squares[1]
+    return math.inf if error and not power else errors.relative(error, power)
 
 
 def _moved(transformer: nn.Module, call: Recorded) -> Tensor:
@@ -183,7 +186,13 @@ def _moved(transformer: nn.Module, call: Recorded) -> Tensor:
         return value
 
     with torch.no_grad():
-        return first_tensor(transformer(**{name: moved(name, value) for name, value in call.arguments.items()}))
+        return _predicted(transformer(**{name: moved(name, value) for name, value in call.arguments.items()}))
+
+
+def _predicted(output: object) -> Tensor:
+    tensor = first_tensor(output)
+    assert tensor is not None  # a transformer returns one
+    return tensor
 
 
 def _parts(
@@ -199,9 +208,9 @@ def _parts(
     feeds |= {i.name: onnx_session.as_numpy(arguments[i.name], i.type) for i in opened.get_inputs() if i.name in arguments}
     expected = {**known, opened.get_outputs()[0].name: call.output}
     names = [o.name for o in opened.get_outputs()]
-    outputs = zip(names, opened.run(names, feeds), strict=True)
+    outputs = {name: np.asarray(got) for name, got in zip(names, opened.run(names, feeds), strict=True)}
     cut.unlink()
-    return {name: rel_rmse([(torch.from_numpy(got), expected[name].reshape(got.shape))]) for name, got in outputs}
+    return {name: rel_rmse([(torch.from_numpy(got), expected[name].reshape(got.shape))]) for name, got in outputs.items()}
 
 
 def _layer_values(transformer: nn.Module, call: Recorded) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -52,7 +52,7 @@ def emit_integers(nodes: Nodes, spec: QSpec, read: Read, element: str, storage: 
         return _dense(nodes, spec, read, element)
     if f.dim == 1 and spec.codebook_rows == 1 and not _affine(spec) and not f.window and len(PLANES[f.code_bits]) == 1:
         # One Gather unpacks and decodes: the table of a byte holds the levels of its codes.
-        book = _level_of(read().codebook[0], element)
+        book = _level_of(_book(read())[0], element)
         table = nodes.constant("levels_of_byte", book[_codes_of_byte(f.code_bits)])
         return nodes.reshape(nodes.op("Gather", [table, _bytes(nodes, spec, read, 0, "data")]), shape)
     if f.sign_split:
@@ -63,13 +63,24 @@ def emit_integers(nodes: Nodes, spec: QSpec, read: Read, element: str, storage: 
     if _affine(spec):
         return _affine_integers(nodes, spec, read, codes, element)
     if f.dim > 1:
-        book = nodes.constant("codebook", _level_of(read().codebook, element))  # [L, d]
+        book = nodes.constant("codebook", _level_of(_book(read()), element))  # [L, d]
         vectors = nodes.op("Gather", [book, codes])  # [in / d, out, d]
         return nodes.reshape(nodes.op("Transpose", [vectors], perm=[0, 2, 1]), shape)
     if spec.codebook_rows == 1:
-        return nodes.op("Gather", [nodes.constant("levels", _level_of(read().codebook[0], element)), codes])
-    levels = nodes.lazy("levels", PARTS[element], (f.levels, spec.out_features), lambda: _level_of(read().codebook.T, element))
+        return nodes.op("Gather", [nodes.constant("levels", _level_of(_book(read())[0], element)), codes])
+    levels = nodes.lazy("levels", PARTS[element], (f.levels, spec.out_features), lambda: _level_of(_book(read()).T, element))
     return nodes.op("GatherElements", [levels, codes], axis=0)
+
+
+def _book(q: QTensor) -> Tensor:
+    assert q.codebook is not None  # of formats that decode by one
+    return q.codebook
+
+
+def steps_of(q: QTensor) -> tuple[Tensor, Tensor]:
+    """Return multiplier and offset of each group, `[out, groups]`."""
+    assert q.multiplier is not None and q.offset is not None  # of affine formats
+    return q.multiplier, q.offset
 
 
 def _affine(spec: QSpec) -> bool:
@@ -90,7 +101,7 @@ def _signed(nodes: Nodes, spec: QSpec, read: Read, element: str) -> ir.Value:
     f = FORMATS[spec.format]
     vectors = (spec.in_features // f.dim, spec.out_features, f.dim)
     bits = _codes_of_byte(PLANES[f.code_bits][1])[..., None] >> np.arange(f.dim) & 1
-    book = nodes.constant("codebook", read().codebook.numpy().astype(np.int32))
+    book = nodes.constant("codebook", _book(read()).numpy().astype(np.int32))
     magnitudes = nodes.reshape(nodes.op("Gather", [book, _bytes(nodes, spec, read, 0, "data")]), vectors)
     table = nodes.constant("signs_of_byte", (1 - 2 * bits).astype(np.int32))
     signs = nodes.reshape(nodes.op("Gather", [table, _bytes(nodes, spec, read, 1, "signs")]), vectors)
@@ -131,6 +142,7 @@ def _codes(nodes: Nodes, spec: QSpec, read: Read) -> ir.Value:
         codes = nodes.reshape(codes, shape)
         total = codes if total is None else nodes.op("Add", [total, codes])
         low += p
+    assert total is not None  # every format has a plane
     return total
 
 
@@ -144,7 +156,7 @@ def _bytes(nodes: Nodes, spec: QSpec, read: Read, number: int, name: str) -> ir.
     def packed() -> np.ndarray:
         codes = f.unpack(f, read().data, spec.in_features // f.dim).T.contiguous()
         plane = ((codes >> low) & (2**p - 1)).reshape(-1, 8 // p)
-        return as_array(sum(plane[:, i] << (p * i) for i in range(8 // p)).to(torch.uint8))
+        return as_array(torch.stack([plane[:, i] << (p * i) for i in range(8 // p)]).sum(dim=0).to(torch.uint8))
 
     return nodes.op("Cast", [nodes.lazy(name, ir.DataType.UINT8, (count,), packed)], to=ir.DataType.INT32)
 
@@ -152,8 +164,8 @@ def _bytes(nodes: Nodes, spec: QSpec, read: Read, number: int, name: str) -> ir.
 def _affine_integers(nodes: Nodes, spec: QSpec, read: Read, codes: ir.Value, element: str) -> ir.Value:
     groups = (spec.groups, 1, spec.out_features)
     kind = "uint8" if element == "uint8" else "int8"
-    multiplier = nodes.lazy("multiplier", ir.DataType.UINT8, groups, lambda: as_array(read().multiplier.T.reshape(groups)))
-    offset = nodes.lazy("offset", PARTS[kind], groups, lambda: _integers(read().offset.T.reshape(groups), kind))
+    multiplier = nodes.lazy("multiplier", ir.DataType.UINT8, groups, lambda: as_array(steps_of(read())[0].T.reshape(groups)))
+    offset = nodes.lazy("offset", PARTS[kind], groups, lambda: _integers(steps_of(read())[1].T.reshape(groups), kind))
     codes = nodes.reshape(codes, (spec.groups, spec.group_size, spec.out_features))
     steps = nodes.op("Mul", [codes, nodes.op("Cast", [multiplier], to=ir.DataType.INT32)])
     integers = nodes.op("Add", [steps, nodes.op("Cast", [offset], to=ir.DataType.INT32)])

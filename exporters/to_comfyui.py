@@ -115,16 +115,18 @@ def express(name: str, layer: QuantLinear) -> tuple[dict[str, Tensor], dict[str,
     _check(name, layer)
     spec = layer.layer_spec
     marker: dict[str, object] = {"full_precision_matrix_mult": True} if spec.activation.bits == 16 else {}
-    integers, block = layer.qtensor.decode8(), spec.block
+    q, block = layer.qtensor, spec.block
+    integers = q.decode8()
     if block == 1:
-        return {"weight": integers, "weight_scale": layer.scale[:, None]}, {"format": "int8_tensorwise", **marker}
+        return {"weight": integers, "weight_scale": q.scale[:, None]}, {"format": "int8_tensorwise", **marker}
     column, sign = _to_regular(block)
     if bool((integers == -128).any()):
         raise ValueError(f"layer {name}: its codes reach -128, which ComfyUI's rotation would negate; use a table or int8")
     moved = integers.unflatten(1, (-1, block))[:, :, column] * sign
     moved = moved.flatten(1).contiguous()
     marker["convrot_groupsize"] = block
-    table = layer.codebook[0] if spec.weight.format == "table4" and spec.weight.codebook_rows == 1 else None
+    shared = spec.weight.format == "table4" and spec.weight.codebook_rows == 1
+    table = q.codebook[0] if shared and q.codebook is not None else None
     if table is not None and set(table.tolist()) == set((-table).tolist()) and not layer.in_features % GROUP:
         levels = table.sort().values
         codes = torch.searchsorted(levels.int(), moved.int()).to(torch.uint8)
@@ -132,10 +134,10 @@ def express(name: str, layer: QuantLinear) -> tuple[dict[str, Tensor], dict[str,
             "weight": (codes[:, ::2] | codes[:, 1::2] << 4).view(torch.int8).contiguous(),
             "weight_codebook": levels.float(),
             "weight_s_rel": torch.ones(layer.out_features, layer.in_features // GROUP).to(torch.float8_e4m3fn),
-            "weight_s_channel": layer.scale,
+            "weight_s_channel": q.scale,
         }
         return made, {"format": "asym_w4a8_int8", "group_size": GROUP, **marker}
-    made = {"weight": moved, "weight_scale": layer.scale[:, None]}
+    made = {"weight": moved, "weight_scale": q.scale[:, None]}
     return made, {"format": "int8_tensorwise", "convrot": True, **marker}
 
 
@@ -143,8 +145,8 @@ def _check(name: str, layer: QuantLinear) -> None:
     spec = layer.layer_spec
     regular = spec.rotation == "hadamard" and not spec.smoothed and spec.block in BLOCKS
     if regular:
-        expected = hadamard.regular_sign(layer.in_features, spec.block).to(layer.premultiplier.device)
-        regular = torch.equal(layer.premultiplier, expected)
+        signs, expected = layer.transform.premultiplier, hadamard.regular_sign(layer.in_features, spec.block)
+        regular = signs is not None and torch.equal(signs, expected.to(signs.device))
     reasons = (
         (spec.activation.edge_bits > 0, f"activations {spec.activation}", "edge_steps = 0"),
         (spec.rank > 0, "a low-rank branch", "low_rank = 0"),

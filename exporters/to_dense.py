@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -58,8 +59,7 @@ def to_dense(folder: Path, output: Path, dtype: torch.dtype | str = torch.bfloat
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _dense(transformer: nn.Module) -> nn.Module:
+def _dense(transformer: nn.Module) -> Any:  # a ModelMixin
     for name, layer in checkpoint.quant_layers(transformer).items():
-        parent, _, child = name.rpartition(".")
-        setattr(transformer.get_submodule(parent), child, dense_linear(layer, torch.float32))
+        transformer.set_submodule(name, dense_linear(layer, torch.float32))
     return transformer

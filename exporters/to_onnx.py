@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import KeyPath, tree_leaves, tree_map_with_path
 
 from quantdit.checkpoints import checkpoint
 from quantdit.exporters import onnx_digest
-from quantdit.exporters.onnx_session import NO_VNNI, VNNI, leaves, saturates
+from quantdit.exporters.onnx_session import NO_VNNI, VNNI, leaves, name_of, saturates
 from quantdit.exporters.onnx_verify import Cut, keep_decoded, recorded_calls, verified
 from quantdit.layers.quant_linear import QuantLinear
 from quantdit.models.adapter import Adapter, adapter_for
@@ -206,7 +207,7 @@ def graph_of(
     onnx_cleaning.expand_masks(graph)
     names = {name.replace(".", "_"): name for name, value in leaves(arguments) if isinstance(value, Tensor)}
     for value in graph.inputs:
-        value.name = names[value.name]
+        value.name = names[value.name or ""]
     onnx_cleaning.name_dimensions(graph, _dimension_names(transformer, adapter))
     own = (*transformer.named_parameters(), *transformer.named_buffers())
     onnx_cleaning.name_nodes(graph, {name for name, _ in own})
@@ -218,8 +219,10 @@ def graph_of(
         if node.op_type != LAYER:
             continue
         name = node.attributes["layer"].as_string()
-        nodes, output = emit_layer(shared, name, layers[name], node.inputs[0])
-        ends.setdefault(name, (node.inputs[0], output))
+        x = node.inputs[0]
+        assert x is not None  # a layer has an input
+        nodes, output = emit_layer(shared, name, layers[name], x)
+        ends.setdefault(name, (x, output))
         graph.insert_before(node, nodes.made)
         output.shape, output.type = node.outputs[0].shape, node.outputs[0].type
         ir.convenience.replace_all_uses_with(node.outputs, [output], replace_graph_outputs=True)
@@ -237,13 +240,13 @@ def graph_of(
         "storage": storage,
         "target": target,
         "lossy": shared.lossy,
-        "dynamic": sorted({str(d) for v in graph.inputs for d in v.shape if not isinstance(d, int)}),
+        "dynamic": sorted({str(d) for v in graph.inputs for d in v.shape or () if not isinstance(d, int)}),
         "dynamic_note": _dynamic_note(transformer),
         "constants": {name: value for name, value in leaves(arguments) if not isinstance(value, Tensor)},
         "unused": sorted(set(names.values()) - used),
         "layers": {name: f"{layer.spec.format} {layer.layer_spec.activation}" for name, layer in layers.items()},
     }
-    return model, content, {name: Cut(*(value.name for value in pair)) for name, pair in ends.items()}
+    return model, content, {name: Cut(x.name or "", y.name or "") for name, (x, y) in ends.items()}
 
 
 def _check_edges(layers: Mapping[str, QuantLinear]) -> None:
@@ -266,7 +269,7 @@ def _dynamic(transformer: nn.Module, adapter: Adapter, arguments: dict[str, obje
     specs = _dimension_names(transformer, adapter)
     config = transformer.config
     patch = getattr(config, "patch_size", 1)
-    patches = (
+    patches: dict[str, int] = (
         {"height": patch, "width": patch}
         if isinstance(patch, int)
         else dict(zip(("frames", "height", "width"), patch, strict=True))
@@ -281,25 +284,18 @@ def _dynamic(transformer: nn.Module, adapter: Adapter, arguments: dict[str, obje
             dims[name] = free_one if step == 1 else step * free_one
         return dims[name]
 
-    def leaf(name: str, value: object) -> tuple[object, object]:
+    def doubled(path: KeyPath, value: object) -> object:
+        # A size of one would be taken for fixed.
+        batch = isinstance(value, Tensor) and specs.get(name_of(path), {}).get(0) == "batch" and len(value) == 1
+        return torch.cat([value, value]) if batch else value
+
+    def varying(path: KeyPath, value: object) -> dict[int, object] | None:
         if not isinstance(value, Tensor):
-            return value, None
-        named = specs.get(name, {})
-        if named.get(0) == "batch" and len(value) == 1:
-            value = torch.cat([value, value])  # a size of one would be taken for fixed
-        return value, {i: dim(n) for i, n in named.items() if value.shape[i] > 1}
+            return None
+        return {i: dim(n) for i, n in specs.get(name_of(path), {}).items() if value.shape[i] > 1}
 
-    def walk(name: str, value: object) -> tuple[object, object]:
-        if isinstance(value, Mapping):
-            pairs = {k: walk(f"{name}.{k}", v) for k, v in value.items()}
-            return {k: p[0] for k, p in pairs.items()}, {k: p[1] for k, p in pairs.items()}
-        if isinstance(value, list | tuple):
-            pairs = [walk(f"{name}.{i}", v) for i, v in enumerate(value)]
-            return type(value)(p[0] for p in pairs), type(value)(p[1] for p in pairs)
-        return leaf(name, value)
-
-    walked = {name: walk(name, value) for name, value in arguments.items()}
-    return {n: w[0] for n, w in walked.items()}, {n: w[1] for n, w in walked.items()}
+    example = tree_map_with_path(doubled, arguments)
+    return example, tree_map_with_path(varying, example)
 
 
 @contextmanager
@@ -335,7 +331,7 @@ def _traced(transformer: nn.Module, arguments: dict, shapes: dict):
 
     from quantdit.exporters.onnx_cleaning import translations
 
-    dynamic = {**shapes, "return_dict": None} if any(_any_dim(s) for s in shapes.values()) else None
+    dynamic = {**shapes, "return_dict": None} if any(leaf is not None for leaf in tree_leaves(shapes)) else None
     try:
         with warnings.catch_warnings(), _quiet_logs(), redirect_stdout(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -349,6 +345,7 @@ def _traced(transformer: nn.Module, arguments: dict, shapes: dict):
                 dynamic_shapes=dynamic,
                 custom_translation_table=translations(LAYER),
             )
+            assert program is not None  # without a path to save to
             return program
     except (OnnxExporterError, RuntimeError) as error:
         cause = error.__cause__ or error
@@ -361,15 +358,7 @@ def _traced(transformer: nn.Module, arguments: dict, shapes: dict):
 def _dimension_names(transformer: nn.Module, adapter: Adapter) -> dict[str, dict[int, str]]:
     """Return the names of the dimensions that may vary, by input and place."""
     free = DYNAMIC.get(type(transformer).__name__, ())
-    return {spec.name: {i: n for i, n in enumerate(spec.shape) if n in free} for spec in adapter.inputs}
-
-
-def _any_dim(shapes: object) -> bool:
-    if isinstance(shapes, Mapping):
-        return any(_any_dim(s) for s in shapes.values())
-    if isinstance(shapes, list | tuple):
-        return any(_any_dim(s) for s in shapes)
-    return shapes is not None
+    return {spec.name: {i: n for i, n in enumerate(spec.shape) if isinstance(n, str) and n in free} for spec in adapter.inputs}
 
 
 @contextmanager
@@ -421,7 +410,6 @@ def save(model, path: Path, content: dict) -> int:
     import onnx_ir as ir
 
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    external = {"external_data": _data_of(path).name} if size > SINGLE_FILE_BYTES else {}
-    ir.save(model, path, **external)
+    ir.save(model, path, external_data=_data_of(path).name if size > SINGLE_FILE_BYTES else None)
     onnx_digest.describe(path, content)
     return size

@@ -8,18 +8,21 @@ in for themselves: the last of them returns what was recorded, those before it h
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from quantdit.calibration.observe.recorded_calls import Call, Key
 
 Outputs = tuple[Tensor | None, ...]
 
 
-class Unchained(ValueError):
+class BlocksNotSequential(ValueError):
     """Blocks that cannot be run one after the other; says why."""
 
 
@@ -32,7 +35,7 @@ _FAILURES = (AttributeError, TypeError, IndexError, KeyError, RuntimeError)
 
 
 @dataclass(frozen=True)
-class Link:
+class BlockLink:
     """One block.
 
     Attributes:
@@ -55,10 +58,20 @@ class Link:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, content: dict) -> Link:
+    def from_dict(cls, content: dict) -> BlockLink:
         """Return what `to_dict` gave."""
         fed = None if content["fed"] is None else tuple((key, number) for key, number in content["fed"])
         return cls(content["path"], fed, tuple(content["passed"]), content["single"], tuple(content["needs"]))
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """A block that is about to run: its arguments, their versions (see `_Ran`), and where they come from (see `BlockLink`)."""
+
+    call: Call
+    began: dict[Key, tuple[int, ...]]
+    fed: tuple[tuple[Key, int], ...] | None
+    needs: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -84,12 +97,12 @@ def outputs_of(output: object) -> Outputs:
     """Return what a block returned as a tuple.
 
     Raises:
-        Unchained: something else than a tensor or a tuple of tensors.
+        BlocksNotSequential: something else than a tensor or a tuple of tensors.
     """
     outputs = output if isinstance(output, tuple) else (output,)
     if not all(v is None or isinstance(v, Tensor) for v in outputs):
-        raise Unchained(f"a block returns {type(output).__name__}, expected tensors")
-    return outputs
+        raise BlocksNotSequential(f"a block returns {type(output).__name__}, expected tensors")
+    return cast(Outputs, outputs)
 
 
 @contextmanager
@@ -111,82 +124,90 @@ def outputs_at(transformer: nn.Module, paths: Sequence[str]) -> Iterator[dict[st
             handle.remove()
 
 
-def observe(transformer: nn.Module, paths: Sequence[str], call: Call) -> list[Link]:
+def observe(transformer: nn.Module, paths: Sequence[str], call: Call) -> list[BlockLink]:
     """Return the chain of the blocks at `paths`, in running order, by making one call of the transformer.
 
     Raises:
-        Unchained: a block that never runs or runs twice, or arguments, or an output of the transformer, that cannot be had from
-            the block before alone.
+        BlocksNotSequential: a block that never runs or runs twice, or arguments, or an output of the transformer, that cannot be
+            had from the block before alone.
     """
-    links: list[Link] = []
-    latest: _Ran | None = None
-    ends: dict[int, Outputs] = {}  # what the last block of each finished list returned
-    arrival: tuple[Call, dict, tuple[tuple[Key, int], ...] | None, tuple[int, ...]] | None = None
-    replaying = False
-
-    def replayed(path: str, pending: Call) -> tuple[int, ...]:
-        """Return which blocks' outputs a replay of the pending call needs."""
-        nonlocal replaying
-        replaying = True
-        try:
-            for needs in dict.fromkeys(((), tuple(ends))):
-                recorded = {len(links) - 1: latest.copies} | {number: ends[number] for number in needs}
-                found = _replayed(transformer, links, call, recorded, path)
-                if _equal((found.args, found.kwargs), (pending.args, pending.kwargs)):
-                    return needs
-        finally:
-            replaying = False
-        raise Unchained(f"block {path} needs more than what the blocks before it returned (a long skip connection?)")
-
-    def before(path: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            nonlocal arrival
-            if replaying:
-                return
-            if any(link.path == path for link in links):
-                raise Unchained(f"block {path} runs more than once in a call")
-            pending = Call(args, kwargs, call.bucket)
-            began = {key: _versions(pending.argument(key)) for key in _keys(pending)}
-            if latest is None:
-                arrival = pending, began, (), ()
-                return
-            if path.rpartition(".")[0] != links[-1].path.rpartition(".")[0]:
-                ends[len(links) - 1] = latest.copies
-            fed = _fed(latest, pending)
-            arrival = pending, began, fed, replayed(path, pending) if fed is None else ()
-
-        return hook
-
-    def after(path: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-            nonlocal latest
-            outputs = outputs_of(output)
-            pending, began, fed, needs = arrival
-            links.append(Link(path, fed, _passed(pending, outputs), not isinstance(output, tuple), needs))
-            copies = tuple(None if tensor is None else tensor.clone() for tensor in outputs)
-            latest = _Ran(pending, began, outputs, _versions(outputs), copies)
-
-        return hook
-
+    observer = _Observer(transformer, call)
     handles = []
     try:
         for path in paths:
             block = transformer.get_submodule(path)
-            handles.append(block.register_forward_pre_hook(before(path), with_kwargs=True))
-            handles.append(block.register_forward_hook(after(path), with_kwargs=True))
+            handles.append(block.register_forward_pre_hook(partial(observer.before, path), with_kwargs=True))
+            handles.append(block.register_forward_hook(partial(observer.after, path), with_kwargs=True))
         output = run_call(transformer, call)
     finally:
         for handle in handles:
             handle.remove()
+    links, latest = observer.links, observer.latest
     if missing := set(paths) - {link.path for link in links}:
-        raise Unchained(f"block {min(missing)} never runs")
+        raise BlocksNotSequential(f"block {min(missing)} never runs")
+    assert latest is not None  # there is a block, and all have run
     try:
         again = last_output(transformer, links, call, latest.copies)
     except _FAILURES as error:
-        raise Unchained(f"the way from the last block to the output cannot be run without the blocks ({error})") from error
-    if not _equal(*([leaf for leaf in _leaves(value) if isinstance(leaf, Tensor)] for value in (again, output))):
-        raise Unchained("the output needs more than what its last block returned (a long skip connection?)")
+        raise BlocksNotSequential(
+            f"the way from the last block to the output cannot be run without the blocks ({error})"
+        ) from error
+    found = tensors_of(output)
+    if not found or not _equal(tensors_of(again), found):
+        raise BlocksNotSequential("the output needs more than what its last block returned (a long skip connection?)")
     return links
+
+
+class _Observer:
+    """Hooks of blocks that find out, while a call of the transformer runs, what each hands to the next."""
+
+    def __init__(self, transformer: nn.Module, call: Call) -> None:
+        self.transformer, self.call = transformer, call
+        self.links: list[BlockLink] = []
+        self.latest: _Ran | None = None
+        self._ends: dict[int, Outputs] = {}  # what the last block of each finished list returned
+        self._arrival: _Arrival | None = None
+        self._replaying = False
+
+    def before(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """See a block's arguments."""
+        if self._replaying:
+            return
+        if any(link.path == path for link in self.links):
+            raise BlocksNotSequential(f"block {path} runs more than once in a call")
+        pending = Call(args, kwargs, self.call.bucket)
+        began = {key: _versions(pending.argument(key)) for key in _keys(pending)}
+        if self.latest is None:
+            self._arrival = _Arrival(pending, began, (), ())
+            return
+        if path.rpartition(".")[0] != self.links[-1].path.rpartition(".")[0]:
+            self._ends[len(self.links) - 1] = self.latest.copies
+        fed = _fed(self.latest, pending)
+        needs = self._replayed(path, pending, self.latest.copies) if fed is None else ()
+        self._arrival = _Arrival(pending, began, fed, needs)
+
+    def after(self, path: str, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        """See what a block returns."""
+        arrival = self._arrival
+        assert arrival is not None  # `before` saw it
+        outputs = outputs_of(output)
+        passed, single = _passed(arrival.call, outputs), not isinstance(output, tuple)
+        self.links.append(BlockLink(path, arrival.fed, passed, single, arrival.needs))
+        copies = tuple(None if tensor is None else tensor.clone() for tensor in outputs)
+        self.latest = _Ran(arrival.call, arrival.began, outputs, _versions(outputs), copies)
+
+    def _replayed(self, path: str, pending: Call, copies: Outputs) -> tuple[int, ...]:
+        """Return which blocks' outputs a replay of the pending call needs, besides the `copies` of the one before."""
+        self._replaying = True
+        try:
+            for needs in dict.fromkeys(((), tuple(self._ends))):
+                recorded = {len(self.links) - 1: copies} | {number: self._ends[number] for number in needs}
+                found = _replayed(self.transformer, self.links, self.call, recorded, path)
+                if _equal((found.args, found.kwargs), (pending.args, pending.kwargs)):
+                    return needs
+        finally:
+            self._replaying = False
+        raise BlocksNotSequential(f"block {path} needs more than what the blocks before it returned (a long skip connection?)")
 
 
 def first_call(transformer: nn.Module, path: str, call: Call) -> Call:
@@ -204,10 +225,12 @@ def first_call(transformer: nn.Module, path: str, call: Call) -> Call:
         return found[0]
     finally:
         handle.remove()
-    raise Unchained(f"block {path} never runs")
+    raise BlocksNotSequential(f"block {path} never runs")
 
 
-def next_call(transformer: nn.Module, links: Sequence[Link], index: int, call: Call, recorded: Mapping[int, Outputs]) -> Call:
+def next_call(
+    transformer: nn.Module, links: Sequence[BlockLink], index: int, call: Call, recorded: Mapping[int, Outputs]
+) -> Call:
     """Return the call of the block after `links[index]` by replay.
 
     `call` is the transformer's, `recorded` the outputs of block `index` and of those that the next one `needs`, by number.
@@ -215,7 +238,7 @@ def next_call(transformer: nn.Module, links: Sequence[Link], index: int, call: C
     return _replayed(transformer, links[: index + 1], call, recorded, links[index + 1].path)
 
 
-def last_output(transformer: nn.Module, links: Sequence[Link], call: Call, outputs: Outputs) -> object:
+def last_output(transformer: nn.Module, links: Sequence[BlockLink], call: Call, outputs: Outputs) -> object:
     """Return what the transformer returns for `call` if its last block returns `outputs`; no block is run."""
     with _standing_in(transformer, links, {len(links) - 1: outputs}):
         return run_call(transformer, call)
@@ -230,7 +253,7 @@ def run_call(module: nn.Module, call: Call) -> object:
 class _StandIn(nn.Module):
     """Takes the place of a block: returns what was recorded, or its own inputs."""
 
-    def __init__(self, link: Link, outputs: Outputs | None, block: nn.Module) -> None:
+    def __init__(self, link: BlockLink, outputs: Outputs | None, block: nn.Module) -> None:
         super().__init__()
         self.link, self.outputs = link, outputs
         self._block = (block,)  # in a tuple, so that it is no submodule
@@ -250,28 +273,40 @@ class _StandIn(nn.Module):
         return outputs[0] if self.link.single else outputs
 
 
-@contextmanager
-def _standing_in(transformer: nn.Module, links: Sequence[Link], recorded: Mapping[int, Outputs]) -> Iterator[None]:
+def _standing_in(
+    transformer: nn.Module, links: Sequence[BlockLink], recorded: Mapping[int, Outputs]
+) -> AbstractContextManager[None]:
     """Let the blocks of `links` return what is recorded of them, or else their inputs, while the body runs."""
-    places = []
-    for number, link in enumerate(links):
-        parent, _, child = link.path.rpartition(".")
-        modules = transformer.get_submodule(parent)._modules
-        places.append((modules, child, modules[child]))
-        modules[child] = _StandIn(link, recorded.get(number), modules[child])
+    blocks = (transformer.get_submodule(link.path) for link in links)
+    stand_ins = (
+        _StandIn(link, recorded.get(number), block) for number, (link, block) in enumerate(zip(links, blocks, strict=True))
+    )
+    return replaced(transformer, {link.path: stand_in for link, stand_in in zip(links, stand_ins, strict=True)})
+
+
+@contextmanager
+def replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put other modules in place of those of these names while the body runs."""
+    before = {name: model.get_submodule(name) for name in layers}
     try:
+        put(model, layers)
         yield
     finally:
-        for modules, child, block in places:
-            modules[child] = block
+        put(model, before)
 
 
-def _replayed(transformer: nn.Module, links: Sequence[Link], call: Call, recorded: Mapping[int, Outputs], path: str) -> Call:
+def put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Replace the modules of these names."""
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+
+
+def _replayed(transformer: nn.Module, links: Sequence[BlockLink], call: Call, recorded: Mapping[int, Outputs], path: str) -> Call:
     try:
         with _standing_in(transformer, links, recorded):
             return first_call(transformer, path, call)
     except _FAILURES as error:
-        raise Unchained(f"the way to block {path} cannot be run without the blocks before it ({error})") from error
+        raise BlocksNotSequential(f"the way to block {path} cannot be run without the blocks before it ({error})") from error
 
 
 def _keys(call: Call) -> tuple[Key, ...]:
@@ -298,45 +333,40 @@ def _fed(ran: _Ran, call: Call) -> tuple[tuple[Key, int], ...] | None:
 
 def _passed(call: Call, outputs: Outputs) -> tuple[Key | None, ...]:
     """Return for each output the argument that it updates: the first one not yet taken of the same shape."""
-    keys = [key for key in _keys(call) if isinstance(call.argument(key), Tensor)]
+    given = {key: value for key in _keys(call) if isinstance(value := call.argument(key), Tensor)}
     passed: list[Key | None] = []
     for output in outputs:
         fitting = None
         if output is not None:
-            fitting = next((k for k in keys if k not in passed and call.argument(k).shape == output.shape), None)
+            fitting = next((k for k, value in given.items() if k not in passed and value.shape == output.shape), None)
             if fitting is None:
-                raise Unchained(f"a block returns a tensor {tuple(output.shape)} that none of its arguments has the shape of")
+                raise BlocksNotSequential(
+                    f"a block returns a tensor {tuple(output.shape)} that none of its arguments has the shape of"
+                )
         passed.append(fitting)
     return tuple(passed)
 
 
-def _leaves(value: object) -> Iterator[object]:
-    if isinstance(value, dict):
-        for key in value:
-            yield key
-            yield from _leaves(value[key])
-    elif isinstance(value, tuple | list):
-        for v in value:
-            yield from _leaves(v)
-    else:
-        yield value
+def tensors_of(value: object) -> list[Tensor]:
+    """Return the tensors in nested arguments or outputs, in order."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _versions(value: object) -> tuple[int, ...]:
-    return tuple(leaf._version for leaf in _leaves(value) if isinstance(leaf, Tensor) and not leaf.is_inference())
+    return tuple(tensor._version for tensor in tensors_of(value) if not tensor.is_inference())
 
 
 def _same(a: object, b: object) -> bool:
     """Return whether two arguments are made of the very same tensors and equal values."""
-    x, y = list(_leaves(a)), list(_leaves(b))
-    return len(x) == len(y) and all(
+    (x, shape), (y, other) = tree_flatten(a), tree_flatten(b)
+    return shape == other and all(
         u is v if isinstance(u, Tensor) or isinstance(v, Tensor) else u == v for u, v in zip(x, y, strict=True)
     )
 
 
 def _equal(a: object, b: object) -> bool:
-    x, y = list(_leaves(a)), list(_leaves(b))
-    return len(x) == len(y) and all(
+    (x, shape), (y, other) = tree_flatten(a), tree_flatten(b)
+    return shape == other and all(
         _equal_tensors(u, v) if isinstance(u, Tensor) and isinstance(v, Tensor) else not isinstance(v, Tensor) and u == v
         for u, v in zip(x, y, strict=True)
     )

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from quantdit.calibration import errors
 from quantdit.calibration import stats as statistics
 from quantdit.calibration.observe import recorded_calls as call_files
 from quantdit.calibration.observe.block_order import run_call
 from quantdit.calibration.observe.recorded_calls import Call, StoredCalls
 from quantdit.calibration.stats import Stats
 from quantdit.models.call_view import times_rise, view
-from quantdit.system.threads import one_thread
 from quantdit.tensors.timesteps import buckets_of, rising
 
 
@@ -46,8 +46,8 @@ def transformer_calls(
         ValueError: `run` never called one of the transformers, or in too few steps to have such edges.
     """
     places = {name: folder / name for name in transformers}
-    found = {name: call_files.recorded(place) for name, place in places.items()}
-    if all(calls is not None for calls in found.values()):
+    found = {name: calls for name, place in places.items() if (calls := call_files.recorded(place)) is not None}
+    if len(found) == len(places):
         return found
     seen: dict[str, list[float | None]] = {name: [] for name in transformers}
     handles = []
@@ -80,7 +80,7 @@ def _from_noise(transformer: nn.Module, timesteps: list[float | None]) -> list[f
     """Return the different timesteps of some calls, the noisiest first; None, of calls without a time, counts as the last."""
     times = [time for time in timesteps if time is not None]
     rise = times_rise(transformer)
-    ordered = sorted(set(times), reverse=not (rising(times) if rise is None else rise))
+    ordered: list[float | None] = [*sorted(set(times), reverse=not (rising(times) if rise is None else rise))]
     return [*ordered, None] if None in timesteps else ordered
 
 
@@ -124,10 +124,11 @@ def relative_error(pairs: Iterable[tuple[object, Tensor | None]]) -> float | Non
     error = power = 0.0
     for got, expected in pairs:
         if expected is not None:
-            with one_thread():
-                error += float((first_tensor(got).float() - expected.float()).square().sum())
-                power += float(expected.float().square().sum())
-    return (error / power) ** 0.5 if power > 0 else None
+            returned = first_tensor(got)
+            assert returned is not None  # what was recorded is such a tensor
+            squares = errors.squares(returned.float(), expected.float())
+            error, power = error + squares[0], power + squares[1]
+    return errors.relative(error, power) if power > 0 else None
 
 
 def model_error(transformer: nn.Module, calls: Iterable[Call]) -> float | None:
@@ -145,7 +146,7 @@ def set_bucket(module: nn.Module, bucket: int) -> None:
     """Tell the layers with static activation scales which timestep bucket the next call is of."""
     for part in module.modules():
         if hasattr(part, "bucket"):
-            part.bucket = bucket
+            part.bucket = bucket  # pyright: ignore[reportArgumentType] - its stub knows tensors and modules alone
 
 
 @contextmanager
@@ -164,8 +165,8 @@ def collecting(
     owner: dict[str, str] = {}
     latest: tuple[Tensor, str] | None = None
 
-    def hook(name: str) -> Callable[[nn.Module, tuple], None]:
-        def collect(module: nn.Module, args: tuple) -> None:
+    def hook(name: str) -> Callable[[nn.Linear, tuple], None]:
+        def collect(module: nn.Linear, args: tuple) -> None:
             nonlocal latest
             x = args[0]
             if not x.numel():

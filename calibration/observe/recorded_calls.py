@@ -11,12 +11,13 @@ import json
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import overload
+from typing import Any, TypeVar, overload
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from quantdit.system import files, sealed
 
@@ -25,6 +26,7 @@ _CALL = "call"
 _SUMS = "sha256"
 _COMPLEX = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
+T = TypeVar("T")
 Key = int | str  # a position or a keyword
 Sums = MutableMapping[Path, str]  # sha256 of files that are still to be checked
 
@@ -53,13 +55,9 @@ class Call:
         return replace(self, args=tuple(args), kwargs=kwargs)
 
 
-def rows_of(value: object, keep: Tensor | slice, count: int) -> object:
+def rows_of(value: T, keep: Tensor | slice, count: int) -> T:
     """Return arguments or outputs with the rows `keep` of every tensor that has `count` of them; the rest as it is."""
-    if isinstance(value, Tensor):
-        return value[keep] if value.ndim and len(value) == count else value
-    if isinstance(value, dict):
-        return {k: rows_of(v, keep, count) for k, v in value.items()}
-    return type(value)(rows_of(v, keep, count) for v in value) if isinstance(value, tuple | list) else value
+    return tree_map_only(Tensor, lambda tensor: tensor[keep] if tensor.ndim and len(tensor) == count else tensor, value)
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,9 @@ def forget_recorded(folder: Path, number: int) -> None:
 def finish_recorded(folder: Path, buckets: dict[int, int], levels: Sequence[tuple[float, int]] = ()) -> StoredCalls:
     """Mark a folder of recorded calls as whole; the timestep bucket of each number, and the levels of the trajectory's edges."""
     finish(folder, {"calls": list(buckets.items()), "levels": list(levels)})
-    return recorded(folder)
+    stored = recorded(folder)
+    assert stored is not None  # its mark has just been written
+    return stored
 
 
 def recorded(folder: Path) -> StoredCalls | None:
@@ -265,7 +265,7 @@ def _read(path: Path, sums: Sums) -> tuple[tuple, dict]:
 
     complexes: dict[str, Tensor] = {}
 
-    def build(entry: list) -> object:
+    def build(entry: list) -> Any:
         kind, content = entry
         if kind == "tensor":
             return tensors[content]

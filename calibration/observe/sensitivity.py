@@ -14,23 +14,21 @@ both choose weights that give 39.0 dB within 0.1, where one width for all gives 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from quantdit.calibration.data_free import quantize_without_data
+from quantdit.calibration.errors import squared
 from quantdit.calibration.layer import Quantized, quantize_layer
-from quantdit.calibration.observe.block_order import run_call
+from quantdit.calibration.observe.block_order import replaced, run_call, tensors_of
 from quantdit.calibration.observe.capture import first_tensor, run_block
 from quantdit.calibration.observe.recorded_calls import Call, rows_of
 from quantdit.calibration.stats import Stats
 from quantdit.formats import FORMATS, QSpec
 from quantdit.recipes.resolve import layer_without_data
 from quantdit.recipes.rules import LayerPlan
-from quantdit.system.threads import one_thread
 from quantdit.tensors.layer_spec import LayerSpec, stored_bytes
 
 STATISTICS_CALLS = 20
@@ -39,7 +37,7 @@ ROWS = 8  # images kept of each call
 
 
 @dataclass(frozen=True)
-class Part:
+class MeasuredBlock:
     """A part of the model whose layers are measured together: a block, or the whole model for what lies outside of them.
 
     Attributes:
@@ -71,7 +69,7 @@ def measured(calls: list) -> list:
 
 
 def sensitivity(
-    part: Part,
+    part: MeasuredBlock,
     plans: Mapping[str, Mapping[str, LayerPlan]],
     transformer: nn.Module,
     model_calls: list[Call],
@@ -93,12 +91,15 @@ def sensitivity(
         seed: as for `quantize_layer`.
         done: is told how many more layers are done.
     """
-    power = sum(_squared(call.output, torch.zeros(())) for call in model_calls if call.output is not None)
-    reference = [_tensors(run_call(part.module, call)) for call in part.calls]
+    power = sum(squared(call.output.float()) for call in model_calls if call.output is not None)
+    reference = [tensors_of(run_call(part.module, call)) for call in part.calls]
 
     def block_errors() -> list[float]:
-        outputs = (_tensors(run_block(part.module, call)) for call in part.calls)
-        return [sum(_squared(a, b) for a, b in zip(x, y, strict=True)) for x, y in zip(outputs, reference, strict=True)]
+        outputs = (tensors_of(run_block(part.module, call)) for call in part.calls)
+        return [
+            sum(squared(a.float() - b.float()) for a, b in zip(x, y, strict=True))
+            for x, y in zip(outputs, reference, strict=True)
+        ]
 
     errors: dict[str, dict[str, list[float]]] = {}
     specs: dict[str, dict[str, LayerSpec]] = {}
@@ -126,31 +127,20 @@ def sensitivity(
     else:
         with replaced(transformer, middle):
             at_block = block_errors()
-            at_end = [_squared(first_tensor(run_block(transformer, call)), call.output) for call in model_calls]
+            at_end = [_output_error(transformer, call) for call in model_calls]
         gains = [end / block if block > 0 else 0.0 for end, block in zip(at_end, at_block, strict=True)]
-    squared = {
+    parts = {
         name: {w: sum(g * e for g, e in zip(gains, by_call, strict=True)) / max(power, 1e-30) for w, by_call in widths.items()}
         for name, widths in errors.items()
     }
-    return {name: idle.get(name) or _all_widths(plans[name], squared[name], specs[name]) for name in part.linears}
+    return {name: idle.get(name) or _all_widths(plans[name], parts[name], specs[name]) for name in part.linears}
 
 
-@contextmanager
-def replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put other modules in place of those of these names while the body runs."""
-    before = {name: model.get_submodule(name) for name in layers}
-    try:
-        put(model, layers)
-        yield
-    finally:
-        put(model, before)
-
-
-def put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Replace the modules of these names."""
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+def _output_error(transformer: nn.Module, call: Call) -> float:
+    """Return the squared error of the transformer's output."""
+    output = first_tensor(run_block(transformer, call))
+    assert output is not None and call.output is not None  # errors at the end need outputs to compare
+    return squared(output.float() - call.output.float())
 
 
 def _measured_widths(weights: list[str]) -> list[str]:
@@ -184,19 +174,11 @@ def _all_widths(plans: Mapping[str, LayerPlan], squared: Mapping[str, float], sp
     return result
 
 
-@one_thread()
-def _squared(a: Tensor, b: Tensor) -> float:
-    return float((a.float() - b.float()).square().sum())
-
-
-def _tensors(output: object) -> list[Tensor]:
-    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else (output,)
-    return [v for v in values if isinstance(v, Tensor)]
-
-
 def _thin(call: Call, number: int) -> Call:
     lead = call.args[0] if call.args else call.kwargs.get("hidden_states")
-    count = 0 if call.output is None or not isinstance(lead, Tensor) or len(lead) != len(call.output) else len(lead)
+    if call.output is None or not isinstance(lead, Tensor) or len(lead) != len(call.output):
+        return call
+    count = len(lead)
     stride = count // ROWS
     if stride < 2:
         return call

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quantdit.calibration.observe.block_order import first_call, run_call
 from quantdit.calibration.observe.recorded_calls import Call, StoredCalls
-from quantdit.models.call_view import CallView, times_rise, view
+from quantdit.models.call_view import times_rise, view
 from quantdit.system.threads import one_thread
 from quantdit.tensors.timesteps import rising
 
@@ -35,12 +35,12 @@ def salient_calls(transformer: nn.Module, first_block: str, calls: StoredCalls, 
     """
     moved, harmed = defaultdict(list), defaultdict(list)
     deltas = _rounding_errors(transformer.get_submodule(first_block))
-    times = [_viewed(transformer, call).time for call in calls]
+    times = [_time_and_sample(transformer, call)[0] for call in calls]
     rise = times_rise(transformer)
     sign = -1 if (rising(times) if rise is None else rise) else 1
     latest: tuple[float, Tensor] | None = None
     for time, call in zip(times, calls, strict=True):
-        sample = _viewed(transformer, call).latent.float()
+        sample = _time_and_sample(transformer, call)[1].float()
         # The calls of one step share the sample; a time back towards noise begins another trajectory.
         if latest is not None and sign * time < sign * latest[0] and sample.shape == latest[1].shape:
             moved[latest[0]].append(float((sample - latest[1]).square().mean()))
@@ -53,11 +53,11 @@ def salient_calls(transformer: nn.Module, first_block: str, calls: StoredCalls, 
     return replace(calls, entries=tuple(entry for entry, time in zip(calls.entries, times, strict=True) if time in chosen))
 
 
-def _viewed(transformer: nn.Module, call: Call) -> CallView:
+def _time_and_sample(transformer: nn.Module, call: Call) -> tuple[float, Tensor]:
     found = view(transformer, call.args, call.kwargs)
     if found.time is None or found.latent is None:
         raise ValueError("the transformer's calls have no timestep or no sample to choose by; use --timestep-choice even")
-    return found
+    return found.time, found.latent
 
 
 def _rounding_errors(block: nn.Module) -> dict[nn.Linear, Tensor]:
@@ -75,7 +75,7 @@ def _harm(transformer: nn.Module, first_block: str, call: Call, deltas: dict[nn.
     """Return the mean over the block's linears of the mean square of `dW x` on one call."""
     found: list[float] = []
 
-    def measure(module: nn.Module, args: tuple, output: Tensor) -> None:
+    def measure(module: nn.Linear, args: tuple, output: Tensor) -> None:
         x = args[0].float().reshape(-1, module.in_features)
         found.append(float((x @ deltas[module].T).square().mean()))
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +45,9 @@ from quantdit.tensors import transform
 from quantdit.tensors.layer_spec import NARROWER, LayerSpec, as_computed, as_stored, layer_fields
 from quantdit.tensors.qtensor import FIELDS, check_values
 
-SPEC = 4
+FORMAT_VERSION = 4
 # Spec 2 has no config in the header. Up to spec 3 a smoothed layer's premultiplier is float32, an outlier rotation dense.
-READ = (2, 3, SPEC)
+READABLE_VERSIONS = (2, 3, FORMAT_VERSION)
 MAX_TIMESTEP = 1e9
 METHOD = "quantdit"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
@@ -111,7 +112,7 @@ def write_transformer(
         return as_stored(_field(name), value) if name in own else narrowest(value)
 
     described, config = describe(model, recipe, provenance), config_of(model)
-    header = {"spec": SPEC, "recipe": recipe, "provenance": provenance, "layers_sha256": layers_digest(described)}
+    header = {"spec": FORMAT_VERSION, "recipe": recipe, "provenance": provenance, "layers_sha256": layers_digest(described)}
     header["config"] = config
     if scheduler is not None:
         header["scheduler"] = scheduler
@@ -124,7 +125,8 @@ def write_transformer(
 
 def config_of(model: nn.Module) -> dict:
     """Return what config.json says of a model besides its quantization, as JSON has it."""
-    config = {key: value for key, value in dict(model.config).items() if _is_json(value)}
+    own: Any = model.config  # of a ConfigMixin
+    config = {key: value for key, value in dict(own).items() if _is_json(value)}
     return _settings(json.loads(json.dumps(config | {"_class_name": type(model).__name__})))
 
 
@@ -177,7 +179,7 @@ def describe(model: nn.Module, recipe: dict, provenance: dict) -> dict:
     """Return the quantization_config of a transformer with QuantLinear layers, but for the sha256 of its file."""
     return {
         "quant_method": METHOD,
-        "spec": SPEC,
+        "spec": FORMAT_VERSION,
         "recipe": recipe,
         "provenance": provenance,
         "timestep_edges": list(getattr(model, "timestep_edges", ())),
@@ -237,7 +239,7 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32, accept_co
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
         raise CheckpointError(f"{where}: no quantization_config of quantdit; was this folder made by quantdit?")
-    check_spec(quantization, where)
+    check_version(quantization, where)
     paths = weight_files(folder)
     stored = stored_tensors(paths)
     check_plausible(config, len(stored), where)
@@ -261,17 +263,17 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32, accept_co
     return model.requires_grad_(False).eval()
 
 
-def check_spec(quantization: dict, where: Path) -> None:
+def check_version(quantization: dict, where: Path) -> None:
     """Refuse a quantization_config of another version.
 
     Raises:
         CheckpointError: it is older, newer, or none.
     """
     spec = quantization.get("spec")
-    if type(spec) is not int or spec not in READ:
-        older = type(spec) is int and 0 < spec < SPEC
+    if type(spec) is not int or spec not in READABLE_VERSIONS:
+        older = type(spec) is int and 0 < spec < FORMAT_VERSION
         remedy = "calibrate the model again" if older else "upgrade with pip install -U quantdit"
-        raise CheckpointError(f"{where}: checkpoint spec {spec!r}, but this quantdit reads spec {SPEC}; {remedy}")
+        raise CheckpointError(f"{where}: checkpoint spec {spec!r}, but this quantdit reads spec {FORMAT_VERSION}; {remedy}")
 
 
 def prepare(
@@ -322,7 +324,7 @@ def finish(model: nn.Module, edges: tuple[float, ...], weights: Path) -> None:
         CheckpointError: scales that are not finite, codes that leave the int8 range, a rotation that is none.
     """
     for name, layer in quant_layers(model).items():
-        state = layer._buffers
+        state = {name: tensor for name, tensor in layer._buffers.items() if tensor is not None}
         if (wrong := check_values(layer.spec, {f: state[f] for f in FIELDS if f in state})) is not None:
             raise CheckpointError(f"{weights}: layer {name}: {wrong}; the file was damaged, copy or calibrate it again")
         others = {n: state[n] for n in ("static_scale", "up", "down") if n in state}
@@ -517,7 +519,8 @@ def build_on_meta(config: dict, folder: Path, compute_buffers: bool = True, room
         raise CheckpointError(f"{where}: {cls.__name__} cannot be built from it: {reason:.300}") from error
 
 
-def _class_of(config: Mapping, where: Path) -> type[nn.Module]:
+def _class_of(config: Mapping, where: Path) -> Any:
+    """Return the model class of diffusers, an nn.Module and a ConfigMixin, that a config names."""
     import diffusers
 
     cls = getattr(diffusers, str(config.get("_class_name")), None)
@@ -553,16 +556,15 @@ def _put_layers(model: nn.Module, quantization: dict, where: Path) -> None:
         raise CheckpointError(f"{where}: quantization_config.layers must be a table of layers")
     for name, entry in layers.items():
         try:
-            parent = model.get_submodule(name.rpartition(".")[0])
             linear = model.get_submodule(name)
         except AttributeError as error:
             raise CheckpointError(f"{where}: layer {name!r} does not exist in {type(model).__name__}") from error
         if not isinstance(linear, nn.Linear):
             raise CheckpointError(f"{where}: layer {name!r} is a {type(linear).__name__}, expected a Linear")
-        setattr(parent, name.rpartition(".")[2], _layer(name, entry, linear, where))
+        model.set_submodule(name, _layer(name, entry, linear, where))
 
 
-def _layer(name: str, entry: object, linear: nn.Linear, where: Path) -> QuantLinear:
+def _layer(name: str, entry: dict, linear: nn.Linear, where: Path) -> QuantLinear:
     try:
         spec = LayerSpec.from_dict(entry)
     except ValueError as error:
@@ -582,7 +584,7 @@ def _layer(name: str, entry: object, linear: nn.Linear, where: Path) -> QuantLin
 def _timestep_edges(quantization: dict, layers: dict[str, QuantLinear], where: Path) -> tuple[float, ...]:
     edges = quantization.get("timestep_edges")
     numbers = isinstance(edges, list) and all(type(e) in (int, float) and abs(e) < MAX_TIMESTEP for e in edges)
-    if not numbers or edges not in (sorted(edges), sorted(edges, reverse=True)):
+    if not isinstance(edges, list) or not numbers or edges not in (sorted(edges), sorted(edges, reverse=True)):
         raise CheckpointError(f"{where}: timestep_edges must be a list of numbers that all fall or all rise, got {edges!r:.80}")
     for name, layer in layers.items():
         buckets = layer.layer_spec.activation.buckets

@@ -7,6 +7,7 @@ each leaves tensors of other names or shapes, which is how they are found.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,13 +81,15 @@ def _is_unknown(name: str) -> bool:
 
 
 def _built(model: nn.Module) -> dict[str, tuple[int, ...]] | None:
-    if not hasattr(model, "from_config") or not isinstance(getattr(model, "config", None), Mapping):
+    cls: Any = type(model)
+    stated = getattr(model, "config", None)
+    if not hasattr(cls, "from_config") or not isinstance(stated, Mapping):
         return None
     # Not `_use_default_values`, which counts arguments that were given by position among the defaults.
-    config = {k: v for k, v in dict(model.config).items() if not k.startswith("_") and k != "quantization_config"}
+    config = {k: v for k, v in stated.items() if not k.startswith("_") and k != "quantization_config"}
     try:
         with torch.device("meta"):
-            made = type(model).from_config(config)
+            made = cls.from_config(config)
     except Exception:  # a class may fail without memory in any way
         return None
     return {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}

@@ -152,10 +152,10 @@ def _check_superfluous(model: nn.Module, stored: Mapping[str, Stored], superfluo
                 f"{stored[key].path}: tensor {key} is neither weight nor bias of layer {owner}: another tool quantized or changed"
                 f" it; {REMEDY}"
             )
-        if isinstance(modules[owner], nn.ModuleList) and parts[owner.count(".") + 1].isdigit():
+        if isinstance(blocks := modules[owner], nn.ModuleList) and parts[owner.count(".") + 1].isdigit():
             raise CheckpointError(
                 f"{stored[key].path}: tensor {key} is of a block that config.json does not have: config.json gives"
-                f" {len(modules[owner])} blocks in {owner}; copy both files again"
+                f" {len(blocks)} blocks in {owner}; copy both files again"
             )
         others.append(key)
     if others:

@@ -8,9 +8,10 @@ their quantized tensors.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,8 +85,8 @@ class Need:
     def __add__(self, other: Need) -> Need:
         """Return what two transformers need that are worked on in turn."""
         work = max(self.work, other.work)
-        pairs = ((self.resident, other.resident), (self.streamed, other.streamed))
-        return Need(*(a - self.work + b - other.work + work for a, b in pairs), work)
+        saved = self.work + other.work - work
+        return Need(self.resident + other.resident - saved, self.streamed + other.streamed - saved, work)
 
 
 def need_of(folder: Path, dtype: torch.dtype) -> Need:
@@ -146,8 +147,8 @@ class Stream:
         for path in paths:
             module = self.transformer.get_submodule(path)
             # First of the hooks before, last of those after, so that the others find it loaded.
-            handles.append(module.register_forward_pre_hook(lambda m, a, path=path: self.load(path), prepend=True))
-            handles.append(module.register_forward_hook(lambda m, a, o, path=path: self.drop(path), always_call=True))
+            handles.append(module.register_forward_pre_hook(partial(_then, self.load, path), prepend=True))
+            handles.append(module.register_forward_hook(partial(_then, self.drop, path), always_call=True))
         try:
             yield
         finally:
@@ -228,6 +229,11 @@ class Stream:
         parent, _, leaf = name.rpartition(".")
         module = self.transformer.get_submodule(parent)
         return module, module._parameters if leaf in module._parameters else module._buffers, leaf
+
+
+def _then(action: Callable[[str], None], path: str, *call: object) -> None:
+    """Do it at a module's call, as a hook of the module at `path`."""
+    action(path)
 
 
 def is_streamed(transformer: nn.Module) -> bool:

@@ -20,16 +20,18 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from quantdit.models.known_models import ALIASES
+    from quantdit.models.known_models import KNOWN_MODELS
 
     rows = [("name", "size", "embedded", "transformer", "hub id", "what it makes")]
-    rows += [(name, a.parameters, "no" if a.hub else "yes", a.transformer, a.hub or "-", a.about) for name, a in ALIASES.items()]
+    rows += [
+        (name, a.parameters, "no" if a.hub else "yes", a.transformer, a.hub or "-", a.about) for name, a in KNOWN_MODELS.items()
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     for name, size, *texts, about in rows:
         cells = [name.ljust(widths[0]), size.rjust(widths[1]), *(t.ljust(w) for t, w in zip(texts, widths[2:], strict=True))]
         print(*cells, about, sep="  ")
     print("\nwhat quantdit calibrate samples of each, but for what --samples, --steps, --guidance, --height, ... say")
-    rows = [("name", "on a CPU", "on a GPU"), *((name, _captured(a.cpu), _captured(a.gpu)) for name, a in ALIASES.items())]
+    rows = [("name", "on a CPU", "on a GPU"), *((name, _captured(a.cpu), _captured(a.gpu)) for name, a in KNOWN_MODELS.items())]
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     for row in rows:
         print(row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2], sep="  ")

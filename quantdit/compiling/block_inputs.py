@@ -11,7 +11,7 @@ from pathlib import Path
 
 from quantdit.calibration.observe import block_order, capture
 from quantdit.calibration.observe import recorded_calls as call_files
-from quantdit.calibration.observe.block_order import Link, Unchained
+from quantdit.calibration.observe.block_order import BlockLink, BlocksNotSequential
 from quantdit.calibration.observe.recorded_calls import StoredCall, StoredCalls
 from quantdit.compiling.job import OUTSIDE, Job, Segment
 from quantdit.system import memory, sealed
@@ -48,7 +48,7 @@ def _segment(job: Job, path: str, number: int, names: Collection[str], calls: St
     return Segment(path, number, mine, job.transformer.get_submodule(path), calls)
 
 
-def _walk_chain(job: Job, links: list[Link], names: Collection[str], calls: StoredCalls, inputs: Path) -> Iterator[Segment]:
+def _walk_chain(job: Job, links: list[BlockLink], names: Collection[str], calls: StoredCalls, inputs: Path) -> Iterator[Segment]:
     reached = max((int(p.parent.name) for p in inputs.glob(f"*/{call_files.INDEX}")), default=-1)
     if reached < 0:
         with job.timed("propagate"):
@@ -68,7 +68,7 @@ def _walk_chain(job: Job, links: list[Link], names: Collection[str], calls: Stor
         memory.give_back()
 
 
-def _first_inputs(job: Job, first: Link, calls: StoredCalls, folder: Path) -> None:
+def _first_inputs(job: Job, first: BlockLink, calls: StoredCalls, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i, call in enumerate(calls):
         reached = block_order.first_call(job.transformer, first.path, call)
@@ -95,7 +95,7 @@ def _index_of(folder: Path, run: str) -> dict:
     return index
 
 
-def _hand_on(job: Job, links: list[Link], number: int, calls: StoredCalls, mine: StoredCalls, inputs: Path) -> None:
+def _hand_on(job: Job, links: list[BlockLink], number: int, calls: StoredCalls, mine: StoredCalls, inputs: Path) -> None:
     """Run the block `links[number]` on its calls and keep what the next one gets; of the last, what it returns."""
     folder = _fresh(inputs / _number(number + 1))
     base = _index_of(inputs / _number(number), job.run)["base"]
@@ -150,7 +150,7 @@ def model_error(job: Job, names: Collection[str], folder: Path) -> float | None:
     return capture.relative_error(pairs)
 
 
-def links_of(job: Job) -> list[Link]:
+def links_of(job: Job) -> list[BlockLink]:
     """Return the chain of the transformer's blocks; empty if they cannot be run one after the other.
 
     Raises:
@@ -161,7 +161,7 @@ def links_of(job: Job) -> list[Link]:
         try:
             with job.timed("observe"), job.following():
                 links = block_order.observe(job.transformer, job.blocks, job.calls[0])
-        except Unchained as error:
+        except BlocksNotSequential as error:
             if job.stream is not None:
                 raise ValueError(
                     f"{type(job.transformer).__name__}: {error}; such a model must be in memory as a whole, give a larger"
@@ -169,7 +169,7 @@ def links_of(job: Job) -> list[Link]:
                 ) from error
             links = []
         sealed.write(path, {"links": [link.to_dict() for link in links]}, job.run)
-    return [Link.from_dict(content) for content in sealed.read(path, job.run)["links"]]
+    return [BlockLink.from_dict(content) for content in sealed.read(path, job.run)["links"]]
 
 
 def describe_chain(job: Job) -> dict | None:

@@ -29,7 +29,7 @@ from quantdit.compiling.plan import Component, Plan, Target, check, check_finite
 from quantdit.compiling.quantize_blocks import QuantizedTransformer
 from quantdit.compiling.report import REPORT, CompileResult
 from quantdit.compiling.targets import quantize_to_target
-from quantdit.models.known_models import ALIASES, locate, transformer_config
+from quantdit.models.known_models import KNOWN_MODELS, locate, transformer_config
 from quantdit.pipelines.pipeline import MODEL, BareTransformer, Source, check_options, load_pipeline
 from quantdit.pipelines.sampling import sample, sampled_times, sampling_plan_for
 from quantdit.recipes.presets import BEST, finetuning_for, finetuning_of, from_any, is_bits, with_auto, with_weight_format
@@ -127,7 +127,7 @@ def recipe_for(
 
 def _scratch(model: str, output: Path, stack: ExitStack) -> Path:
     """Return the folder beside the output that made-up weights go into, locked; refuses a model whose shapes are not known."""
-    if model not in ALIASES or not ALIASES[model].hub:
+    if model not in KNOWN_MODELS or not KNOWN_MODELS[model].hub:
         raise ValueError(f"--random-weights needs a known model that is not embedded, got {model!r}; see quantdit models")
     place = work_folder.place_of(output)
     scratch = place.with_name(f"{place.name}.random")
@@ -144,7 +144,7 @@ def _open(model: str, given: Mapping[str, object], scratch: Path | None) -> tupl
     if scratch is not None:
         seed = given.get("seed", 0)
         open_scratch(scratch, {"model": model, "seed": seed})
-        for number, part in enumerate(ALIASES[model].transformers):
+        for number, part in enumerate(KNOWN_MODELS[model].transformers):
             write_random_transformer(transformer_config(model), scratch / part, seed + number)
     how = {"device": given.get("device", "cpu"), "memory_budget": given.get("memory_budget")}
     pipeline, source = load_pipeline(model, weights=None if weights is None else Path(weights), **how)

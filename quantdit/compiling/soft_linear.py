@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from quantdit.calibration import gptvq
 from quantdit.calibration.activations import quantized_inputs
-from quantdit.calibration.layer import Quantized, as_stored, histogram, relative_error
+from quantdit.calibration.errors import output_error
+from quantdit.calibration.layer import Quantized, as_stored, histogram
 from quantdit.calibration.stats import Stats
 from quantdit.formats import FORMATS
 from quantdit.formats.codebook import words
@@ -138,7 +139,7 @@ class SoftLinear(nn.Module):
         dense = stored["scale"][:, None] * integers
         gram = transform.gram(self.transform, stats.gram if bias is None else stats.centred_gram)
         report = {
-            "weight_only_rel_rmse": relative_error(dense - W, gram, weight.detach().float(), stats.gram),
+            "weight_only_rel_rmse": output_error(dense - W, weight.detach().float(), stats.gram, gram),
             "weight_histogram": histogram(W, stored["scale"]),
             "codebook_rounding": float(f"{rounding:.3g}"),
         }

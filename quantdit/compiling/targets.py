@@ -9,8 +9,8 @@ from torch import nn
 
 from quantdit.calibration import allocate
 from quantdit.calibration.allocate import Attempt, Option
+from quantdit.calibration.observe import block_order, sensitivity
 from quantdit.calibration.observe import recorded_calls as call_files
-from quantdit.calibration.observe import sensitivity
 from quantdit.checkpoints import checkpoint
 from quantdit.compiling import quantize_blocks
 from quantdit.compiling.block_inputs import walk
@@ -50,7 +50,7 @@ def quantize_to_target(job: Job, component: Component, target: Target) -> tuple[
         # Each attempt keeps its blocks: a later one may turn out worse, and an interrupted run goes through them again.
         if chosen not in tried:
             tried.append(chosen)
-        sensitivity.put(job.transformer, full)
+        block_order.put(job.transformer, full)
         plans = {name: plans[chosen[name].weight] for name, plans in component.options.items()}
         return quantize_blocks.quantize(job, plans, job.folder / f"blocks-{tried.index(chosen)}")
 
@@ -135,7 +135,7 @@ def _sensitivities(job: Job, options: Mapping[str, Mapping[str, LayerPlan]]) -> 
                 bar.update(len(segment.names))
             else:
                 stats = quantize_blocks.statistics_of(job, segment)
-                part = sensitivity.Part(segment.run, segment.linears, list(sensitivity.measured(segment.calls)), stats)
+                part = sensitivity.MeasuredBlock(segment.run, segment.linears, list(sensitivity.measured(segment.calls)), stats)
                 result = sensitivity.sensitivity(
                     part,
                     options,

@@ -47,7 +47,7 @@ def _wrap(cls: type, name: str, wrapper: Callable[[Callable], Callable]) -> None
     if hasattr(method, "quantdit"):
         return
     wrapped = functools.wraps(method)(wrapper(method))
-    wrapped.quantdit = True
+    vars(wrapped)["quantdit"] = True
     setattr(cls, name, wrapped)
 
 

@@ -10,6 +10,7 @@ import json
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -69,7 +70,7 @@ class QuantDiTConfig(QuantizationConfigMixin):
         method: str = BEST,
         **state: object,
     ) -> None:
-        self.quant_method = Method.QUANTDIT
+        self.quant_method = Method.QUANTDIT  # pyright: ignore[reportAttributeAccessIssue] - the base knows its own methods alone
         self.seed = seed
         # Of a later version's folder anything may be there: its spec, checked first, says what to do.
         self.state = {**state, "recipe": recipe} if "spec" in state else None
@@ -81,9 +82,12 @@ class QuantDiTConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"QuantDiTConfig: bits is {bits!r}, expected text such as 'w4a8', 4 bits a weight and 8 an activation"
             )
-        if (bits is None) == (recipe is None):
+        if bits is not None and recipe is None:
+            wanted = from_bits(bits, method)
+        elif recipe is not None and bits is None:
+            wanted = from_any(recipe, method)
+        else:
             raise ValueError("QuantDiTConfig takes bits='w4a8' or recipe='mine.toml', one of the two")
-        wanted = from_bits(bits, method) if bits else from_any(recipe, method)
         if method != BEST:
             raise ValueError(
                 f"method {method!r} needs calibration data, and loading has none: calibrate with quantdit calibrate --method"
@@ -94,8 +98,8 @@ class QuantDiTConfig(QuantizationConfigMixin):
         self.recipe = Recipe(wanted.name, (*left_alone, *without_data(wanted, CALIBRATE).rules))
 
     @classmethod
-    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: object) -> QuantDiTConfig:
-        """Return the configuration that a dictionary, such as that of a folder, is of.
+    def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Return the configuration that a dictionary, such as that of a folder, is of; with unused keywords if asked for.
 
         Raises:
             ValueError: it is of none.
@@ -129,9 +133,10 @@ class QuantDiTQuantizer(DiffusersQuantizer):
     requires_calibration = False
     required_packages = (METHOD,)
     use_keep_in_fp32_modules = True
-    is_serializable = True
-    is_trainable = True  # of adapters on it
-    is_compileable = True
+    # Properties of the base class.
+    is_serializable = True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+    is_trainable = True  # of adapters on it  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+    is_compileable = True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
     quantization_config: QuantDiTConfig
 
@@ -154,10 +159,17 @@ class QuantDiTQuantizer(DiffusersQuantizer):
     def _stored(self) -> bool:
         return self.quantization_config.state is not None
 
+    @property
+    def _state(self) -> dict:
+        """What config.json says, or is to say, of the model."""
+        state = self.quantization_config.state
+        assert state is not None  # of a quantized folder, or once the model has been quantized
+        return state
+
     def validate_environment(self, *args: object, device_map: object = None, **kwargs: object) -> None:
         """Refuse a checkpoint of another spec, and layers that are to be quantized but would go to the disk as they are."""
         if self._stored:
-            checkpoint.check_spec(self.quantization_config.state, WHERE)
+            checkpoint.check_version(self._state, WHERE)
         elif isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError("what is on the disk is not quantized while it loads; calibrate the model first, or leave out disk")
 
@@ -182,7 +194,7 @@ class QuantDiTQuantizer(DiffusersQuantizer):
             if not self._paths:
                 raise ValueError("a quantized folder is read with from_pretrained, not with from_single_file")
             config = files.read_json(where)
-            self._edges = checkpoint.prepare(model, self.quantization_config.state, self._paths, where, config)
+            self._edges = checkpoint.prepare(model, self._state, self._paths, where, config)
             self._own = checkpoint.own_keys(model)
             return
         if self._paths:
@@ -211,6 +223,7 @@ class QuantDiTQuantizer(DiffusersQuantizer):
             if self._model is None:  # a single file, whose tensors have the names of the original model still
                 sources.check_scales(sources.described(state_dict, SINGLE))
             return {key: self._weight(key, state_dict) for key in state_dict if not sources.is_beside(key)}
+        assert self._model is not None  # a folder's model is there before its tensors
         dense = {}
         for key, tensor in state_dict.items():
             if key not in self._own:
@@ -246,20 +259,21 @@ class QuantDiTQuantizer(DiffusersQuantizer):
         name, _, field = param_name.rpartition(".")
         return field == "weight" and name in self._plans
 
-    def create_quantized_param(
+    def create_quantized_param(  # pyright: ignore[reportIncompatibleMethodOverride] - the base returns nothing either
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: torch.device, *args: object, **kwargs: object
     ) -> None:
         """Quantize a layer's weight, on the CPU, and put the layer in its place; the bias comes or came by itself."""
         name = param_name.rpartition(".")[0]
         files.check_finite(param_name, param_value)
         linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)  # as the plans' layers are
         made = quantize_without_data(param_value.cpu(), None, self._plans[name], self._seeds[name])
         layer = QuantLinear.from_tensors(made.spec, {key: t.to(target_device) for key, t in made.tensors.items()}, None)
         layer.bias = linear.bias
-        _put(model, name, layer)
+        model.set_submodule(name, layer)
         self._errors[name] = {"weight_rel_rmse": made.report["weight_rel_rmse"]}
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: object) -> Any:  # a ModelMixin
         checkpoint.set_weight_dtype(model, self._dtype)
         if self._stored:
             checkpoint.finish(model, self._edges, self._paths[0].parent)
@@ -273,7 +287,7 @@ class QuantDiTQuantizer(DiffusersQuantizer):
             provenance = {"quantdit": quantdit.__version__, "calibration": {"samples": 0, "seed": config.seed}}
             provenance["layers"] = self._errors  # what `inspect` shows
             config.state = checkpoint.describe(model, config.recipe.to_dict(), provenance)
-        self.quantization_config.state["spec"] = checkpoint.SPEC  # what it would be saved as
+        self._state["spec"] = checkpoint.FORMAT_VERSION  # what it would be saved as
         # from_single_file leaves it out.
         model.register_to_config(quantization_config=self.quantization_config)
         if not any(hasattr(module, "_hf_hook") for module in model.modules()):  # accelerate has what it offloads elsewhere
@@ -322,7 +336,7 @@ class QuantDiTQuantizer(DiffusersQuantizer):
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return what `save_pretrained` writes, of a model that passed `check_savable`: its tensors, and what the header says."""
-        state = self.quantization_config.state
+        state = self._state
         stored = {f"{name}.{field}" for name, spec in self._layer_specs().items() for field in layer_fields(spec)}
         state_dict = {k: as_stored(k.rpartition(".")[2], t) if k in stored else t for k, t in state_dict.items()}
         header = {key: state[key] for key in ("spec", "recipe", "provenance")} | {"config": self.config}
@@ -332,29 +346,29 @@ class QuantDiTQuantizer(DiffusersQuantizer):
 
     def _layer_specs(self) -> dict[str, LayerSpec]:
         """Return what config.json says of the quantized layers."""
-        return {name: LayerSpec.from_dict(content) for name, content in self.quantization_config.state["layers"].items()}
+        return {name: LayerSpec.from_dict(content) for name, content in self._state["layers"].items()}
 
-    def _dequantize(self, model: nn.Module) -> nn.Module:
+    def _dequantize(self, model: Any) -> Any:
         return dequantize(model)
 
 
-def dequantize(model: nn.Module) -> nn.Module:
+def dequantize(model: Any) -> Any:
     """Replace the quantized layers by ordinary linears of their weights, in place, in the model's dtype; returns the model.
 
-    Activations are no longer quantized.
+    The model is a ModelMixin. Activations are no longer quantized.
     """
     from diffusers.configuration_utils import FrozenDict
 
     dtype = model.dtype
     for name, layer in checkpoint.quant_layers(model).items():
-        _put(model, name, dense_linear(layer, dtype))
+        model.set_submodule(name, dense_linear(layer, dtype))
     # Without this, save_pretrained would call it quantized.
     model._internal_dict = FrozenDict({key: value for key, value in model.config.items() if key != "quantization_config"})
     return model
 
 
-def attach(model: nn.Module, quantization: dict) -> nn.Module:
-    """Make a transformer with QuantLinear layers what `from_pretrained` returns: one that diffusers can save and dequantize."""
+def attach(model: Any, quantization: dict) -> Any:
+    """Make a ModelMixin with QuantLinear layers what `from_pretrained` returns: one that diffusers can save and dequantize."""
     config = QuantDiTConfig(**quantization)
     model.hf_quantizer = QuantDiTQuantizer(config, pre_quantized=True)
     model.quantization_method = config.quant_method
@@ -367,11 +381,6 @@ def register(auto: ModuleType) -> None:
     """Enter both classes into the tables of `diffusers.quantizers.auto`."""
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = QuantDiTQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QuantDiTConfig
-
-
-def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
 
 
 watch()

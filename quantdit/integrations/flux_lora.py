@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,9 @@ class _WithWeights:
 
     def state_dict(self) -> dict[str, Tensor]:
         layers = {n: m for n, m in self._transformer.named_modules() if isinstance(m, QuantLinear)}
-        shapes = {n: torch.empty((), device=m.data.device).expand(m.out_features, m.in_features) for n, m in layers.items()}
+        shapes = {
+            n: torch.empty((), device=m.qtensor.data.device).expand(m.out_features, m.in_features) for n, m in layers.items()
+        }
         return self._transformer.state_dict() | {f"{name}.weight": shape for name, shape in shapes.items()}
 
 
@@ -38,7 +41,7 @@ def register(module: ModuleType) -> None:
     def with_weights(cls: type, transformer: nn.Module, lora_state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         return expand(cls, _WithWeights(transformer), lora_state_dict)
 
-    with_weights.quantdit = True
+    vars(with_weights)["quantdit"] = True
     loader._maybe_expand_lora_state_dict = classmethod(with_weights)
     _put_back(loader)
 
@@ -56,7 +59,7 @@ def _put_back(loader: type) -> None:
         return widened
 
     @functools.wraps(unload)
-    def unloading(self: object, reset_to_overwritten_params: bool = False) -> None:
+    def unloading(self: Any, reset_to_overwritten_params: bool = False) -> None:
         unload(self, reset_to_overwritten_params)
         if not reset_to_overwritten_params:
             return

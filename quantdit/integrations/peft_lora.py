@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from types import ModuleType
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear
@@ -67,7 +68,9 @@ class QuantLoraLinear(Linear):
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Return an adapter as `up` `[out, r]`, scaled, and `down` `[r, in]`."""
-        return self.lora_B[name].weight.detach() * self.scaling[name], self.lora_A[name].weight.detach()
+        up, down = self.lora_B[name].weight, self.lora_A[name].weight
+        assert isinstance(up, Tensor) and isinstance(down, Tensor)  # of linears
+        return up.detach() * self.scaling[name], down.detach()
 
     def unmerge(self) -> None:
         """Undo all fusing; the layer has the bits it had before."""
@@ -110,14 +113,14 @@ def _dispatch_first(module: ModuleType) -> None:
     if hasattr(others, "quantdit"):
         return
 
-    def dispatch(target: nn.Module, adapter_name: str, config: object, **kwargs: object) -> nn.Module | None:
+    def dispatch(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if isinstance(base, QuantLinear) and kwargs.get("parameter_name") is None:
             return QuantLoraLinear(target, adapter_name, config=config, **kwargs)
         return others(target, adapter_name, config=config, **kwargs)
 
-    dispatch.quantdit = True
-    module.dispatch_default = dispatch
+    vars(dispatch)["quantdit"] = True
+    vars(module)["dispatch_default"] = dispatch
 
 
 def _check_first(method: str) -> None:
@@ -132,7 +135,7 @@ def _check_first(method: str) -> None:
             check_fusing(self.model, given.get("adapter_names"))
         return merge(self, *args, **kwargs)
 
-    checked.quantdit = True
+    vars(checked)["quantdit"] = True
     setattr(BaseTuner, method, checked)
 
 

@@ -6,6 +6,7 @@ import inspect
 import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any, cast
 
 from torch import nn
 
@@ -64,7 +65,7 @@ class Input:
     kind: str
     shape: tuple[str | int, ...] = ()
     dtype: str = "model"
-    value: object = 1.0
+    value: Any = 1.0
     when: str = ""
     listed: bool = False
 
@@ -407,7 +408,8 @@ def _likely_text(model: nn.Module) -> tuple[Input, ...]:
 
 def blocks(model: nn.Module, adapter: Adapter) -> list[tuple[str, nn.Module]]:
     """Return (path, block), list after list."""
-    return [(f"{path}.{index}", block) for path in adapter.blocks for index, block in enumerate(model.get_submodule(path))]
+    lists = {path: cast(nn.ModuleList, model.get_submodule(path)) for path in adapter.blocks}
+    return [(f"{path}.{index}", block) for path, listed in lists.items() for index, block in enumerate(listed)]
 
 
 def layers(model: nn.Module, adapter: Adapter) -> list[Layer]:

@@ -67,7 +67,7 @@ def view(transformer: nn.Module, args: tuple, kwargs: dict) -> CallView:
         given = known.signature.bind_partial(transformer, *args, **kwargs).arguments
     except TypeError:
         return CallView()  # forward itself says what is wrong
-    given = {**given, **given.get(known.rest, {})}
+    given = given if known.rest is None else {**given, **given.get(known.rest, {})}
     latent = _stacked(given.get(known.latent))
     time = None if known.time is None else _noisiest(given.get(known.time), known.rises)
     return CallView(latent, time, 0 if latent is None else len(latent), known.channels)
@@ -125,8 +125,9 @@ def _ending(names: list[str]) -> str | None:
 def _stacked(value: object) -> Tensor | None:
     if isinstance(value, Tensor):
         return value if value.ndim else None  # a number has no rows
-    listed = isinstance(value, list | tuple) and bool(value) and all(isinstance(v, Tensor) for v in value)
-    return torch.stack(list(value)) if listed and len({v.shape for v in value}) == 1 else None
+    if not isinstance(value, list | tuple) or not all(isinstance(v, Tensor) for v in value):
+        return None
+    return torch.stack(list(value)) if len({v.shape for v in value}) == 1 else None
 
 
 def _noisiest(value: object, rises: bool | None) -> float | None:

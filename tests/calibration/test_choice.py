@@ -27,6 +27,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 @dataclass(frozen=True)
 class Made:
     error: float
+    activation_error: float
     noise: float
     kind: str
 
@@ -45,7 +46,7 @@ def chosen(errors: dict[str, float], rule: Rule, noise: float = 1.0, activation:
 
     def attempt(t: Transform) -> Made:
         tried.append(name_of(t))
-        return Made(errors[name_of(t)], noise, name_of(t))
+        return Made(errors[name_of(t)], errors[name_of(t)] * share**0.5, noise, name_of(t))
 
     found = choice.choose(
         rule,

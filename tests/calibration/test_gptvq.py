@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 
+from quantdit.calibration.errors import energy, output_error
 from quantdit.calibration.gptq import factor
 from quantdit.calibration.gptvq import descend, feedback, fit_codebook, nearest, sign_codes, signed_errors
-from quantdit.calibration.quantize import energy, output_error, quantize_weight
+from quantdit.calibration.quantize import WeightOptions, quantize_weight
 from quantdit.formats import FORMATS
 from quantdit.formats.codebook import words
 
@@ -119,8 +120,8 @@ def test_codebook_ends_where_its_gradient_does():
 def test_feedback_and_descent_lower_the_output_error(name: str):
     W, H = random(96, 128, seed=16), correlated_gram(128, seed=17)
     plain = quantize_weight(W, H, name, 128, "rtn")
-    fed = quantize_weight(W, H, name, 128, "gptq", act_order=True)
-    descended = quantize_weight(W, H, name, 128, "gptq", act_order=True, descent=2)
+    fed = quantize_weight(W, H, name, 128, "gptq", WeightOptions(act_order=True))
+    descended = quantize_weight(W, H, name, 128, "gptq", WeightOptions(act_order=True, cd_passes=2))
     errors = [output_error(q.dequantize() - W, W, H) for q in (plain, fed, descended)]
     assert errors[1] < 0.95 * errors[0] and errors[2] <= errors[1]
 
@@ -182,12 +183,12 @@ def test_signs_split_off_are_worth_their_bits(name: str):
 
 def test_same_seed_same_codes():
     W, H = random(64, 64, seed=18), correlated_gram(64, seed=19)
-    first, second = (quantize_weight(W, H, "vq256x4", 64, "gptq", seed=3) for _ in range(2))
+    first, second = (quantize_weight(W, H, "vq256x4", 64, "gptq", WeightOptions(seed=3)) for _ in range(2))
     assert torch.equal(first.data, second.data) and torch.equal(first.codebook, second.codebook)
 
 
 def test_dead_inputs_and_rows_of_zeros_are_no_trouble():
     W, H = random(40, 32, seed=20), correlated_gram(32, seed=21)
     H[5], H[:, 5], W[7] = 0, 0, 0
-    q = quantize_weight(W, H, "vq256x4", 32, "gptq", act_order=True, descent=2)
+    q = quantize_weight(W, H, "vq256x4", 32, "gptq", WeightOptions(act_order=True, cd_passes=2))
     assert bool(torch.isfinite(q.dequantize()).all()) and not q.dequantize()[7].any()

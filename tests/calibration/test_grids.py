@@ -1,4 +1,4 @@
-"""Grids of every scalar format through one slow door: what they store decodes to what they promised, and errors are ordered."""
+"""Grids of every scalar format through one slow path: what they store decodes to what they promised, and errors are ordered."""
 
 from __future__ import annotations
 

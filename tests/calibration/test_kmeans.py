@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantdit.calibration.kmeans import SAMPLE, assign, kmeans
-from quantdit.calibration.quantize import quantize_weight
+from quantdit.calibration.quantize import WeightOptions, quantize_weight
 from quantdit.formats import FORMATS
 
 U32 = 2.0**-24
@@ -147,7 +147,7 @@ def test_a_layer_too_small_for_its_codebook(name: str):
 def test_quantized_vectors_are_the_nearest_codewords(name: str):
     f = FORMATS[name]
     weight, gram = random(24, 64), torch.diag(random(64, seed=1).square() + 0.1)
-    q = quantize_weight(weight, gram, name, 64, "rtn", seed=2)
+    q = quantize_weight(weight, gram, name, 64, "rtn", WeightOptions(seed=2))
     vectors = (weight / q.scale[:, None]).reshape(-1, f.dim)
     vectors = vectors.abs() if f.sign_split else vectors
     importance = gram.diagonal().reshape(-1, f.dim).repeat(24, 1)
@@ -156,7 +156,7 @@ def test_quantized_vectors_are_the_nearest_codewords(name: str):
     # Entries reach 64: squares of 4096 in float32, 10 roundings.
     tolerance = 10 * U32 * 3 * float(importance.sum(dim=1).max() * vectors.abs().max().clamp_min(64) ** 2)
     assert bool((exact.gather(1, chosen)[:, 0] <= exact.amin(dim=1) + tolerance).all())
-    same = quantize_weight(weight, gram, name, 64, "rtn", seed=2)
+    same = quantize_weight(weight, gram, name, 64, "rtn", WeightOptions(seed=2))
     assert all(torch.equal(a, b) for a, b in zip(q.tensors().values(), same.tensors().values(), strict=True))
 
 

@@ -14,8 +14,9 @@ from torch import nn
 from quantdit.calibration import choice
 from quantdit.calibration import stats as statistics
 from quantdit.calibration.activations import quantized_inputs, static_scales
+from quantdit.calibration.errors import output_error
 from quantdit.calibration.layer import Quantized, quantize_layer, quantize_layers
-from quantdit.calibration.quantize import output_error, quantize_weight
+from quantdit.calibration.quantize import WeightOptions, quantize_weight
 from quantdit.calibration.stats import Stats
 from quantdit.checkpoints import checkpoint
 from quantdit.layers.quant_linear import QuantLinear, follow_timesteps
@@ -231,9 +232,8 @@ def test_descent_is_never_worse_on_the_objective(weight: str, act_order: bool):
     """More passes, less `tr(D G D^T)`: a column takes the best of its levels, all others held. Scales are refitted after."""
     errors = []
     for passes in (0, 1, 2, 8):
-        q = quantize_weight(
-            layer_weight(), seen().gram, weight, 32 if weight == "int4" else WIDTH, act_order=act_order, descent=passes
-        )
+        options = WeightOptions(act_order=act_order, cd_passes=passes)
+        q = quantize_weight(layer_weight(), seen().gram, weight, 32 if weight == "int4" else WIDTH, options=options)
         errors.append(output_error(q.dequantize() - layer_weight(), layer_weight(), seen().gram))
     assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(errors))
     assert errors[-1] < 0.99 * errors[0]
@@ -248,7 +248,7 @@ def test_act_order_helps_where_few_inputs_have_the_power(weight: str):
         gram = (x * torch.logspace(1.5, -1, WIDTH).flip(0)).T @ (x * torch.logspace(1.5, -1, WIDTH).flip(0))
         w = random(48, WIDTH, seed=seed + 40)
         for order in errors:
-            q = quantize_weight(w, gram, weight, 32 if weight == "int4" else WIDTH, act_order=order)
+            q = quantize_weight(w, gram, weight, 32 if weight == "int4" else WIDTH, options=WeightOptions(act_order=order))
             errors[order] += output_error(q.dequantize() - w, w, gram)
     assert errors[True] < errors[False]
 

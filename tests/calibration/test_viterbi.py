@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from quantdit.calibration import viterbi
+from quantdit.calibration.errors import output_error
 from quantdit.calibration.gptq import descend, gptq
 from quantdit.calibration.grids import GRIDS, SPREAD
-from quantdit.calibration.quantize import output_error, quantize_weight
+from quantdit.calibration.quantize import WeightOptions, quantize_weight
 from quantdit.formats import FORMATS, trellis
 
 pytest.importorskip("numba")
@@ -105,7 +106,7 @@ def test_with_feedback_a_fifth_below_the_best_scalar_format(bits: int, scalar: s
     errors = {}
     for name in (scalar, f"trellis{bits}_l12"):
         for method, descent in (("rtn", 0), ("gptq", 0), ("gptq", 2)):
-            q = quantize_weight(W, H, name, 128, method, act_order=True, descent=descent)
+            q = quantize_weight(W, H, name, 128, method, WeightOptions(act_order=True, cd_passes=descent))
             errors[name, method, descent] = output_error(q.dequantize() - W, W, H)
     made = [errors[f"trellis{bits}_l12", *how] for how in (("rtn", 0), ("gptq", 0), ("gptq", 2))]
     assert made == sorted(made, reverse=True)

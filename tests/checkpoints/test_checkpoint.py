@@ -134,7 +134,7 @@ def test_file_can_be_read_by_safetensors_alone(everything):
         header = json.loads(file.metadata()["quantdit"])
     layer = quant_layers(everything.transformer)["transformer_blocks.1.attn1.to_out.0"]
     assert torch.equal(data.float() * scale[:, None], layer.qtensor.dequantize())
-    assert header["spec"] == checkpoint.SPEC == 4 and header["recipe"] == everything.report["recipe"]
+    assert header["spec"] == checkpoint.FORMAT_VERSION == 4 and header["recipe"] == everything.report["recipe"]
 
 
 def test_quantized_folder_is_told_from_a_plain_one(everything, pixel_dit: Path):
@@ -810,7 +810,7 @@ def test_a_folder_of_spec_2_is_read_and_saved_as_the_latest(copied: Path, tmp_pa
     change_config(copied, lambda c: c["quantization_config"].update(spec=2))
     for number, read in enumerate((quantdit.load, DiTTransformer2DModel.from_pretrained)):
         read(copied / "transformer").save_pretrained(tmp_path / str(number))
-        assert files.read_json(tmp_path / str(number) / "config.json")["quantization_config"]["spec"] == checkpoint.SPEC
+        assert files.read_json(tmp_path / str(number) / "config.json")["quantization_config"]["spec"] == checkpoint.FORMAT_VERSION
         read_transformer(tmp_path / str(number))
 
 

@@ -49,7 +49,7 @@ def calibrate(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(known_models, "transformer_config", lambda alias: TINY)
     small = known_models.Capture(2, 3.0, 1, 64, 64, 9, Size(1, 3, 4, 4, 8))
     for name in (ALIAS, "wan-14b", "wan2.2-a14b"):
-        monkeypatch.setitem(known_models.ALIASES, name, replace(known_models.ALIASES[name], cpu=small))
+        monkeypatch.setitem(known_models.KNOWN_MODELS, name, replace(known_models.KNOWN_MODELS[name], cpu=small))
 
     def run(*more: object, model: str = ALIAS, output: str = "out"):
         where = ("--model", model, "--random-weights", "--bits", "w8a16", "--output", tmp_path / output)

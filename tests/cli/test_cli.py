@@ -19,7 +19,7 @@ import quantdit
 from quantdit.checkpoints.checkpoint import quant_layers
 from quantdit.cli import command_line, options
 from quantdit.compiling.report import REPORT
-from quantdit.models.known_models import ALIASES
+from quantdit.models.known_models import KNOWN_MODELS
 from quantdit.pipelines.pipeline import generate, load_pipeline
 from quantdit.system import files
 
@@ -183,7 +183,7 @@ def test_every_option_that_is_a_path_is_tried_empty():
         ("fashion-dot", ["'fashion-dot'", "did you mean fashion-dit?"]),
         ("Fashion-DiT", ["'Fashion-DiT'", "fashion-dit"]),
         ("wan1.3b", ["'wan1.3b'", "wan-1.3b"]),
-        ("zzz", ["'zzz'", "known names", *ALIASES]),
+        ("zzz", ["'zzz'", "known names", *KNOWN_MODELS]),
         ("./nowhere", ["'./nowhere'"]),
         ("a/b/c", ["'a/b/c'"]),
         ("~nobody-of-this-name/model", ["'~nobody-of-this-name/model'"]),
@@ -473,14 +473,14 @@ def test_models_prints_the_table(cli):
     assert ran.code == 0 and not ran.err
     table, _, captured = ran.out.partition("\n\n")
     lines = table.splitlines()
-    assert len(lines) == 1 + len(ALIASES)
-    for line, (name, alias) in zip(lines[1:], ALIASES.items(), strict=True):
+    assert len(lines) == 1 + len(KNOWN_MODELS)
+    for line, (name, alias) in zip(lines[1:], KNOWN_MODELS.items(), strict=True):
         assert line.startswith(name) and alias.transformer in line and alias.parameters in line
         assert ("yes" if not alias.hub else alias.hub) in line
         assert line.index(alias.transformer) == lines[0].index("transformer"), "columns are aligned"
     title, _, *lines = captured.splitlines()
     assert "quantdit calibrate samples" in title
-    for line, (name, alias) in zip(lines, ALIASES.items(), strict=True):
+    for line, (name, alias) in zip(lines, KNOWN_MODELS.items(), strict=True):
         assert line.startswith(name), "what `calibrate --help` says that this shows"
         for known in (alias.cpu, alias.gpu):
             assert f"{known.prompts} samples, {known.steps} steps, guidance {known.guidance:g}, " in line
@@ -490,7 +490,7 @@ def test_models_prints_the_table(cli):
 def test_known_models_are_classes_of_the_installed_diffusers():
     import diffusers
 
-    for alias in ALIASES.values():
+    for alias in KNOWN_MODELS.values():
         assert inspect.isclass(getattr(diffusers, alias.transformer))
         if alias.hub:
             assert inspect.isclass(getattr(diffusers, alias.pipeline))

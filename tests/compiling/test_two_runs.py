@@ -75,7 +75,7 @@ def test_second_run_is_refused_while_the_first_lives(cli, arguments, holder: sub
 def test_made_up_weights_are_of_one_run_too(cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     from quantdit.models import known_models
 
-    model = next(name for name, alias in known_models.ALIASES.items() if alias.hub)
+    model = next(name for name, alias in known_models.KNOWN_MODELS.items() if alias.hub)
     with work_folder.locked(tmp_path / "out.random"):
         ran = cli("calibrate", "--model", model, "--bits", "w8a8", "--random-weights", "--output", tmp_path / "out")
     assert ran.code == 1 and f"process {os.getpid()} is writing {tmp_path / 'out.random'}" in ran.error

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantdit.calibration.quantize import quantize_weight
+from quantdit.calibration.quantize import WeightOptions, quantize_weight
 from quantdit.exporters import onnx_digest, onnx_session
 from quantdit.exporters.onnx_layers import Translation, emit_layer
 from quantdit.exporters.onnx_nodes import Nodes
@@ -38,8 +38,7 @@ def made_layer(
 ) -> QuantLinear:
     """Return a layer of random weights, rounded to nearest."""
     weight = torch.randn(OUT, width) / width**0.5
-    extra = {"table_rows": rows} if format.startswith("table") else {}
-    q = quantize_weight(transform.apply_to_weight(t, weight), torch.eye(width), format, 32, "rtn", **extra)
+    q = quantize_weight(transform.apply_to_weight(t, weight), torch.eye(width), format, 32, "rtn", WeightOptions(table_rows=rows))
     spec = LayerSpec(q.spec, activation, t.kind, t.rotation_block, t.smoothed, rank)
     tensors = q.tensors() | transform.tensors(t)
     if rank:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quantdit.models.adapter import ADAPTERS, adapter_for, layers
-from quantdit.models.known_models import ALIASES, CONFIGS, EMBEDDED, transformer_config
+from quantdit.models.known_models import CONFIGS, EMBEDDED, KNOWN_MODELS, transformer_config
 from quantdit.models.synthetic import latent_of, prediction, synthetic_inputs
 
 # Parameters of one transformer as diffusers' class has them, pinned: a changed config shows here. The public figure beside it
@@ -49,9 +49,9 @@ def on_meta(config: dict) -> nn.Module:
 
 
 def test_every_alias_but_the_embedded_ones_has_its_shapes_in_the_package() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.json")} == {name for name, alias in ALIASES.items() if alias.hub}
+    assert {path.stem for path in CONFIGS.glob("*.json")} == {name for name, alias in KNOWN_MODELS.items() if alias.hub}
     assert set(PARAMETERS) == {path.stem for path in CONFIGS.glob("*.json")}
-    for name, alias in ALIASES.items():
+    for name, alias in KNOWN_MODELS.items():
         assert transformer_config(name)["_class_name"] == alias.transformer
         assert alias.transformer in ADAPTERS
         assert alias.hub or (EMBEDDED / name).is_dir()
@@ -68,9 +68,9 @@ def test_shapes_are_the_published_ones(name: str) -> None:
     pinned, public = PARAMETERS[name]
     assert count == pinned
     assert count == pytest.approx(public, rel=0.005)
-    amount, unit = ALIASES[name].parameters.split()
+    amount, unit = KNOWN_MODELS[name].parameters.split()
     shown = float(amount) * {"M": 1e6, "B": 1e9}[unit]
-    assert shown == pytest.approx(count * len(ALIASES[name].transformers), rel=0.03)
+    assert shown == pytest.approx(count * len(KNOWN_MODELS[name].transformers), rel=0.03)
 
     found = layers(model, adapter_for(model))
     weights = {layer.name: layer.out_features * layer.in_features for layer in found}
@@ -89,13 +89,13 @@ def to_meta(value: object) -> object:
     return value
 
 
-@pytest.mark.parametrize("name", ALIASES)
+@pytest.mark.parametrize("name", KNOWN_MODELS)
 def test_made_up_inputs_fit_the_real_widths_at_the_calibrated_sizes(name: str) -> None:
     """Shapes only, on the meta device, with few blocks of each kind."""
     config = transformer_config(name)
     model = on_meta(config | {depth: min(config[depth], 2) for depth in DEPTHS if depth in config}).to(torch.bfloat16)
     adapter = adapter_for(model)
-    for capture in (ALIASES[name].cpu, ALIASES[name].gpu):
+    for capture in (KNOWN_MODELS[name].cpu, KNOWN_MODELS[name].gpu):
         inputs = synthetic_inputs(model, adapter, capture.latent, torch.Generator().manual_seed(0))
         latent = latent_of(adapter, inputs)
         with torch.no_grad(), torch.device("meta"):
@@ -107,9 +107,9 @@ def test_made_up_inputs_fit_the_real_widths_at_the_calibrated_sizes(name: str) -
 CELLS = {"wan2.2-5b": (16, 4), "ltx-video": (32, 8), "sana": (32, 1), "latte": (8, 1)}
 
 
-@pytest.mark.parametrize("name", ALIASES)
+@pytest.mark.parametrize("name", KNOWN_MODELS)
 def test_latent_sizes_are_those_of_the_samples(name: str) -> None:
-    alias = ALIASES[name]
+    alias = KNOWN_MODELS[name]
     cell, step = (1, 1) if not alias.hub else CELLS.get(name, (8, 4))
     for capture in (alias.cpu, alias.gpu):
         size = capture.latent

@@ -69,7 +69,9 @@ def small_alias(monkeypatch: pytest.MonkeyPatch) -> known_models.Capture:
     import dataclasses
 
     known = known_models.Capture(3, 4.5, 2, 64, 80, 9, LATENT)
-    monkeypatch.setitem(known_models.ALIASES, "wan-1.3b", dataclasses.replace(known_models.ALIASES["wan-1.3b"], cpu=known))
+    monkeypatch.setitem(
+        known_models.KNOWN_MODELS, "wan-1.3b", dataclasses.replace(known_models.KNOWN_MODELS["wan-1.3b"], cpu=known)
+    )
     return known
 
 
@@ -142,9 +144,9 @@ def test_weights_of_each_layout(calibrate, pixel_dit: Path, tmp_path: Path, layo
         import dataclasses
 
         patch.setitem(
-            known_models.ALIASES,
+            known_models.KNOWN_MODELS,
             known,
-            dataclasses.replace(known_models.ALIASES[known], cpu=known_models.Capture(2, 2.0, 1, 8, 8, 1, size)),
+            dataclasses.replace(known_models.KNOWN_MODELS[known], cpu=known_models.Capture(2, 2.0, 1, 8, 8, 1, size)),
         )
         ran = calibrate(known, "--weights", weights)
     assert ran.code == 0, ran.err

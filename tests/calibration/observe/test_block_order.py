@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from quantdit.calibration.observe.block_order import (
-    Link,
+    BlockLink,
+    BlocksNotSequential,
     Outputs,
-    Unchained,
     first_call,
     last_output,
     next_call,
@@ -285,7 +285,7 @@ def test_links_survive_json(way: str):
     body, blocks, _ = WAYS[way]
     model = Toy(body, **blocks)
     links = observe(model, paths(model), call())
-    again = [Link.from_dict(json.loads(json.dumps(link.to_dict()))) for link in links]
+    again = [BlockLink.from_dict(json.loads(json.dumps(link.to_dict()))) for link in links]
     assert again == links and hash(tuple(again)) == hash(tuple(links))
 
 
@@ -364,7 +364,7 @@ def test_blocks_without_a_chain_say_why_and_leave_no_trace(way: str):
     body, first, message = REFUSED[way]
     model = Toy(body, first)
     before = state(model)
-    with pytest.raises(Unchained, match=message):
+    with pytest.raises(BlocksNotSequential, match=message):
         observe(model, paths(model), call())
     assert state(model) == before
 
@@ -387,7 +387,7 @@ def test_nothing_is_left_behind_when_the_model_fails(interrupt: type[BaseExcepti
             lambda: first_call(model, "second.0", call()),
             lambda: next_call(model, links, 1, call(), {1: outputs[1]}),
         ):
-            with pytest.raises((interrupt, Unchained)):
+            with pytest.raises((interrupt, BlocksNotSequential)):
                 act()
             assert state(model) == before
 
@@ -397,7 +397,7 @@ def test_first_call_does_not_run_the_block_and_copies_nothing():
     found = first_call(model, "first.0", call())
     assert torch.equal(found.args[0], call().args[0]) and found.kwargs.keys() == {"temb"}
     model = Toy(lambda m, x, *rest: x)
-    with pytest.raises(Unchained, match=r"block first\.0 never runs"):
+    with pytest.raises(BlocksNotSequential, match=r"block first\.0 never runs"):
         first_call(model, "first.0", call())
 
 

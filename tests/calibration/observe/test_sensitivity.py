@@ -12,7 +12,7 @@ from torch import nn
 from quantdit.calibration.layer import quantize_layer
 from quantdit.calibration.observe import block_order, capture, sensitivity
 from quantdit.calibration.observe.recorded_calls import Call
-from quantdit.calibration.observe.sensitivity import Part
+from quantdit.calibration.observe.sensitivity import MeasuredBlock
 from quantdit.layers.quant_linear import QuantLinear
 from quantdit.models import adapter as adapters
 from quantdit.pipelines.pipeline import generate, load_pipeline
@@ -30,7 +30,7 @@ class Found:
 
     transformer: nn.Module
     calls: list[Call]
-    part: Part
+    part: MeasuredBlock
     plans: dict[str, dict[str, LayerPlan]]
     result: dict[str, dict[str, dict]]
 
@@ -43,14 +43,14 @@ def layers_of(transformer: nn.Module, bits: str) -> dict[str, dict[str, LayerPla
     return options(from_bits(bits), adapters.layers(transformer, adapters.adapter_for(transformer)))
 
 
-def part_of(transformer: nn.Module, module: nn.Module, calls: list[Call], names: list[str]) -> Part:
+def part_of(transformer: nn.Module, module: nn.Module, calls: list[Call], names: list[str]) -> MeasuredBlock:
     linears = {name: transformer.get_submodule(name) for name in names}
     stats = {}
     with capture.collecting(linears, 4, stats) as set_bucket:
         for call in calls:
             set_bucket(call.bucket)
             block_order.run_call(module, call)
-    return Part(module, linears, calls, stats)
+    return MeasuredBlock(module, linears, calls, stats)
 
 
 @pytest.fixture(scope="module")
