@@ -7,6 +7,7 @@ import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -85,8 +86,8 @@ def clip_grid(clips: torch.Tensor, labels: Sequence[str], columns: int) -> list[
     lines = [_wrapped(label, width * scale, font) for label in labels]
     cell_w, cell_h = width * scale + _GAP, height * scale + _LINE * max(map(len, lines)) + _GAP
     # Both sides even: the colour planes of MP4 have half the resolution.
-    size = (columns * cell_w + _GAP, -(-count // columns) * cell_h + _GAP)
-    paper = Image.new("RGB", tuple(side + side % 2 for side in size), _PAPER)
+    wide, high = columns * cell_w + _GAP, -(-count // columns) * cell_h + _GAP
+    paper = Image.new("RGB", (wide + wide % 2, high + high % 2), _PAPER)
     draw = ImageDraw.Draw(paper)
     corners = [(_GAP + i % columns * cell_w, _GAP + i // columns * cell_h) for i in range(count)]
     for (left, top), text in zip(corners, lines, strict=True):
@@ -137,11 +138,11 @@ def _enlarged(frame: torch.Tensor, scale: int) -> Image.Image:
     return Image.fromarray(frame.numpy()).resize((width * scale, height * scale), Image.Resampling.NEAREST)
 
 
-def _wrapped(label: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+def _wrapped(label: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
     return textwrap.wrap(label, max(1, int(width / font.getlength("n")))) or [""]
 
 
-def _animation(frames: list[Image.Image], path: Path, frames_a_second: int, **options: object) -> None:
+def _animation(frames: list[Image.Image], path: Path, frames_a_second: int, **options: Any) -> None:
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // frames_a_second, loop=0, **options)
 
 

@@ -63,6 +63,14 @@ def difference_panel(reference: torch.Tensor, candidate: torch.Tensor, gain: int
     return f"absolute difference x {gain}", (reference - candidate).abs() * gain - 1
 
 
+def first_frames(samples: torch.Tensor, count: int, columns: int) -> torch.Tensor:
+    """Return the first `count` images `[n, c, h, w]`; of clips `[n, f, c, h, w]` a row of `columns` frames each."""
+    if samples.ndim == 4:
+        return samples[:count]
+    frames = torch.linspace(0, samples.shape[1] - 1, columns).round().long()
+    return samples[: count // columns, frames].flatten(0, 1)
+
+
 def side_by_side(panels: Sequence[Panel], columns: int, path: str | Path, footer: Sequence[str] = ()) -> None:
     """Write grids of images side by side, each under its title, to a PNG file.
 

@@ -110,10 +110,16 @@ def evenly(values: Sequence, count: int) -> list:
 
 def _same(a: nn.Module, b: nn.Module) -> bool:
     """Return whether both are plain linears of equal numbers; their outputs may still differ, by where these lie in memory."""
-    if not type(a) is type(b) is nn.Linear:
+    if not (type(a) is nn.Linear and type(b) is nn.Linear):
         return False
     pairs = [(a.weight, b.weight), (a.bias, b.bias)]
     return all(x is y or (x is not None and y is not None and x.dtype == y.dtype and torch.equal(x, y)) for x, y in pairs)
+
+
+def _tensor_of(output: object) -> Tensor:
+    found = first_tensor(output)
+    assert found is not None, "a transformer and a linear return tensors"
+    return found
 
 
 @contextmanager
@@ -131,11 +137,11 @@ def _watched(reference: Mapping[str, nn.Module], candidate: Mapping[str, nn.Modu
             sums.seen.setdefault(timestep)
             sums.looking = timestep if list(sums.seen).index(timestep) in chosen else None
             if sums.looking is not None:  # first the candidate: its layers with static scales then know the timestep
-                answers.append(first_tensor(sums.ask(other, *args, **kwargs)))
+                answers.append(_tensor_of(sums.ask(other, *args, **kwargs)))
 
         def after(module, args, kwargs, output, answers=answers):
             if sums.looking is not None and not sums.asking:
-                pair = sums.pair(first_tensor(output), answers.pop())
+                pair = sums.pair(_tensor_of(output), answers.pop())
                 sums.output[sums.looking] = sums.output.get(sums.looking, 0) + pair
                 sums.looking = None
 
@@ -148,7 +154,7 @@ def _watched(reference: Mapping[str, nn.Module], candidate: Mapping[str, nn.Modu
 
                 def compare(module, args, output, theirs=theirs[name], name=prefix + name):
                     if sums.looking is not None and not sums.asking:
-                        pair = sums.pair(output, sums.ask(theirs, args[0]), module.bias)
+                        pair = sums.pair(output, _tensor_of(sums.ask(theirs, args[0])), module.bias)
                         sums.layers[name] = sums.layers.get(name, 0) + pair
 
                 handles.append(layer.register_forward_hook(compare))
