@@ -41,7 +41,7 @@ from quantdit.system import files, progress
 
 LEAST_SAMPLES = 4
 PROBES = 16  # samples whose inputs both transformers are given
-# Of a probe's noise, whatever the samples' seeds are: a model is held against the baseline on the very same inputs.
+# Seed of the probes' noise, whatever the samples' seeds are: report and baseline are then probed on the same inputs.
 PROBE_SEED = 2**31 - 1
 
 
@@ -71,8 +71,8 @@ class Reference:
         sampling: what every model is asked for.
         samples: with that.
         other: of the next seed.
-        floor: measures of full precision against itself (`means_of`, `distances_of`): of other seeds, and if asked for of
-            another batch size and another dtype.
+        floor: measures of full precision against itself (`means_of`, `distances_of`) with other seeds and, if asked for, with
+            another batch size and in another dtype.
         backbone: of the features.
         features: of `samples` and `other`.
         alone: what `measures.alone_of` says of `samples`.
@@ -137,7 +137,7 @@ def sample_reference(
         ValueError: a model that cannot be loaded.
     """
     dtype = "bfloat16" if sampling.dtype == "float32" else "float32"
-    # Opened before minutes go into samples: it may be refused.
+    # Opened before minutes are spent on sampling, since it may be refused.
     other_dtype = open_model(model.source.name, str(model.pipeline.device), dtype, accept_config) if noise_floor else None
     samples = sample(model.pipeline, model.source, sampling, cache, model.source.label)
     next_seed = replace(sampling, seed=(sampling.seed + 1) % SEEDS)
@@ -207,7 +207,7 @@ def compare_models(reference: Reference, candidate: LoadedModel, real: Tensor | 
 
 def _to_real(reference: Reference, features: tuple[Tensor, Tensor], real: Tensor | None) -> dict[str, float]:
     """Return the Frechet distances of both models to real images; none where there are no real images of the model's kind."""
-    # The shipped real set is the embedded model's; another model has nothing to do with it.
+    # The shipped real images show what the embedded model was trained on; they say nothing of other models.
     embedded = reference.model.source.folder == EMBEDDED / "fashion-dit" and reference.backbone is EFFICIENTNET
     known = real if real is not None else load_real().statistics if embedded else None
     if known is None:
@@ -248,7 +248,7 @@ def _alignment(pipeline, features: Tensor, prompts: tuple[str, ...]) -> text_ali
 
 
 def _identity(reference: Reference) -> dict:
-    """Return what must agree between a report and the baseline it is held against."""
+    """Return what a report and the baseline it is compared with must have in common."""
     sampling = reference.sampling
     return {
         "quantdit": versions()["quantdit"],

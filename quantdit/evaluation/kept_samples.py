@@ -61,7 +61,7 @@ def folder_digest(folder: Path) -> str:
 
 
 def _code_digest() -> str:
-    """Return a sha256 over quantdit's own source: a sample of yesterday's code must not stand in for today's."""
+    """Return a sha256 over quantdit's own source: samples that other code made are not reused."""
     others = [import_module(f"quantdit.{name}").__path__ for name in ("kernels", "calibration")]
     homes = [Path(quantdit.__file__).parent, *(Path(path) for paths in others for path in paths)]
     total = hashlib.sha256()
@@ -71,7 +71,7 @@ def _code_digest() -> str:
 
 
 def find(cache: Path | None, keys: Sequence[dict]) -> dict[int, dict[str, Tensor]]:
-    """Return the kept samples that are there, by their places; says once how many of them are damaged and made again."""
+    """Return the kept samples by their places in `keys`; warns once if some are damaged, which are sampled again."""
     if cache is None:
         return {}
     found: dict[int, dict[str, Tensor]] = {}
@@ -80,7 +80,7 @@ def find(cache: Path | None, keys: Sequence[dict]) -> dict[int, dict[str, Tensor
         path = _path(cache, key)
         if not path.exists():
             continue
-        kept = _read(path, key) if path.is_file() else None  # a pipe would be waited for
+        kept = _read(path, key) if path.is_file() else None  # reading a pipe would block
         if kept is None:
             damaged.append(path.name)
         else:

@@ -1,8 +1,8 @@
 """Errors of a quantized transformer on the very inputs of the original: of its output, and of each of its linears alone.
 
-Samples of two models part on the way: a small error early changes all that follows, which hides where it came from and how large
-it was. A probe samples from the reference only, and at a few steps of its trajectory gives the candidate the same inputs. Errors
-then do not add up and depend little on the noise that was drawn: the sharpest measure there is, with the fewest samples.
+The trajectories of two models diverge: a small early error changes everything after it, and its size and place are lost. A probe
+samples from the reference alone and gives the candidate the same inputs at a few steps. Errors then do not accumulate and depend
+little on the noise, so that a probe needs fewer samples than any other measure.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class _Sums:
     batch: int
     output: dict[float, Tensor] = field(default_factory=dict)
     layers: dict[str, Tensor] = field(default_factory=dict)
-    looking: float | None = None  # the timestep that is looked at
+    looking: float | None = None  # the timestep that is compared now; None between such steps
     seen: dict[float, None] = field(default_factory=dict)
-    asking: bool = False  # the candidate runs, which may be the reference itself
+    asking: bool = False  # the candidate runs; it may be the reference itself, whose hooks must then do nothing
 
     def ask(self, module: nn.Module, *args: object, **kwargs: object) -> object:
         """Run a part of the candidate."""

@@ -97,9 +97,9 @@ def evaluate(reference: str | Path, candidate: str | Path, output: str | Path, *
         What report.json holds.
 
     Raises:
-        ValueError: before the models are sampled (one trial sample of two steps aside): an unknown option, a number that is none,
-            a model, weights or images that cannot be loaded, fewer than 4 samples, an option that a pipeline does not take, or
-            samples of different shapes. While they are sampled: NaN or infinite pixels.
+        ValueError: before the models are sampled, but for one trial sample of two steps: an unknown option, an option that is
+            not the number it should be, a model, weights or images that cannot be loaded, fewer than 4 samples, an option that
+            a pipeline does not take, or samples of different shapes. While they are sampled: NaN or infinite pixels.
         ImportError: a package that the measures need is not installed.
     """
     of_sampling = [each.name for each in fields(Sampling)]
@@ -157,7 +157,7 @@ def _check_count(count: int, remedy: str) -> None:
 
 
 def _check_shapes(original: LoadedModel, candidate: LoadedModel, sampling: Sampling, clips: bool) -> None:
-    """Refuse models that make other shapes than each other, or such as cannot be measured."""
+    """Refuse two models whose samples differ in shape or are too small to be measured."""
     if clips and not makes_clips(candidate.pipeline):
         raise ValueError("--vbench scores clips, and this model makes images")
     progress.say("trying one sample of each model")
@@ -175,11 +175,11 @@ def _check_shapes(original: LoadedModel, candidate: LoadedModel, sampling: Sampl
 
 
 def _settled(request: Request, pipeline) -> Sampling:
-    """Return what each model is asked for, its number of samples settled."""
+    """Return what each model is asked for, with as many samples as `seeds` of each prompt are."""
     sampling = request.sampling
     if request.seeds is None:
         return sampling
-    # As many as are asked for come back in turn, so that a spread of many classes is one of SPREAD.
+    # Of a model with more classes than SPREAD, so many are sampled.
     (_, names), *_ = sampling_arguments(pipeline, SPREAD, sampling.prompts, sampling.classes).items()
     prompts = len(dict.fromkeys(sampling.prompts or names))
     count = request.seeds * prompts

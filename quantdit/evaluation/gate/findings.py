@@ -38,10 +38,10 @@ class Finding:
         unit: of candidate, baseline, floor and other seeds.
         decibel: the difference is in dB of error.
         count: samples that it is made of.
-        probed: these are the probe's.
-        more: samples that would decide, besides those there are; None if decided or hopeless.
-        decides: as of Metric.
-        note: what else is to be said.
+        probed: these samples are the probe's.
+        more: how many more samples would decide; None if decided, or if no reasonable number would.
+        decides: rank, as in Metric.
+        note: further remarks.
     """
 
     name: str
@@ -154,10 +154,10 @@ def _within(difference: Interval, limit: float, lowest: float | None = None) -> 
 
 
 def _paired(mine: Mapping[Sample, np.ndarray], theirs: Mapping[Sample, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return differences `[n, k]` and the cluster of each: values `[k]` by sample, less those they are best compared with.
+    """Return the differences `[n, k]` of values `[k]` by sample, and the cluster of each.
 
-    That is the same sample of the baseline if it has all of them, else the baseline's samples of the same prompt, as many pairs
-    as the side with fewer seeds has.
+    Samples are compared with the same samples of the baseline if it has all of them. Otherwise the samples of each prompt are
+    averaged into as many parts as the side with fewer seeds has, and these are compared.
     """
     if all(key in theirs for key in mine):
         differences = np.stack([mine[key] - theirs[key] for key in mine])
@@ -181,8 +181,9 @@ def _folded(values: np.ndarray, count: int) -> np.ndarray:
 def of_sets(report: dict, stored: dict, margins: dict) -> list[Finding]:
     """Return the findings on distances between the sets of images.
 
-    A squared distance may be the margin's times as large as the upper end of what the baseline's own may be, but no larger than
-    that of other seeds of full precision; a share, larger by the margin. Either may be what full precision has in another dtype.
+    The limit of a squared distance is the upper end of the baseline's interval times the margin, but no more than the distance
+    between full precision and its other seeds. The limit of a share is the baseline's plus the margin. No limit is below the
+    distance of full precision to itself in another dtype or batch size.
     """
     findings = []
     prompts = len({row["prompt"] for row in report["samples"]})
