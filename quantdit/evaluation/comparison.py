@@ -235,7 +235,7 @@ def _only_changed(found: Probe) -> Probe:
     return replace(found, layers={name: pairs for name, pairs in found.layers.items() if bool((pairs[:, 0] > 0).any())})
 
 
-def _alignment(pipeline, features: Tensor, prompts: tuple[str, ...]) -> text_alignment.Alignment | None:
+def _alignment(pipeline: Any, features: Tensor, prompts: tuple[str, ...]) -> text_alignment.Alignment | None:
     """Return the proxy of text alignment, fitted to the reference's other samples; None if they are too few, or of no text."""
     if "prompt" not in accepted_arguments(pipeline):
         return None

@@ -7,12 +7,13 @@ little on the noise, so that a probe needs fewer samples than any other measure.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from quantdit.calibration.observe.capture import first_tensor
 from quantdit.models.call_view import view
@@ -71,8 +72,8 @@ class _Sums:
 def probe(
     reference: Mapping[str, nn.Module],
     candidate: Mapping[str, nn.Module],
-    batches: Iterable[tuple[int, object]],
-    sample,
+    batches: Iterable[tuple[int, dict]],
+    sample: Callable[[dict], object],
     steps: int,
     looked_at: int = STEPS,
 ) -> Probe:
@@ -124,42 +125,57 @@ def _tensor_of(output: object) -> Tensor:
 
 @contextmanager
 def _watched(reference: Mapping[str, nn.Module], candidate: Mapping[str, nn.Module], sums: _Sums, chosen: list) -> Iterator[None]:
-    handles = []
+    handles: list[RemovableHandle] = []
     for part, transformer in reference.items():
-        other = candidate[part]
-        answers: list[Tensor] = []
-
-        def before(module, args, kwargs, other=other, answers=answers):
-            if sums.asking:
-                return
-            time = view(module, args, kwargs).time
-            timestep = float(len(sums.seen)) if time is None else time
-            sums.seen.setdefault(timestep)
-            sums.looking = timestep if list(sums.seen).index(timestep) in chosen else None
-            if sums.looking is not None:  # first the candidate: its layers with static scales then know the timestep
-                answers.append(_tensor_of(sums.ask(other, *args, **kwargs)))
-
-        def after(module, args, kwargs, output, answers=answers):
-            if sums.looking is not None and not sums.asking:
-                pair = sums.pair(_tensor_of(output), answers.pop())
-                sums.output[sums.looking] = sums.output.get(sums.looking, 0) + pair
-                sums.looking = None
-
-        handles.append(transformer.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(transformer.register_forward_hook(after, with_kwargs=True))
-        theirs = dict(other.named_modules())
-        prefix = "" if part == "transformer" else f"{part}."
-        for name, layer in transformer.named_modules():
-            if isinstance(layer, nn.Linear) and name in theirs and not _same(layer, theirs[name]):
-
-                def compare(module, args, output, theirs=theirs[name], name=prefix + name):
-                    if sums.looking is not None and not sums.asking:
-                        pair = sums.pair(output, _tensor_of(sums.ask(theirs, args[0])), module.bias)
-                        sums.layers[name] = sums.layers.get(name, 0) + pair
-
-                handles.append(layer.register_forward_hook(compare))
+        handles += _watch_output(transformer, candidate[part], sums, chosen)
+        handles += _watch_layers(transformer, candidate[part], sums, "" if part == "transformer" else f"{part}.")
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _watch_output(transformer: nn.Module, candidate: nn.Module, sums: _Sums, chosen: list) -> list[RemovableHandle]:
+    """Add up the errors of the candidate's output at the chosen steps."""
+    answers: list[Tensor] = []
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if sums.asking:
+            return
+        time = view(module, args, kwargs).time
+        timestep = float(len(sums.seen)) if time is None else time
+        sums.seen.setdefault(timestep)
+        sums.looking = timestep if list(sums.seen).index(timestep) in chosen else None
+        if sums.looking is not None:  # first the candidate: its layers with static scales then know the timestep
+            answers.append(_tensor_of(sums.ask(candidate, *args, **kwargs)))
+
+    def after(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        if sums.looking is not None and not sums.asking:
+            pair = sums.pair(_tensor_of(output), answers.pop())
+            sums.output[sums.looking] = sums.output.get(sums.looking, 0) + pair
+            sums.looking = None
+
+    return [
+        transformer.register_forward_pre_hook(before, with_kwargs=True),
+        transformer.register_forward_hook(after, with_kwargs=True),
+    ]
+
+
+def _watch_layers(transformer: nn.Module, candidate: nn.Module, sums: _Sums, prefix: str) -> list[RemovableHandle]:
+    """Add up the errors of each linear that differs in the candidate, on the reference's own inputs."""
+    theirs = dict(candidate.named_modules())
+
+    def hook(name: str) -> Callable[[nn.Linear, tuple, Tensor], None]:
+        def compare(module: nn.Linear, args: tuple, output: Tensor) -> None:
+            if sums.looking is not None and not sums.asking:
+                pair = sums.pair(output, _tensor_of(sums.ask(theirs[name], args[0])), module.bias)
+                sums.layers[prefix + name] = sums.layers.get(prefix + name, 0) + pair
+
+        return compare
+
+    return [
+        layer.register_forward_hook(hook(name))
+        for name, layer in transformer.named_modules()
+        if isinstance(layer, nn.Linear) and name in theirs and not _same(layer, theirs[name])
+    ]

@@ -174,7 +174,7 @@ def _check_shapes(original: LoadedModel, candidate: LoadedModel, sampling: Sampl
         )
 
 
-def _settled(request: Request, pipeline) -> Sampling:
+def _settled(request: Request, pipeline: Any) -> Sampling:
     """Return what each model is asked for, with as many samples as `seeds` of each prompt are."""
     sampling = request.sampling
     if request.seeds is None:

@@ -103,7 +103,7 @@ def prompts_of(pipeline: Any, asked: Sampling) -> tuple[str, ...]:
     names = class_names(pipeline)
     if kind != "class_labels":
         return tuple(map(str, wanted))
-    return tuple(names[w] if names else f"class {w}" for w in wanted)
+    return tuple(names[int(w)] if names else f"class {w}" for w in wanted)
 
 
 def caller(pipeline: Any, asked: Sampling) -> Callable[[dict], object]:
