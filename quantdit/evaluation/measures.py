@@ -181,6 +181,10 @@ def drift_of(
 ) -> dict[str, object]:
     """Return the figures that a person reads first: mean PSNR and SSIM with intervals over prompts, and the two distances.
 
+    PSNR and SSIM compare pairs of the same seed, the distances compare the sets. `noise_floor` is here the distance of the
+    reference's samples of other seeds; the gate's noise floor is full precision against itself on the same seeds. A distance of
+    sets that share their seeds can fall below that of other seeds, since each image has a near copy in the other set.
+
     Args:
         reference: samples of the original.
         paired: `paired_of` these and the candidate's.

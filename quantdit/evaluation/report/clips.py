@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from quantdit.evaluation.report.picture import whole_file
 from quantdit.system.output_places import ANIMATIONS, PICTURES, require_suffix
 
 SUFFIXES = (*PICTURES, *ANIMATIONS)
@@ -45,18 +44,8 @@ def write_clips(
     require_writer(path)
     suffix = path.suffix.lower()
     frames = [contact_sheet(clips, labels)] if suffix == ".png" else clip_grid(clips, labels, columns)
-    try:
-        handle, name = tempfile.mkstemp(suffix=suffix, dir=path.parent)
-    except OSError as error:
-        raise type(error)(error.errno, f"cannot write into {path.parent}", str(path)) from error
-    os.close(handle)
-    part = Path(name)
-    try:
+    with whole_file(path) as part:
         _WRITERS[suffix](frames, part, frames_a_second)
-        part.chmod(0o644)  # mkstemp makes files that only their owner can read
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def require_writer(path: Path) -> None:
