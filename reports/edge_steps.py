@@ -27,7 +27,8 @@ from torch import nn
 from quantdit.checkpoints.checkpoint import quant_layers
 from quantdit.compiling.compile import compile
 from quantdit.compiling.plan import Plan
-from quantdit.evaluation.metrics.paired import bootstrap_interval, psnr
+from quantdit.evaluation.metrics.intervals import bootstrap
+from quantdit.evaluation.metrics.paired import psnr
 from quantdit.evaluation.metrics.video import temporal_flickering
 from quantdit.pipelines.pipeline import generate, load_pipeline
 from quantdit.recipes.presets import from_bits
@@ -133,8 +134,8 @@ def row_of(clips: torch.Tensor, reference: torch.Tensor, seen: dict) -> dict:
 
 
 def _with_interval(values: torch.Tensor, digits: int) -> dict:
-    low, high = bootstrap_interval(values)
-    return {"mean": round(float(values.mean()), digits), "interval_95": [round(low, digits), round(high, digits)]}
+    found = bootstrap(values.numpy())
+    return {"mean": round(found.estimate, digits), "interval_95": [round(found.low, digits), round(found.high, digits)]}
 
 
 def key_of(model: str, bits: str, edge_steps: int, sizes: Sizes) -> dict:

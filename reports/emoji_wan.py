@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from quantdit.cli import main as quantdit
 from quantdit.compiling.report import REPORT
-from quantdit.evaluation.metrics.paired import bootstrap_interval, psnr
+from quantdit.evaluation.metrics.intervals import bootstrap
+from quantdit.evaluation.metrics.paired import psnr
 from quantdit.evaluation.report.clips import write_clips
 from quantdit.pipelines.pipeline import generate, load_pipeline
 from quantdit.system import files
@@ -70,8 +71,8 @@ def row_of(clips: torch.Tensor, reference: torch.Tensor, prompts: list[str]) -> 
     row = {"motion": share(motion_of(clips) == wanted)}
     if clips is not reference:
         decibels = psnr(reference.flatten(1, 2), clips.flatten(1, 2))
-        low, high = bootstrap_interval(decibels)
-        row["psnr"] = {"mean": round(float(decibels.mean()), 2), "interval_95": [round(low, 2), round(high, 2)]}
+        found = bootstrap(decibels.numpy())
+        row["psnr"] = {"mean": round(found.estimate, 2), "interval_95": [round(found.low, 2), round(found.high, 2)]}
     return row
 
 

@@ -7,8 +7,8 @@ is compared here.
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -26,6 +26,9 @@ from quantdit.recipes.rules import Recipe, Rule
 from quantdit.recipes.sampling_plan import SamplingPlan
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "tests" / "models"))
+import tiny_models  # noqa: E402
+
 OUTPUT = HERE / "onnx-formats.json"
 EMBEDDED = {"fashion-dit": (16, 20), "emoji-wan": (4, 10)}  # samples, steps
 RANK = "w4a8 rotated, rank 8"
@@ -54,9 +57,6 @@ def recipes() -> dict[str, Recipe]:
 
 def models(folder: Path) -> dict[str, str]:
     """Return models by name: the embedded ones, and tiny random ones of other classes, written to the folder."""
-    spec = importlib.util.spec_from_file_location("tiny_models", HERE.parent / "tests" / "models" / "tiny_models.py")
-    tiny_models = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny_models)
     found = {name: name for name in EMBEDDED}
     for name in CLASSES:
         tiny_models.tiny(name)[0].save_pretrained(folder / name)

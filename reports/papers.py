@@ -10,7 +10,6 @@ samples and one seed, which are kept beside the others and shown where there are
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -174,7 +173,7 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="no rows, the page alone")
     parser.add_argument("--work", type=Path, default=WORK)
     args = parser.parse_args()
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    rows = measure.read_rows(ROWS)
     done = {key(row) for row in rows}
     scale = QUICK if args.quick else FULL
     for wanted in [] if args.render else planned(scale):

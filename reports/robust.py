@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 import shutil
 import statistics
@@ -30,7 +29,8 @@ from torch import Tensor, nn
 
 from quantdit.cli import main as quantdit
 from quantdit.compiling.report import REPORT
-from quantdit.evaluation.metrics.paired import bootstrap_interval, capped, psnr
+from quantdit.evaluation.metrics.intervals import bootstrap
+from quantdit.evaluation.metrics.paired import capped, psnr
 from quantdit.models.adapter import adapter_for
 from quantdit.models.planted import plant
 from quantdit.models.synthetic import synthetic_inputs
@@ -39,10 +39,10 @@ from quantdit.system import files
 
 HERE = Path(__file__).parent
 # PYTHONSAFEPATH, which the Makefile sets, keeps these folders off the path.
-sys.path.append(str(HERE / "study"))
+sys.path += [str(HERE / "study"), str(HERE.parent / "tests" / "models")]
 import measure  # noqa: E402
+import tiny_models  # noqa: E402
 
-TINY_MODELS = HERE.parent / "tests" / "models" / "tiny_models.py"
 ROWS, PEER_ROWS = HERE / "robust.jsonl", HERE / "robust-peers.jsonl"
 WORK = Path(tempfile.gettempdir()) / "quantdit-robust"
 TAME = "tame"
@@ -130,7 +130,7 @@ def plant_copy(model: Copy, work: Path) -> Path | str:
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         pipeline = load_pipeline(model.family)[0] if family.seeds else None
-        transformer = pipeline.transformer if family.seeds else tiny(model.family)
+        transformer = pipeline.transformer if family.seeds else tiny_models.tiny(model.family)[0]
         moved = plant_in(transformer, model, _runner(pipeline, family))
         (pipeline or transformer).save_pretrained(partial)
         (partial / "moved.json").write_text(json.dumps(moved))
@@ -153,7 +153,7 @@ def plant_in(transformer: nn.Module, model: Copy, run: Callable[[], object] | No
     calls: list[tuple[tuple, dict]] = []
     if run is None:
         generator, adapter = torch.Generator().manual_seed(DATA_SEED), adapter_for(transformer)
-        size = tiny_models().TINY[model.family][1]
+        size = tiny_models.TINY[model.family][1]
         calls = [((), synthetic_inputs(transformer, adapter, size, generator, time)) for time in (950, 650, 350, 50)]
     else:
         handle = transformer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
@@ -169,20 +169,6 @@ def plant_in(transformer: nn.Module, model: Copy, run: Callable[[], object] | No
 
 def _output(transformer: nn.Module, call: tuple[tuple, dict]) -> Tensor:
     return transformer(*call[0], **(call[1] | {"return_dict": False}))[0]
-
-
-def tiny_models():
-    """Import the tests' table of tiny models, which is in no package."""
-    if "tiny_models" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("tiny_models", TINY_MODELS)
-        sys.modules["tiny_models"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["tiny_models"])
-    return sys.modules["tiny_models"]
-
-
-def tiny(name: str) -> nn.Module:
-    """Return a tiny model of a class with seeded weights."""
-    return tiny_models().tiny(name)[0]
 
 
 def reference_of(model: Copy, folder: Path | str, family: Family, work: Path) -> Tensor:
@@ -237,9 +223,12 @@ def paired(reference: Tensor, candidate: Tensor) -> dict:
     """Return mean, bootstrap interval and worst of the PSNR of samples `[n, ...]`, frames of a clip taken together, dB."""
     flat = [x.flatten(1, 2) if x.ndim == 5 else x for x in (reference, candidate)]
     decibels = capped(psnr(*flat))
-    low, high = bootstrap_interval(decibels)
-    six = measure.six
-    return {"mean": six(float(decibels.mean())), "interval_95": [six(low), six(high)], "worst": six(float(decibels.min()))}
+    found, six = bootstrap(decibels.numpy()), measure.six
+    return {
+        "mean": six(found.estimate),
+        "interval_95": [six(found.low), six(found.high)],
+        "worst": six(float(decibels.min())),
+    }
 
 
 def markdown(rows: list[dict], peers: list[dict], picture: str) -> str:
@@ -391,16 +380,11 @@ def plot(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def read(path: Path) -> list[dict]:
-    """Return the rows of a file, none if it is missing."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def render(rows: Path, peers: Path) -> None:
     """Write the page and the picture beside the rows."""
-    found = read(rows)
+    found = measure.read_rows(rows)
     plot(found, rows.parent / "pictures" / "robust.png")
-    rows.with_suffix(".md").write_text(markdown(found, read(peers), "pictures/robust.png"))
+    rows.with_suffix(".md").write_text(markdown(found, measure.read_rows(peers), "pictures/robust.png"))
 
 
 def collect_peers(work: Path) -> list[dict]:
@@ -438,7 +422,7 @@ def main() -> None:
     if args.peers:
         measure.write_rows(collect_peers(args.work), PEER_ROWS)
     else:
-        rows = read(rows_path)
+        rows = measure.read_rows(rows_path)
         done = {(r["family"], r["model"], r["preset"]) for r in rows}
         for model in MODELS:
             family = (QUICK if args.quick else {}).get(model.family, FAMILIES[model.family])

@@ -1,1 +1,1 @@
-"""Drift of a quantized model from its reference, in numbers and pictures."""
+"""A quantized model compared with its original: samples of both, their measures, a report, and the gate."""

@@ -10,11 +10,11 @@ every block, which the original model has once; it is left out. A finished outpu
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from quantdit.cli import main as quantdit
 from quantdit.system.files import tensor_bytes
 
 HERE = Path(__file__).parent
@@ -51,7 +51,8 @@ def main() -> None:
             if not folder.exists():
                 command = ["calibrate", "--model", "dit-xl-2-256", "--random-weights", "--bits", bits, "--weight-format", "vq"]
                 command += ["--samples", "0", "--output", str(folder)]
-                subprocess.run([Path(sys.executable).with_name("quantdit"), *command], check=True)
+                if quantdit(command):
+                    raise SystemExit(f"{bits}: calibration failed")
             rows[bits] = found = count(folder)
             cells = [f"{found[kind] / 2**20:.3f}" for kind in ROLES.values()]
             lines.append(f"| {bits} | {' | '.join(cells)} | **{sum(found.values()) / 2**20:.2f}** | {paper:.2f} |")

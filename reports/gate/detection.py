@@ -12,26 +12,28 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from scipy.stats import binomtest
 
+from quantdit.cli import main as quantdit
+from quantdit.evaluation.comparison import LoadedModel, Reference, compare_models, open_model, sample_reference
 from quantdit.evaluation.gate import judge
-from quantdit.evaluation.run import Opened, Reference, compare_models, open_model, sample_reference
 from quantdit.pipelines.pipeline import Sampling
 
 HERE = Path(__file__).parent
+# PYTHONSAFEPATH, which the Makefile sets, keeps the folder of a script off the path.
+sys.path.append(str(HERE))
+from damage import DAMAGES  # noqa: E402
+
 REPETITIONS, FIRST_SEED, BASELINE_SEED = 20, 100, 0
 ANEW = "calibrated anew"
 CLEAN = ("full precision", "good model", ANEW)
@@ -44,23 +46,15 @@ SIZES = {"fashion-dit": (20, 4, 10), "emoji-wan": (8, 3, 4)}
 CALIBRATE = {"fashion-dit": ("--samples", "8", "--steps", "6"), "emoji-wan": ("--samples", "4", "--steps", "4")}
 
 
-def damages() -> ModuleType:
-    """Return damage.py, which lies beside this file."""
-    spec = importlib.util.spec_from_file_location("damage", HERE / "damage.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def calibrated(model: str, seed: int, folder: Path) -> Opened:
+def calibrated(model: str, seed: int, folder: Path) -> LoadedModel:
     """Return the model calibrated as `make gate` does it, with another seed; `folder` is overwritten."""
-    command = [Path(sys.executable).with_name("quantdit"), "calibrate", "--model", model, "--bits", "w4a8", *CALIBRATE[model]]
-    command += ["--seed", str(seed), "--output", str(folder), "--overwrite"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = ["calibrate", "--model", model, "--bits", "w4a8", *CALIBRATE[model], "--seed", str(seed)]
+    if quantdit([*arguments, "--output", str(folder), "--overwrite"]):
+        raise SystemExit(f"{model}, seed {seed}: calibration failed")
     return open_model(str(folder))
 
 
-def case(name: str, reference: Reference, good: Opened, seed: int, tables: ModuleType) -> tuple[Opened, str]:
+def case(name: str, reference: Reference, good: LoadedModel, seed: int) -> tuple[LoadedModel, str]:
     """Return the candidate of a case, and where its damage is."""
     if name == "full precision":
         return reference.model, ""
@@ -69,7 +63,7 @@ def case(name: str, reference: Reference, good: Opened, seed: int, tables: Modul
     pipeline = copy.copy(good.pipeline)
     pipeline.transformer = copy.deepcopy(good.pipeline.transformer)
     with torch.no_grad():
-        place = tables.DAMAGES[name](pipeline.transformer, reference.model.pipeline.transformer, random.Random(f"{name} {seed}"))
+        place = DAMAGES[name](pipeline.transformer, reference.model.pipeline.transformer, random.Random(f"{name} {seed}"))
     return replace(good, pipeline=pipeline), place
 
 
@@ -77,8 +71,7 @@ def run(folder: Path, rows: list[dict], output: Path) -> None:
     """Add the rows of one model that are missing."""
     good = open_model(str(folder))
     name = next(n for n in SIZES if folder.resolve().name.startswith(n))
-    tables = damages()
-    cases = (*CLEAN, *tables.DAMAGES)
+    cases = (*CLEAN, *DAMAGES)
     done = {(row["model"], row["repetition"], row["case"]) for row in rows}
     # What needs the fewest of them comes last: a run that is cut short has whole repetitions of the others.
     order = [c for c in cases if c not in (EXTRA, ANEW)], [ANEW], [EXTRA]
@@ -97,7 +90,7 @@ def run(folder: Path, rows: list[dict], output: Path) -> None:
         if case_name == ANEW:
             candidate, place = calibrated(name, seed, folder.with_name(f"{name}-anew")), f"seed {seed}"
         else:
-            candidate, place = case(case_name, reference, good, seed, tables)
+            candidate, place = case(case_name, reference, good, seed)
         if case_name == "full precision":
             reference_again = replace(reference, sampling=replace(reference.sampling, batch=max(1, samples // 2)))
             found = compare_models(reference_again, candidate, probes=probes)

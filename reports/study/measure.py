@@ -33,8 +33,6 @@ WORK = Path(tempfile.gettempdir()) / "quantdit-study"
 # Inputs for the error of a layer's output: as many images as make each class show at every step, of a seed no row samples.
 CAPTURE_SEED, CAPTURE_IMAGES, CAPTURE_ROWS = 100, 20, 2048
 
-# As `quantdit evaluate` has it: subsets of an eighth of the images, ten rounds of them.
-
 METRICS = ("psnr", "ssim", "fd", "kid", "class_accuracy")
 
 
@@ -250,6 +248,11 @@ def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None
     os.replace(part, path)
 
 
+def read_rows(path: Path) -> list[dict]:
+    """Return the rows of a file of JSON lines; none if it is missing."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def write_rows(rows: list[dict], path: Path) -> None:
     """Write one JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -294,7 +297,7 @@ def floor(work: Path = WORK) -> list[dict]:
 
 
 def _features(images: Tensor) -> Tensor:
-    from quantdit.evaluation.metrics.features import efficientnet_lite0_features
+    from quantdit.evaluation.networks.efficientnet import efficientnet_lite0_features
 
     return efficientnet_lite0_features(images)
 

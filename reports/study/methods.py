@@ -8,14 +8,16 @@ A row that the output file already has is not made again; delete its line to rep
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+# PYTHONSAFEPATH, which the Makefile sets, keeps the folder of a script off the path.
+sys.path.append(str(Path(__file__).parent))
 import measure
 import quantdit
 from quantdit.compiling.compile import compile
@@ -196,7 +198,7 @@ def main() -> None:
     parser.add_argument("--only", help="rows of these bits alone, such as w4a8")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    rows = measure.read_rows(args.output)
     done = {(r["bits"], r["method"]) for r in rows}
     for bits, method, changes in METHODS:
         if (bits, method) in done or (args.only and bits != args.only):

@@ -13,7 +13,6 @@ in an environment that has it. Rows that are there are not made again.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -216,7 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", choices=sorted(peers.PEERS))
     args = parser.parse_args()
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    rows = measure.read_rows(ROWS)
     done = {(r["package"], r["bits"], r["method"], r["way"]) for r in rows}
     missing = [(key, how) for key, how in wanted(args.peer) if key not in done]
     given = case() if missing else None
@@ -229,7 +228,7 @@ def main() -> None:
             print(f"{key}: {type(error).__name__}: {error}", flush=True)
             continue
         rows.append(row | {"torch": torch.__version__, "seed": SEED})
-        ROWS.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        measure.write_rows(rows, ROWS)
         TABLE.write_text(markdown(rows))
         print(f"{key}: {row['output_rel_rmse']:.4f} at {row['bits_per_weight']:.2f} bits, {row['seconds']} s", flush=True)
 

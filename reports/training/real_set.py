@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from quantdit.evaluation.metrics.features import WIDTH, efficientnet_lite0_features
 from quantdit.evaluation.metrics.frechet import frechet_distance, summarise
-from quantdit.evaluation.metrics.real import REAL_SET, feature_definition, load_real
+from quantdit.evaluation.networks.efficientnet import WIDTH, efficientnet_lite0_features
+from quantdit.evaluation.real import REAL_SET, feature_definition, load_real
 from train_fashion_dit import read_idx, save_atomic
 
 CLASSES = 10

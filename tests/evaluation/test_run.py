@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import quantdit
 from quantdit.compiling.compile import compile
 from quantdit.compiling.plan import Plan
-from quantdit.evaluation import run, samples
+from quantdit.evaluation import comparison, run, samples
 from quantdit.evaluation.gate import judge
 from quantdit.evaluation.samples import Sampling, sample
 from quantdit.pipelines.pipeline import load_pipeline
@@ -165,7 +165,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_sampled(
     def none(*_: object, **__: object) -> None:
         raise AssertionError("sampled")
 
-    monkeypatch.setattr(run, "sample", none)
+    monkeypatch.setattr(comparison, "sample", none)
     (tmp_path / "file").write_text("precious")
     out = ("--output", tmp_path / "out")
     for arguments, words in (
@@ -216,9 +216,10 @@ def test_noise_floor_has_another_batch_and_opens_the_other_dtype_first(
         if len(sampled) == 3:
             raise InterruptedError
 
-    load = run.open_model
-    monkeypatch.setattr(run, "open_model", lambda *given: opened.append(given[2]) or load(*given))
-    monkeypatch.setattr(run, "sample", record)
+    load = comparison.open_model
+    for module in (run, comparison):
+        monkeypatch.setattr(module, "open_model", lambda *given: opened.append(given[2]) or load(*given))
+    monkeypatch.setattr(comparison, "sample", record)
     ask = {"samples": SAMPLES, "steps": STEPS, "batch": 1, "noise_floor": True, "accept_config": True}
     with pytest.raises(InterruptedError):
         quantdit.evaluate(changed, changed, tmp_path / "out", **ask)

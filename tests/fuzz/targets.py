@@ -125,7 +125,7 @@ def make_recipe(folder: Path, root: Path) -> None:
 
 def make_gate(folder: Path, root: Path) -> None:
     """Make a report of `quantdit evaluate` and a baseline of its."""
-    spec = importlib.util.spec_from_file_location("tests_gate", TESTS / "evaluation" / "test_gate.py")
+    spec = importlib.util.spec_from_file_location("tests_gate", TESTS / "evaluation" / "gate" / "test_judge.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     from quantdit.evaluation.gate import judge

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import detection
 from quantdit.cli import calibrate, evaluate, gate
 from quantdit.cli.command_line import command_parser
 from quantdit.evaluation.gate import judge
@@ -49,9 +49,6 @@ def test_layers_that_the_report_lacks_are_said_and_distances_alone_decide_nothin
 
 def test_the_detection_table_is_what_its_rows_say():
     home = ROOT / "reports" / "gate"
-    spec = importlib.util.spec_from_file_location("detection", home / "detection.py")
-    detection = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(detection)
     rows = [json.loads(line) for line in (home / "detection.jsonl").read_text().splitlines()]
     text = detection.table(rows)
     assert text == (home / "detection.md").read_text()

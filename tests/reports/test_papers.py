@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 
+import papers
 from quantdit.recipes.finetuning import FineTuning, check_trains
 from quantdit.recipes.presets import METHODS
-
-spec = importlib.util.spec_from_file_location("papers", Path(__file__).parents[2] / "reports" / "papers.py")
-papers = importlib.util.module_from_spec(spec)
-sys.modules["papers"] = papers  # its dataclasses look their module up
-spec.loader.exec_module(papers)
 
 
 def filled(scale: papers.Scale, start: float) -> list[dict]:

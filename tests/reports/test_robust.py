@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,22 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import peers
+import robust
 from quantdit.evaluation.metrics.paired import PSNR_CEILING
 from quantdit.models.planted import SHAPES
-
-REPORTS = Path(__file__).resolve().parents[2] / "reports"
-
-
-def script(name: str, path: Path):
-    """Import a script of the reports under a name of its own."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-robust, peers = script("robust", REPORTS / "robust.py"), script("peers", REPORTS / "study" / "peers.py")
 
 
 def a_row(family: str, model: str, preset: str, psnr: float | None, error: float) -> dict:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,22 +11,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+import measure
+import peers
+import render
 from quantdit.evaluation.metrics.paired import PSNR_CEILING
-
-STUDY = Path(__file__).resolve().parents[2] / "reports" / "study"
-
-
-def script(name: str):
-    """Import a script of the study under a name of its own."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, STUDY / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-measure, render, peers = script("measure"), script("render"), script("peers")
 
 SEEDS, SAMPLES = 2, 8
 

@@ -1,1 +1,1 @@
-"""The drift gate."""
+"""The gate: a report against a baseline, each measure within its margin or not."""

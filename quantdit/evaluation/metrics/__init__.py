@@ -1,1 +1,1 @@
-"""Every measure, with its table of units and margins."""
+"""Measures of tensors. A new one is a function here, a row of table.py (label, unit, margin), and a call in ../measures.py."""

@@ -5,7 +5,7 @@ The samples of one prompt are not independent of each other: a prompt that a mod
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,14 @@ class Interval:
     low: float
     high: float
     standard_error: float
+
+
+def clusters_of(prompts: Sequence[str], least: int = 2) -> np.ndarray:
+    """Return the number `[n]` of each sample's prompt; with fewer prompts than `least`, each sample is a cluster of its own."""
+    order = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    if len(order) < least:
+        return np.arange(len(prompts))
+    return np.array([order[prompt] for prompt in prompts])
 
 
 def resampled(clusters: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
@@ -55,13 +63,18 @@ def expansion(count: int) -> float:
     return float(stats.t.ppf(tail, count - 1) / stats.norm.ppf(tail) * (count / (count - 1)) ** 0.5)
 
 
-def bootstrap(values: np.ndarray, clusters: np.ndarray, seed: int = 0) -> Interval:
+def bootstrap(values: np.ndarray, clusters: np.ndarray | None = None, seed: int = 0) -> Interval:
     """Return the mean of values `[n]` with its interval, clusters `[n]` resampled before the values in them.
+
+    Args:
+        values: finite.
+        clusters: which prompt a value is of; None for values that are independent of each other.
+        seed: of the resamples.
 
     Raises:
         ValueError: values of fewer than two clusters, or not finite.
     """
-    return bootstrap_many(values[:, None], clusters, seed)[0]
+    return bootstrap_many(values[:, None], np.arange(len(values)) if clusters is None else clusters, seed)[0]
 
 
 def bootstrap_many(values: np.ndarray, clusters: np.ndarray, seed: int = 0, simultaneous: bool = False) -> list[Interval]:

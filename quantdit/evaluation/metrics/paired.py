@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from quantdit.system.optional_import import require
@@ -99,27 +98,6 @@ def cosine(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
     return x / x.norm(dim=1, keepdim=True).clamp_min(1e-30)
-
-
-def bootstrap_interval(values: torch.Tensor, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
-    """Bootstrap interval of the mean of values `[n]`, n >= 2: bias-corrected and accelerated, 9,999 resamples.
-
-    (Efron 1987, JASA 82(397), by `scipy.stats.bootstrap`.) Equal values give an interval of width zero.
-
-    Raises:
-        ValueError: if there are fewer than two values, some are not finite, or level is not in (0, 1).
-        ModuleNotFoundError: if the `eval` extra is not installed.
-    """
-    if values.ndim != 1 or len(values) < 2 or not torch.isfinite(values).all():
-        raise ValueError(f"values {list(values.shape)} must be finite, [n] with n >= 2; pass PSNRs through `capped` first")
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}, expected a number in (0, 1) such as 0.95")
-    if values.min() == values.max():  # BCa divides by the deviation of the jackknife means
-        return values[0].item(), values[0].item()
-    result = require("scipy.stats").bootstrap(
-        (values.double().numpy(),), np.mean, confidence_level=level, rng=np.random.default_rng(seed), batch=1_000
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def _pair(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

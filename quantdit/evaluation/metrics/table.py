@@ -1,4 +1,4 @@
-"""What the gate judges, one table: each measure's unit, range and margin, and how a value becomes decibels of error."""
+"""The table of measures: label, unit, range, margin of the gate, and how a value becomes decibels of error."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Metric:
         low: smallest valid value of a sample.
         high: largest valid value.
         unit: of a value, as printed; empty for none.
-        equal: neither more nor less is better: samples hold the difference from full precision, which may not grow either way.
-        decides: rank; an inconclusive finding keeps the gate from passing only if no finding has a higher rank. 0: never.
+        equal: neither more nor less is better. Samples hold the difference from full precision, which may not grow either way.
+        decides: rank. Inconclusive findings of the highest rank in a report keep the gate from passing; of rank 0, never.
     """
 
     label: str

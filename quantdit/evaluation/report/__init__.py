@@ -1,1 +1,1 @@
-"""The report page, its pictures and its tables."""
+"""What people look at: the HTML page, the Markdown tables, pictures and clips."""

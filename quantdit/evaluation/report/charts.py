@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 WIDTH, HEIGHT = 720, 240
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 34
@@ -18,7 +18,7 @@ def line_chart(title: str, x: Sequence[float], series: Mapping[str, Sequence[flo
         return ""
     ticks = ticks_of(min(values), max(values))
     across, up = _places(len(x)), _scale(ticks)
-    parts = [_frame(title, ticks, up, y_label)]
+    parts = [_frame(ticks, up, y_label)]
     shown = sorted({round(i * (len(x) - 1) / min(8, max(1, len(x) - 1))) for i in range(min(8, max(1, len(x) - 1)) + 1)})
     parts += [_text(across[i], HEIGHT - BOTTOM + 14, f"{x[i]:.4g}", "middle") for i in shown]
     parts.append(_text((WIDTH + LEFT) / 2, HEIGHT - 4, x_label, "middle"))
@@ -43,7 +43,7 @@ def bar_chart(
     up, foot = _scale(ticks), ticks[0] if base is None else base
     order = list(dict.fromkeys(groups))
     step = (WIDTH - LEFT - RIGHT) / len(names)
-    parts = [_frame(title, ticks, up, y_label)]
+    parts = [_frame(ticks, up, y_label)]
     for i, (name, value, group) in enumerate(zip(names, values, groups, strict=True)):
         top, bottom = sorted((up(value), up(foot)))
         text = f"{html.escape(name)}: {value:.4g} ({html.escape(group)})"
@@ -85,7 +85,8 @@ def ticks_of(low: float, high: float) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def _scale(ticks: Sequence[float]):
+def _scale(ticks: Sequence[float]) -> Callable[[float], float]:
+    """Return what maps a value to its height in the chart."""
     low, high = ticks[0], ticks[-1]
     return lambda value: HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
@@ -95,7 +96,7 @@ def _places(count: int) -> list[float]:
     return [LEFT + 10 + (i / (count - 1) * inner if count > 1 else inner / 2) for i in range(count)]
 
 
-def _frame(title: str, ticks: Sequence[float], up, y_label: str) -> str:
+def _frame(ticks: Sequence[float], up: Callable[[float], float], y_label: str) -> str:
     parts = []
     for tick in ticks:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>')

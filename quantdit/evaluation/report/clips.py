@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from quantdit.evaluation.report.picture import whole_file
 from quantdit.system.output_places import ANIMATIONS, PICTURES, require_suffix
 
 SUFFIXES = (*PICTURES, *ANIMATIONS)
@@ -44,18 +44,8 @@ def write_clips(
     require_writer(path)
     suffix = path.suffix.lower()
     frames = [contact_sheet(clips, labels)] if suffix == ".png" else clip_grid(clips, labels, columns)
-    try:
-        handle, name = tempfile.mkstemp(suffix=suffix, dir=path.parent)
-    except OSError as error:
-        raise type(error)(error.errno, f"cannot write into {path.parent}", str(path)) from error
-    os.close(handle)
-    part = Path(name)
-    try:
+    with whole_file(path) as part:
         _WRITERS[suffix](frames, part, frames_a_second)
-        part.chmod(0o644)  # mkstemp makes files that only their owner can read
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def require_writer(path: Path) -> None:
@@ -85,8 +75,8 @@ def clip_grid(clips: torch.Tensor, labels: Sequence[str], columns: int) -> list[
     lines = [_wrapped(label, width * scale, font) for label in labels]
     cell_w, cell_h = width * scale + _GAP, height * scale + _LINE * max(map(len, lines)) + _GAP
     # Both sides even: the colour planes of MP4 have half the resolution.
-    size = (columns * cell_w + _GAP, -(-count // columns) * cell_h + _GAP)
-    paper = Image.new("RGB", tuple(side + side % 2 for side in size), _PAPER)
+    wide, high = columns * cell_w + _GAP, -(-count // columns) * cell_h + _GAP
+    paper = Image.new("RGB", (wide + wide % 2, high + high % 2), _PAPER)
     draw = ImageDraw.Draw(paper)
     corners = [(_GAP + i % columns * cell_w, _GAP + i // columns * cell_h) for i in range(count)]
     for (left, top), text in zip(corners, lines, strict=True):
@@ -137,11 +127,11 @@ def _enlarged(frame: torch.Tensor, scale: int) -> Image.Image:
     return Image.fromarray(frame.numpy()).resize((width * scale, height * scale), Image.Resampling.NEAREST)
 
 
-def _wrapped(label: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+def _wrapped(label: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
     return textwrap.wrap(label, max(1, int(width / font.getlength("n")))) or [""]
 
 
-def _animation(frames: list[Image.Image], path: Path, frames_a_second: int, **options: object) -> None:
+def _animation(frames: list[Image.Image], path: Path, frames_a_second: int, **options: Any) -> None:
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // frames_a_second, loop=0, **options)
 
 

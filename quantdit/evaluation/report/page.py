@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from quantdit.evaluation.gate.judge import COLUMNS, NOTE, Finding, Verdict, headline, number, worst_first
+from quantdit.evaluation.formatting import number
+from quantdit.evaluation.gate.judge import COLUMNS, NOTE, Finding, Verdict, headline, worst_first
 from quantdit.evaluation.metrics.table import METRICS, READING
 from quantdit.evaluation.report.charts import bar_chart, interval_chart, line_chart
 from quantdit.evaluation.report.picture import GAIN

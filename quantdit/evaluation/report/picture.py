@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -63,6 +64,14 @@ def difference_panel(reference: torch.Tensor, candidate: torch.Tensor, gain: int
     return f"absolute difference x {gain}", (reference - candidate).abs() * gain - 1
 
 
+def first_frames(samples: torch.Tensor, count: int, columns: int) -> torch.Tensor:
+    """Return the first `count` images `[n, c, h, w]`; of clips `[n, f, c, h, w]` a row of `columns` frames each."""
+    if samples.ndim == 4:
+        return samples[:count]
+    frames = torch.linspace(0, samples.shape[1] - 1, columns).round().long()
+    return samples[: count // columns, frames].flatten(0, 1)
+
+
 def side_by_side(panels: Sequence[Panel], columns: int, path: str | Path, footer: Sequence[str] = ()) -> None:
     """Write grids of images side by side, each under its title, to a PNG file.
 
@@ -103,15 +112,25 @@ def side_by_side(panels: Sequence[Panel], columns: int, path: str | Path, footer
         left += width + _MARGIN
     for i, line in enumerate(footer):
         draw.text((_MARGIN, bottom + _MARGIN // 2 + i * step), line, _SOFT_INK, text_font)
-    _save_atomic(sheet, Path(path))
+    with whole_file(Path(path)) as part:
+        sheet.save(part, "PNG", optimize=True)
 
 
-def _save_atomic(picture: Image.Image, path: Path) -> None:
-    handle, name = tempfile.mkstemp(suffix=".png", dir=path.parent)
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a new file beside `path` to write to; it takes the place of `path` when the block ends without an error.
+
+    Raises:
+        OSError: the folder is missing or cannot be written to.
+    """
+    try:
+        handle, name = tempfile.mkstemp(suffix=path.suffix.lower(), dir=path.parent)
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write into {path.parent}", str(path)) from error
+    os.close(handle)
     part = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            picture.save(file, "PNG", optimize=True)
+        yield part
         part.chmod(0o644)  # mkstemp makes files that only their owner can read
         os.replace(part, path)
     finally:

@@ -15,7 +15,6 @@ from quantdit.compiling.compile import compile
 from quantdit.compiling.plan import Plan
 from quantdit.evaluation.gate import judge
 from quantdit.evaluation.gate.judge import FAIL, INCONCLUSIVE, PASS
-from quantdit.evaluation.metrics.intervals import bootstrap, bootstrap_many, jackknife
 from quantdit.evaluation.metrics.table import FORMAT, decibels, meanings
 from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.recipes.presets import from_bits
@@ -387,36 +386,6 @@ def test_a_misspelt_margin_is_refused(tmp_path: Path):
     (tmp_path / "file.json").write_text(json.dumps(baseline))
     with pytest.raises(ValueError, match="a margin for 'psnrr', which nothing measures; did you mean 'psnr'"):
         judge.read(tmp_path / "file.json", "baseline")
-
-
-def test_intervals_cover_as_often_as_they_say():
-    """Means of 12 prompts with 2 seeds each: the 95 % interval holds the truth in 93 to 100 % of 400 draws.
-
-    Resampling prompts and then seeds counts the spread between seeds twice in part: never too narrow, somewhat too wide.
-    """
-    rng = np.random.default_rng(0)
-    clusters = np.repeat(np.arange(12), 2)
-    held = 0
-    for i in range(400):
-        values = rng.normal(0, 1, 12)[clusters] + rng.normal(0, 1, 24)
-        found = bootstrap(values, clusters, seed=i)
-        held += found.low <= 0 <= found.high
-    assert held / 400 >= 0.93
-
-
-def test_simultaneous_intervals_hold_all_layers_at_once():
-    rng = np.random.default_rng(0)
-    missed = sum(
-        any(not f.low <= 0 <= f.high for f in bootstrap_many(rng.normal(0, 1, (20, 40)), np.arange(20), i, simultaneous=True))
-        for i in range(100)
-    )
-    assert missed <= 12  # 5 expected; 12 or more happen once in two hundred times
-
-
-def test_jackknife_of_a_mean_is_its_standard_error():
-    values = np.random.default_rng(0).normal(0, 1, 20)
-    whole, error = jackknife(lambda rows: float(values[rows].mean()), np.arange(20))
-    assert whole == pytest.approx(values.mean()) and error == pytest.approx(values.std(ddof=1) / 20**0.5)
 
 
 def test_gate_from_the_command_line(pixel_16: tuple[Path, Path, Path], tmp_path: Path, cli):

@@ -1,4 +1,4 @@
-"""PSNR, SSIM and bootstrap interval against closed forms."""
+"""PSNR and SSIM against closed forms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from quantdit.evaluation.metrics.paired import PSNR_CEILING, bootstrap_interval, capped, psnr, ssim
+from quantdit.evaluation.metrics.paired import PSNR_CEILING, capped, psnr, ssim
 
 
 def random_images(seed: int, size: int = 16) -> torch.Tensor:
@@ -68,26 +68,3 @@ def test_refuses_what_cannot_be_compared():
         psnr(reference, reference, data_range=0)
     with pytest.raises(ValueError, match="11 x 11"):
         ssim(random_images(0, size=8), random_images(1, size=8))
-
-
-def test_bootstrap_interval_of_normal_values():
-    """400 normal values: the interval is the mean +- 1.96 s / sqrt(n); the bootstrap quantiles err by a few per cent."""
-    pytest.importorskip("scipy")
-    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 10
-    half = 1.96 * values.std().item() / 20
-    low, high = bootstrap_interval(values, seed=0)
-    assert (low, high) == pytest.approx((values.mean().item() - half, values.mean().item() + half), abs=0.1 * half)
-    assert bootstrap_interval(values, seed=0) == (low, high)
-    assert bootstrap_interval(values, seed=1) != (low, high)
-    narrow = bootstrap_interval(values, seed=0, level=0.5)
-    assert low < narrow[0] < narrow[1] < high
-
-
-def test_bootstrap_interval_limits():
-    assert bootstrap_interval(torch.full((5,), 100.0)) == (100.0, 100.0)
-    with pytest.raises(ValueError, match="capped"):
-        bootstrap_interval(torch.tensor([1.0, float("inf")]))
-    with pytest.raises(ValueError, match="n >= 2"):
-        bootstrap_interval(torch.tensor([1.0]))
-    with pytest.raises(ValueError, match="level"):
-        bootstrap_interval(torch.tensor([1.0, 2.0]), level=95)

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 from quantdit.evaluation.gate import judge
-from quantdit.evaluation.metrics.measures import EFFICIENTNET, alone_of, drift_over_steps, features_of, means_of, rows_of, sets_of
+from quantdit.evaluation.measures import alone_of, drift_of, drift_over_steps, means_of, paired_of, rows_of, sets_of
 from quantdit.evaluation.metrics.table import FORMAT
+from quantdit.evaluation.networks.efficientnet import EFFICIENTNET
 from quantdit.evaluation.report import page
 from quantdit.evaluation.report.charts import bar_chart, interval_chart, line_chart, ticks_of
-from quantdit.evaluation.report.drift import compare, table
+from quantdit.evaluation.report.summary import summary
 from quantdit.evaluation.samples import Samples
 
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome", "chrome") if shutil.which(b)), None)
@@ -40,8 +41,9 @@ def made(clips: bool) -> tuple[dict, Samples, Samples]:
     """A whole report of made-up samples, and the samples."""
     pytest.importorskip("efficientnet_lite_pytorch")
     reference, candidate, other = sampled(0, clips), sampled(0, clips, 0.05), sampled(1, clips)
-    features = [features_of(s.images, EFFICIENTNET) for s in (reference, candidate, other)]
-    drift = compare(reference.images, candidate.images, other.images, features=features)
+    features = [EFFICIENTNET.of_samples(s.images) for s in (reference, candidate, other)]
+    sets = sets_of(*features, reference.prompts, EFFICIENTNET)
+    paired = paired_of(reference.images, candidate.images)
     alone = [alone_of(s, f) for s, f in zip((reference, candidate), features, strict=False)]
     rows = rows_of(reference, candidate, features[:2], alone)
     floor = means_of(rows_of(reference, reference, [features[0]] * 2, [alone[0]] * 2))
@@ -55,8 +57,8 @@ def made(clips: bool) -> tuple[dict, Samples, Samples]:
         "reference": side | {"name": "original"},
         "candidate": side | {"name": "quantized </title><b>", "bits_per_weight": 4.1},
         "sampling": {"seed": 0, "steps": 3, "guidance": None, "prompts": list(NAMES)},
-        "drift": drift.to_json(),
-        "sets": sets_of(*features, reference.prompts, EFFICIENTNET),
+        "drift": drift_of(reference, paired, sets, EFFICIENTNET),
+        "sets": sets,
         "floor": {"other seeds": floor | {"psnr": {"mean": 12.0, "harm": -12.0}}, "other batch": floor, "other dtype": floor},
         "probe": {"timesteps": [1000.0, 250.0], "samples": probed, "by_timestep": [[-40.0, -30.0]] * 8, "layers": layers},
         "over_steps": drift_over_steps(reference, candidate),
@@ -121,9 +123,8 @@ def test_page_is_whole_takes_nothing_from_outside_and_runs_no_name(tmp_path: Pat
 def test_page_and_table_show_the_same_intervals(tmp_path: Path):
     """Both from one computation, to the same digits; what may change neither way has two limits."""
     report, reference, candidate = made(False)
-    features = [features_of(s.images, EFFICIENTNET) for s in (reference, candidate, sampled(1, False))]
-    drift = compare(reference.images, candidate.images, sampled(1, False).images, features=features)
-    cells = [cell.strip() for line in table(drift).splitlines() if line.startswith("| ") for cell in line.split("|")]
+    tables = summary(report, EFFICIENTNET.frechet, EFFICIENTNET.kernel)
+    cells = [cell.strip() for line in tables.splitlines() if line.startswith("| ") for cell in line.split("|")]
     text = page.render(report, reference, candidate)
     assert ">full precision against itself</th>" in text and "noise floor</th>" not in text
     for name in ("PSNR, dB", "SSIM"):

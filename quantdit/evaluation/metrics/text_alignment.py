@@ -1,4 +1,4 @@
-"""How well samples fit their prompts, without CLIP: a proxy that is made on the spot (backbones.Clip has the CLIP score).
+"""How well samples fit their prompts, by a proxy that needs no network of texts (networks/clip.py has the CLIP score).
 
 The proxy is a ridge regression from image features to embeddings of the prompts (MiniLM's, or one place for each class), fitted
 to the reference's own samples of other seeds. It knows only what the reference draws for these prompts, so it measures whether

@@ -3,52 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from quantdit.evaluation.metrics.discrepancy import cmmd, gaussian, grams, median_distance, polynomial
-from quantdit.evaluation.metrics.features import BACKBONE, efficientnet_lite0_features
 from quantdit.evaluation.metrics.frechet import frechet_distance
-from quantdit.evaluation.metrics.intervals import jackknife
-from quantdit.evaluation.metrics.paired import capped, cosine, perceptual_distance, psnr, ssim
+from quantdit.evaluation.metrics.intervals import LEVEL, bootstrap, clusters_of, jackknife
+from quantdit.evaluation.metrics.paired import PSNR_CEILING, capped, cosine, perceptual_distance, psnr, ssim
 from quantdit.evaluation.metrics.precision_recall import NEIGHBOURS, precision_recall
-from quantdit.evaluation.metrics.probe import Probe
 from quantdit.evaluation.metrics.table import METRICS, decibels
-from quantdit.evaluation.metrics.text import Alignment
+from quantdit.evaluation.metrics.text_alignment import Alignment
 from quantdit.evaluation.metrics.video import (
     consistency_proxy,
     dynamic_degree_proxy,
     motion_smoothness_proxy,
     temporal_flickering,
 )
-from quantdit.evaluation.samples import Samples, as_images, middle_frames, prompt_groups
+from quantdit.evaluation.networks.backbone import Backbone
+from quantdit.evaluation.networks.efficientnet import efficientnet_lite0_features
+from quantdit.evaluation.probe import Probe
+from quantdit.evaluation.samples import Samples, as_images
 
 LEAST_PRECISION_RECALL = 8  # samples; with fewer, each of them is most of the result
-
+LEAST_PROMPTS = 3  # that intervals treat as clusters: of two prompts, leaving one out leaves one
 CONSISTENCY_FRAMES = 8  # of a clip at most, evenly spread: the network takes longer than all other measures together
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """What turns images into features, and the names that numbers made of them carry.
-
-    Attributes:
-        name: of the network.
-        features: images `[n, c, h, w]` in [-1, 1] to `[n, d]` float32.
-        frechet: the name of the Frechet distance on these features.
-        kernel: the name of the kernel distance.
-    """
-
-    name: str
-    features: Callable[[Tensor], Tensor]
-    frechet: str
-    kernel: str
-
-
-EFFICIENTNET = Backbone(BACKBONE, efficientnet_lite0_features, f"FD-{BACKBONE}", f"KID-{BACKBONE}")
 
 
 def alone_of(
@@ -67,7 +47,7 @@ def alone_of(
     """
     found = {}
     if samples.images.ndim == 5:
-        found = {name: torch.tensor([measure(clip) for clip in samples.images]) for name, measure in CLIPS.items()}
+        found = {name: torch.tensor([measure(clip) for clip in samples.images]) for name, measure in CLIP_MEASURES.items()}
     if alignment is not None:
         found["text_alignment_proxy"] = alignment(features, samples.prompts)
     if clip_score is not None:
@@ -82,7 +62,7 @@ def rows_of(
     alone: Sequence[Mapping[str, Tensor]] = ({}, {}),
     paired: Mapping[str, Tensor] | None = None,
 ) -> list[dict]:
-    """Return a row for each sample: its prompt, its seed, and every measure by the names of `gate.METRICS`.
+    """Return a row for each sample: its prompt, its seed, and every measure by its name in `table.METRICS`.
 
     Of measures of one sample alone it has the candidate's less the reference's; both stand beside it, under `_reference` and
     `_candidate`.
@@ -125,7 +105,7 @@ def _consistency(clip: Tensor) -> float:
     return consistency_proxy(clip[chosen], efficientnet_lite0_features)
 
 
-CLIPS: dict[str, Callable[[Tensor], float]] = {
+CLIP_MEASURES: dict[str, Callable[[Tensor], float]] = {
     "temporal_flickering": temporal_flickering,
     "motion_smoothness_proxy": motion_smoothness_proxy,
     "dynamic_degree_proxy": dynamic_degree_proxy,
@@ -149,7 +129,14 @@ def sets_of(reference: Tensor, candidate: Tensor, other: Tensor, prompts: tuple[
         backbone: of the features.
     """
     drift, floor = (_statistics(reference, x, backbone) for x in (candidate, other))
-    return {name: distance(drift[name], floor[name], prompts) for name in drift}
+    return {name: _distance(drift[name], floor[name], prompts) for name in drift}
+
+
+def cmmd_of(reference: Tensor, candidate: Tensor, other: Tensor, prompts: tuple[str, ...]) -> dict[str, float]:
+    """Return the CMMD of CLIP embeddings `[n, d]`, as `sets_of` returns its distances."""
+    return _distance(
+        lambda rows: cmmd(candidate[rows], reference[rows]), lambda rows: cmmd(other[rows], reference[rows]), prompts
+    )
 
 
 def distances_of(reference: Tensor, candidate: Tensor, backbone: Backbone) -> dict[str, float]:
@@ -173,23 +160,63 @@ def _statistics(reference: Tensor, candidate: Tensor, backbone: Backbone) -> dic
     return found
 
 
-def cmmd_of(reference: Tensor, candidate: Tensor, other: Tensor, prompts: tuple[str, ...]) -> dict:
-    """Return the CMMD as `sets_of` does its distances; of CLIP embeddings."""
-    return distance(*(lambda rows, x=x: cmmd(x[rows], reference[rows]) for x in (candidate, other)), prompts)
-
-
-def distance(drift: Statistic, floor: Statistic, prompts: tuple[str, ...]) -> dict:
+def _distance(drift: Statistic, floor: Statistic, prompts: tuple[str, ...]) -> dict[str, float]:
     """Return two statistics of the samples' indices, candidate's and other seeds', with their errors."""
-    groups = prompt_groups(prompts).numpy()
-    if len(set(groups.tolist())) < 3:  # left out one at a time, two prompts leave one
-        groups = np.arange(len(groups))
-    (value, error), (floor_value, floor_error) = jackknife(drift, groups), jackknife(floor, groups)
+    clusters = clusters_of(prompts, LEAST_PROMPTS)
+    (value, error), (floor_value, floor_error) = jackknife(drift, clusters), jackknife(floor, clusters)
     return {
         "drift": six(value),
         "standard_error": six(error),
         "noise_floor": six(floor_value),
         "noise_floor_error": six(floor_error),
     }
+
+
+def drift_of(
+    reference: Samples,
+    paired: Mapping[str, Tensor],
+    sets: Mapping[str, Mapping[str, float]],
+    backbone: Backbone,
+    to_real: Mapping[str, float] | None = None,
+) -> dict[str, object]:
+    """Return the figures that a person reads first: mean PSNR and SSIM with intervals over prompts, and the two distances.
+
+    PSNR and SSIM compare pairs of the same seed, the distances compare the sets. `noise_floor` is here the distance of the
+    reference's samples of other seeds; the gate's noise floor is full precision against itself on the same seeds. A distance of
+    sets that share their seeds can fall below that of other seeds, since each image has a near copy in the other set.
+
+    Args:
+        reference: samples of the original.
+        paired: `paired_of` these and the candidate's.
+        sets: `sets_of` both.
+        backbone: of the sets' features.
+        to_real: Frechet distances of both models to real images, where there are any.
+    """
+    clusters = clusters_of(reference.prompts, LEAST_PROMPTS)
+    psnrs, fd, kid = capped(paired["psnr"]), sets[backbone.frechet], sets[backbone.kernel]
+    return {
+        "count": len(psnrs),
+        "of": "clips" if reference.images.ndim == 5 else "images",
+        "interval_level": LEVEL,
+        "PSNR": {
+            "unit": "dB",
+            **_mean(psnrs, clusters, PSNR_CEILING),
+            "min": six(psnrs.min().item()),
+            "identical": int(torch.isinf(paired["psnr"]).sum()),
+        },
+        "SSIM": _mean(paired["ssim"], clusters, 1.0),
+        backbone.frechet: {"drift": fd["drift"], "noise_floor": fd["noise_floor"]} | dict(to_real or {}),
+        backbone.kernel: {
+            "drift": {"mean": kid["drift"], "standard_error": kid["standard_error"]},
+            "noise_floor": {"mean": kid["noise_floor"], "standard_error": kid["noise_floor_error"]},
+        },
+    }
+
+
+def _mean(values: Tensor, clusters: np.ndarray, largest: float) -> dict[str, object]:
+    """Return the mean and its interval, which ends at the largest possible value."""
+    found = bootstrap(values.double().numpy(), clusters)
+    return {"mean": six(found.estimate), "interval": [six(found.low), six(min(found.high, largest))]}
 
 
 def probe_of(probe: Probe, prompts: Sequence[str], seeds: Sequence[int]) -> dict:
@@ -236,11 +263,6 @@ def means_of(rows: list[dict]) -> dict[str, dict[str, float]]:
             harms = [metric.harm(row[name]) for row in having]
             found[name] = {"mean": six(float(np.mean(own))), "harm": six(float(np.mean(harms)))}
     return found
-
-
-def features_of(images: Tensor, backbone: Backbone) -> Tensor:
-    """Return the features of images, or of the middle frames of clips."""
-    return backbone.features(middle_frames(images))
 
 
 def six(value: float) -> float:

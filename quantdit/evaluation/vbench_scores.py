@@ -1,4 +1,4 @@
-"""VBench by its own package, in an environment of its own: it pins old versions of what everything else needs new.
+"""VBench's scores by its own package, which runs in an environment of its own, because it pins old versions.
 
 (Huang et al. 2023, arXiv 2311.17982; PyPI `vbench` 0.1.5.) The clips of both models are written as files, the package scores
 those dimensions that it takes for any clip and whose networks are there (vbench_dimension.py), and what it says is put beside the
@@ -60,6 +60,7 @@ SEMANTIC = {
 WEIGHT = {"dynamic_degree": 0.5}  # of all others: 1
 QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4, 1
 RESULTS = "clips_eval_results.json"
+_ADVICE = "make one with python3.10 -m venv DIR; DIR/bin/pip install vbench, and give DIR"
 # RAFT halves an eighth of a frame three times, and interpolates in what is left: below, it fails or finds nothing that moves.
 RAFT, RAFT_SIDE = "dynamic_degree", 128
 
@@ -100,9 +101,6 @@ def check(environment: Path | None, weights: Path | None) -> None:
     if weights is not None:
         dimensions(weights)
     require("av", "video")
-
-
-_ADVICE = "make one with python3.10 -m venv DIR; DIR/bin/pip install vbench, and give DIR"
 
 
 def _python(environment: Path) -> str:

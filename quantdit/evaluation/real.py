@@ -1,17 +1,20 @@
-"""The embedded sample of real Fashion-MNIST test images, with feature statistics of the whole test set."""
+"""Real images: the embedded sample of Fashion-MNIST's test set with feature statistics of all of it, and a user's folder."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
-from quantdit.evaluation.metrics.features import BACKBONE, RESOLUTION, WEIGHTS_SHA256, WIDTH
 from quantdit.evaluation.metrics.frechet import FeatureStatistics
+from quantdit.evaluation.networks.efficientnet import BACKBONE, RESOLUTION, WEIGHTS_SHA256, WIDTH
 
-REAL_SET = Path(__file__).resolve().parents[2] / "models" / "embedded" / "fashion-real.safetensors"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+REAL_SET = Path(__file__).resolve().parents[1] / "models" / "embedded" / "fashion-real.safetensors"
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ class RealSet:
         statistics: EfficientNet-Lite0 feature statistics of the 10,000 test images.
     """
 
-    images: torch.Tensor
-    labels: torch.Tensor
+    images: Tensor
+    labels: Tensor
     statistics: FeatureStatistics
 
 
@@ -55,3 +58,25 @@ def load_real(path: Path = REAL_SET) -> RealSet:
 def feature_definition() -> dict[str, str]:
     """Return what must agree between stored and computed features, as safetensors metadata."""
     return {"backbone": BACKBONE, "resolution": str(RESOLUTION), "weights_sha256": WEIGHTS_SHA256}
+
+
+def read_images(folder: Path) -> list[Tensor]:
+    """Return the pictures of a folder, in order of their names, each `[1, 3, h, w]` in [-1, 1].
+
+    Raises:
+        ValueError: no folder, fewer than two pictures, or one that cannot be read.
+    """
+    from PIL import Image
+
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES) if folder.is_dir() else []
+    if len(paths) < 2:
+        raise ValueError(f"{folder}: {len(paths)} pictures, expected a folder of at least two ({', '.join(PICTURES)})")
+    found = []
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                pixels = torch.from_numpy(np.array(picture.convert("RGB")))
+        except OSError as error:
+            raise ValueError(f"{path}: no picture that can be read; remove it or fetch it again") from error
+        found.append(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1)
+    return found

@@ -10,11 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quantdit.evaluation.networks.backbone import Backbone
+
+NAME = "InceptionV3-FID"
+WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases"
+BATCH = 32
 SIDE = 299
 FEATURES, CLASSES = 2048, 1008
 EPSILON = 1e-3
@@ -210,3 +216,30 @@ def with_weights(state: object) -> Inception:
         raise ValueError(f"an unknown tensor {unknown[0]!r}")
     network.load_state_dict(given, strict=False)
     return network
+
+
+def load_inception(path: Path) -> Backbone:
+    """Return the network of the FID (Heusel et al. 2017) with the weights of `path`.
+
+    The file is `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity's releases, or pytorch-fid's `pt_inception-...`.
+
+    Raises:
+        ValueError: no such file, or not these weights.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; --inception-weights takes {WEIGHTS_FILE}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)  # a pickle of anything else than tensors is refused
+    except Exception as error:  # whatever unpickling a damaged file raises
+        raise ValueError(f"{path}: no file of weights alone ({type(error).__name__}); fetch {WEIGHTS_FILE}") from error
+    try:
+        network = with_weights(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: not the weights of the FID's Inception v3: {error}; fetch {WEIGHTS_FILE}") from error
+
+    def features(images: Tensor) -> Tensor:
+        pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().expand(-1, 3, -1, -1)
+        with torch.inference_mode():
+            return torch.cat([network(part) for part in pixels.split(BATCH)])
+
+    return Backbone(NAME, features, "FID", "KID")

@@ -1,0 +1,1 @@
+"""What turns pictures into features, a file for each network."""
