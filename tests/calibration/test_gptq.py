@@ -19,8 +19,9 @@ from quantdit.calibration.grids import GRIDS, Grid
 from quantdit.calibration.quantize import WeightOptions, quantize_weight
 from quantdit.formats import FORMATS
 from quantdit.tensors.qtensor import QTensor, check_values
+from some_formats import EACH_KIND, SOME
 
-SCALAR = [name for name, f in FORMATS.items() if f.dim == 1]
+SCALAR = [name for name in SOME if FORMATS[name].dim == 1]
 GROUPED = ("int2", "int3", "int4", "int6")
 DAMP = 0.01
 
@@ -191,7 +192,7 @@ def test_dead_inputs_are_rounded_and_move_nothing():
     assert bool(torch.isfinite(R).all())
 
 
-@pytest.mark.parametrize("rows", [0, 1, 5, 63])
+@pytest.mark.parametrize("rows", [0, 1, 63])
 @pytest.mark.parametrize("name", SCALAR)
 def test_singular_gram(name: str, rows: int):
     """Fewer rows than inputs, even none: finite, legal, and on the rows seen better than rounding to nearest."""
@@ -299,7 +300,7 @@ def test_rows_far_from_zero(name: str, group: int):
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", EACH_KIND)
 def test_a_row_of_zeros_stays_zero(name: str, method: str):
     """As a layer has that is initialised to zero or pruned, among rows that are not zero."""
     W = random(96, 64) * 0.05
@@ -310,7 +311,7 @@ def test_a_row_of_zeros_stays_zero(name: str, method: str):
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", EACH_KIND)
 def test_a_weight_of_zeros_stays_zero(name: str, method: str):
     q = quantize_weight(torch.zeros(32, 64), correlated_gram(64), name, 64, method)
     assert check_values(q.spec, q.tensors()) is None
@@ -318,7 +319,7 @@ def test_a_weight_of_zeros_stays_zero(name: str, method: str):
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", EACH_KIND)
 def test_scale_follows_the_weight(name: str, method: str):
     """Weights 1/64 as large, by a power of two, have the same codes and 1/64 of the scale; the same input, the same result."""
     W, H = random(32, 64), correlated_gram(64)
@@ -366,7 +367,7 @@ def test_weights_that_are_not_finite_are_refused(bad: float):
 
 
 def test_every_scalar_format_has_a_grid():
-    assert set(GRIDS) == set(SCALAR)
+    assert set(GRIDS) == {name for name, f in FORMATS.items() if f.dim == 1}
 
 
 def test_matrices_are_freed_without_the_garbage_collector():

@@ -243,13 +243,11 @@ def test_one_sample_of_one_step_is_enough_to_run(cli, pixel_dit: Path, tmp_path:
     assert ran.code == 0, ran.err
 
 
-def test_recipe_that_quantizes_nothing_leaves_nothing_unreadable(cli, pixel_dit: Path, tmp_path: Path):
+def test_recipe_that_quantizes_nothing_is_refused(cli, pixel_dit: Path, tmp_path: Path):
     (tmp_path / "dense.toml").write_text('[[rule]]\nmatch = "*"\nweight = "dense"\n')
     ran = cli("calibrate", "--model", pixel_dit, "--recipe", tmp_path / "dense.toml", "--output", tmp_path / "out", *QUICK)
-    if ran.code == 0:
-        assert cli("inspect", tmp_path / "out").code == 0
-    else:
-        assert "dense" in ran.error
+    assert ran.code == 1 and "dense" in ran.error
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -343,22 +341,16 @@ def test_resume_without_a_beginning_just_begins(run, tmp_path: Path):
 @pytest.mark.parametrize("file", ["transformer_blocks.0.safetensors", "transformer_blocks.0.json", "../../../identity.json"])
 @pytest.mark.parametrize("damage", ["empty", "truncated", "flipped"])
 def test_damaged_work_folder_is_noticed(run, begun: Path, tmp_path: Path, file: str, damage: str):
-    """What a power cut or a bad disk leaves: done again or refused, never carried into the output."""
-    assert run(output="whole").code == 0
+    """What a power cut or a bad disk leaves is named, and never carried into the output."""
     path = begun / "work" / "transformer" / "blocks" / file
     raw = bytearray(path.read_bytes())
     if damage == "flipped":
         raw[-100 if path.suffix == ".safetensors" else raw.index(b'"', len(raw) // 2) + 1] ^= 1
     path.write_bytes({"empty": b"", "truncated": bytes(raw[: len(raw) // 2]), "flipped": bytes(raw)}[damage])
     ran = run("--resume")
-    if ran.code == 0:
-        assert transformer_digests(tmp_path / "out") == transformer_digests(tmp_path / "whole")
-        assert json.loads((tmp_path / "out" / REPORT).read_text())["layers"].keys() == (
-            json.loads((tmp_path / "whole" / REPORT).read_text())["layers"].keys()
-        )
-    else:
-        assert str(begun) in ran.error
-        assert not (tmp_path / "out").exists()
+    assert ran.code == 1 and str(begun) in ran.error and path.name in ran.error
+    assert "begin again with --overwrite in place of --resume" in ran.error
+    assert not (tmp_path / "out").exists()
 
 
 # ---- what is there already
@@ -395,17 +387,17 @@ def test_overwrite_replaces_the_whole_folder(run, tmp_path: Path):
     assert digests(tmp_path / "out").keys() == digests(tmp_path / "fresh").keys()
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device"), ValueError("x")])
-def test_good_output_survives_an_overwrite_that_fails(run, tmp_path: Path, monkeypatch, failure):
+def test_good_output_survives_an_overwrite_that_fails(run, tmp_path: Path, monkeypatch):
     assert run().code == 0
     before = digests(tmp_path / "out")
+    for failure, code in ((KeyboardInterrupt, 130), (OSError(errno.ENOSPC, "No space left on device"), 1), (ValueError("x"), 1)):
 
-    def fail(*args):
-        raise failure
+        def fail(*args, failure=failure):
+            raise failure
 
-    monkeypatch.setattr(checkpoint, "write_transformer", fail)
-    assert run("--overwrite", "--seed", "1").code in (1, 130)
-    assert digests(tmp_path / "out") == before
+        monkeypatch.setattr(checkpoint, "write_transformer", fail)
+        assert run("--overwrite", "--seed", "1").code == code
+        assert digests(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("name", ["out.old", "out.partial"])
@@ -414,18 +406,17 @@ def test_folders_of_the_user_are_never_deleted(run, tmp_path: Path, name: str, m
     """`mv out out.old` is how people keep a backup before they calibrate anew."""
     (tmp_path / name).mkdir()
     (tmp_path / name / "precious").write_text("x")
-    run(*more)
+    ran = run(*more)
+    assert ran.code == (1 if name == "out.partial" else 0)
+    assert ran.code == 0 or "out.partial is where work on out would go, but holds something else" in ran.error
     assert (tmp_path / name / "precious").exists()
 
 
 def test_output_inside_the_source_folder(run, pixel_dit: Path, tmp_path: Path):
     model = Path(shutil.copytree(pixel_dit, tmp_path / "model"))
     ran = run(output="model/w4a8", model=model)
-    if ran.code == 0:
-        assert {p.name for p in (model / "w4a8").iterdir()} == {"model_index.json", "scheduler", "transformer", REPORT}
-    else:
-        assert str(model) in ran.error
-    assert digests(pixel_dit).items() <= digests(model).items()
+    assert ran.code == 1 and str(model) in ran.error
+    assert digests(pixel_dit) == digests(model)
 
 
 # ---- broken models

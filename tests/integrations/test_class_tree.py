@@ -49,8 +49,7 @@ def refused(quantize, model: nn.Module, words: str) -> None:
 # ---- compiled
 
 
-@pytest.mark.parametrize("with_inputs", [True, False])
-@pytest.mark.parametrize("how", ["wrapped", "in place", "blocks"])
+@pytest.mark.parametrize(("how", "with_inputs"), [("wrapped", True), ("wrapped", False), ("in place", True), ("blocks", True)])
 def test_a_compiled_model_is_quantized_inside(tiny, run, tmp_path: Path, how: str, with_inputs: bool):
     expected, calls = tiny("WanTransformer3DModel")
     quantdit.quantize(expected, "w8a8", calls if with_inputs else None)

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from hypothesis import settings
 
-LAW = settings(derandomize=True, deadline=None, max_examples=60)
+LAW = settings(derandomize=True, deadline=None, max_examples=40)

@@ -10,11 +10,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from laws import LAW
 from quantdit.formats import FORMATS, QSpec
 from quantdit.recipes.presets import from_bits, with_weight_format
 from quantdit.recipes.resolve import resolve, without_data
-from quantdit.recipes.rules import Layer, LayerPlan, Recipe, Rule, from_dict, from_toml
+from quantdit.recipes.rules import (
+    LARGEST_RANK,
+    ROTATIONS,
+    SMOOTHINGS,
+    TABLES,
+    Layer,
+    LayerPlan,
+    Recipe,
+    Rule,
+    from_dict,
+    from_toml,
+)
 from quantdit.tensors.layer_spec import ActivationSpec, LayerSpec, layer_fields
 
 LAYERS = [
@@ -142,6 +156,24 @@ def test_first_match_wins(toml):
     assert {plans[name].rule.weight for name in plans if "attn" not in name} == {"int3"}
     assert {plan.group_size for plan in plans.values() if plan.rule.weight == "int3"} == {32}
     assert list(plans) == [layer.name for layer in LAYERS if layer.name in plans]
+
+
+NAME = st.text("ab0_.", min_size=1, max_size=12)
+
+
+@LAW
+@given(NAME, NAME, st.data())
+def test_a_pattern_is_a_name_with_holes(name: str, other: str, data: st.DataObject):
+    """`*` stands for any part of a path, dots included, `?` for a letter; a name without them is that layer's alone."""
+    first, last = sorted((data.draw(st.integers(0, len(name))), data.draw(st.integers(0, len(name)))))
+    star, letters = (f"{name[:first]}{hole}{name[last:]}" for hole in ("*", "?" * (last - first)))
+    for prefix, path, role in (("", name, other), ("role:", other, name)):
+        for pattern in (name, star, letters):
+            assert Rule(prefix + pattern).matches(path, role)
+        assert not Rule(prefix + letters).matches(path + "a", role + "a")
+    assert Rule(name).matches(other, "x") == (name == other)
+    whole = other.startswith(name[:first]) and other[first:].endswith(name[last:]) and len(other) >= first + len(name) - last
+    assert Rule(star).matches(other, "x") == whole
 
 
 def test_role_patterns_are_patterns(toml):
@@ -480,16 +512,51 @@ def test_what_only_data_can_give_is_refused_without(keys: dict):
         without_data(Recipe("mine", (Rule("*", **keys),)))
 
 
-@pytest.mark.parametrize("bits", ["w4a8", "w2a16", "w8a4"])
-def test_dictionary_form_round_trips_through_json(bits: str):
-    preset = from_bits(bits)
-    assert from_dict(json.loads(json.dumps(preset.to_dict()))) == preset
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cc",)), max_size=20)
+ACTIVATIONS = ({}, {"activation_bits": 8}, {"activation_bits": 6, "activation_scale": "static"})
+ACTIVATIONS += ({"activation_bits": 4, "activation_format": "affine", "activation_group_size": 32},)
+ACTIVATIONS += ({"activation_bits": 4, "edge_activation_bits": 8, "edge_steps": 3},)
 
 
-def test_toml_and_dictionary_mean_the_same(toml):
-    read = toml('name = "x"\n[[rule]]\nmatch = "role:attention"\nweight = "table3"\n[[rule]]\nmatch = "*"\ngroup_size = 32\n')
-    assert read.name == "x"
-    assert from_dict(read.to_dict()) == read
+@st.composite
+def rules(draw: st.DrawFn) -> Rule:
+    """Any pattern, weight, activation and way to calibrate that go together."""
+    values = draw(st.fixed_dictionaries({
+        "match": TEXT,
+        "weight": st.sampled_from(["dense", "auto", *FORMATS]),
+        "rotation": st.sampled_from(ROTATIONS),
+        "ars_threshold": st.floats(0, exclude_min=True, allow_infinity=False) | st.integers(1, 9),
+        "smooth": st.sampled_from(SMOOTHINGS),
+        "low_rank": st.integers(0, LARGEST_RANK),
+        "method": st.sampled_from(["gptq", "rtn"]),
+        "cd_passes": st.integers(0, 100),
+        **dict.fromkeys(("act_order", "bias_correction", "optional"), st.booleans()),
+    }))  # fmt: skip
+    if values["weight"] in FORMATS:
+        values["fallback"] = draw(st.sampled_from(["", *FORMATS]))
+    if values["weight"].startswith("int") and values["weight"] != "int8":
+        values["group_size"] = draw(st.sampled_from(["auto", "channel", 32, 64, 128]))
+    if values["weight"].startswith("table"):
+        values |= {"table": draw(st.sampled_from(TABLES)), "table_rows": draw(st.sampled_from(["layer", "channel"]))}
+    return Rule(**values, **draw(st.sampled_from(ACTIVATIONS)))
+
+
+def as_toml(value: dict) -> str:
+    return "\n".join(f"{key} = {json.dumps(v, ensure_ascii=False)}" for key, v in value.items() if key != "rule")
+
+
+@LAW
+@given(TEXT, st.lists(rules(), min_size=1, max_size=2))
+def test_a_recipe_comes_back_from_its_dictionary_and_from_a_file(tmp_path_factory, name: str, made: list[Rule]):
+    whole = Recipe(name, tuple(made))
+    assert from_dict(json.loads(json.dumps(whole.to_dict()))) == whole
+    path = tmp_path_factory.mktemp("recipes") / "mine.toml"
+    tables = [as_toml(rule) for rule in whole.to_dict()["rule"]]
+    path.write_text("\n[[rule]]\n".join([as_toml(whole.to_dict()), *tables]), encoding="utf-8")
+    assert from_toml(path) == whole
+
+
+def test_a_file_without_a_name_has_that_of_the_file(toml):
     assert toml('[[rule]]\nmatch = "*"\n').name == "mine"
 
 

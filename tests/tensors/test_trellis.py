@@ -18,7 +18,20 @@ from quantdit.checkpoints.checkpoint import CheckpointError, quant_layers, read_
 from quantdit.compiling.report import REPORT
 from quantdit.system.files import WEIGHTS
 
-ONCE = ("--samples", "1", "--steps", "1")
+ONCE = ("--samples", "1", "--steps", "1", "--calibration-steps", "2")
+# Without numba each layer takes a second.
+FEW = """
+[[rule]]
+match = "*.0.attn1.to_q"
+weight = "trellis3_l12"
+activation_bits = 8
+[[rule]]
+match = "*.1.ff.net.2"
+weight = "trellis3_l12"
+[[rule]]
+match = "*"
+weight = "dense"
+"""
 
 
 def calibrated(cli: Callable, model: Path, output: Path, *arguments: object) -> Path:
@@ -29,11 +42,13 @@ def calibrated(cli: Callable, model: Path, output: Path, *arguments: object) -> 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, pixel_dit: Path) -> Path:
-    """A pipeline of w3a8 trellis weights, rounded without data."""
+    """A pipeline of a few trellis weights, rounded without data; FEW beside it."""
     from quantdit.cli import main
 
     output = tmp_path_factory.mktemp("trellis") / "w3a8"
-    arguments = ("--bits", "w3a8", "--weight-format", "trellis", "--samples", "0")
+    recipe = output.with_name("few.toml")
+    recipe.write_text(FEW)
+    arguments = ("--recipe", str(recipe), "--samples", "0")
     assert main(["calibrate", "--model", str(pixel_dit), "--output", str(output), *arguments]) == 0
     return output
 
@@ -59,7 +74,8 @@ def test_the_same_bytes_again_and_without_numba(
 ):
     whole = (folder / "transformer" / WEIGHTS).read_bytes()
     monkeypatch.setattr(viterbi, "numba_is_installed", lambda: False)
-    ran = cli("calibrate", "--model", pixel_dit, "--output", again := tmp_path / "again", "--bits", "w3a8", "--samples", "0")
+    recipe, again = folder.with_name("few.toml"), tmp_path / "again"
+    ran = cli("calibrate", "--model", pixel_dit, "--output", again, "--recipe", recipe, "--samples", "0")
     assert ran.code == 0 and ran.err.count("quantdit: note: trellis codes take") == 1 and "quantdit[fast]" in ran.err
     assert (again / "transformer" / WEIGHTS).read_bytes() == whole
 

@@ -26,10 +26,18 @@ if INTERPRETED:
     _spec.loader.exec_module(interpreter)
     interpreter.install()
 
+    ran: dict[str, list[str]] = {}
+
+    @pytest.fixture(autouse=True, scope="module")
+    def kernels_of_a_file(request: pytest.FixtureRequest) -> Iterator[None]:
+        interpreter.launched.clear()
+        yield
+        ran[request.path.name] = sorted(interpreter.launched)
+
     def pytest_sessionfinish() -> None:
-        """Leave the names of the kernels that ran for the process that started this one."""
+        """Leave the names of the kernels that each file ran for the process that started this one."""
         if report := os.environ.get("QUANTDIT_LAUNCHED"):
-            Path(report).write_text(json.dumps(sorted(interpreter.launched)))
+            Path(report).write_text(json.dumps(ran))
 
 
 @pytest.fixture(autouse=True)

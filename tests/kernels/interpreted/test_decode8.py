@@ -12,7 +12,14 @@ from quantdit.kernels.triton_ops import decode8 as module
 from quantdit.kernels.triton_ops.decode_trellis import decode_trellis
 
 WIDTHS = {128: 64, 384: 128, 64: 32, 44: 44, 300: 300, 704: 32}  # and a group size; 704 = 5.5 blocks
-CASES = [(name, k, group) for name, f in FORMATS.items() for k, group in WIDTHS.items() if k % f.dim == 0 and not f.window]
+# One format of each number of bits at every width; the others at those that end in, with and between blocks.
+EVERY_WIDTH = ("int3", "int4", "table2", "table6", "vq256x2", "ssvq256x4", "int8")
+CASES = [
+    (name, k, group)
+    for name, f in FORMATS.items()
+    for k, group in WIDTHS.items()
+    if k % f.dim == 0 and not f.window and (name in EVERY_WIDTH or k in (384, 300, 704))
+]
 # Windows that end in the middle of a code, tables in and out of shared memory, fewer outputs than a window reaches back to.
 TRELLIS = (
     ("trellis4_l10", 37, 300),
