@@ -110,7 +110,7 @@ def _add_samples(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from quantdit.compiling import work_folder
     from quantdit.compiling.compiler import ALREADY, REPORT, calibrate
-    from quantdit.inspection import inspection
+    from quantdit.inspection import allocation
     from quantdit.pipelines.pipeline import BareTransformer
     from quantdit.system import progress
 
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
         f" {memory['peak_bytes'] / 2**30:.1f} GiB of memory; report in {args.output / REPORT}"
     )
     if target is not None:
-        print(inspection.allocation_summary(report["allocation"]))
+        print(allocation.summary(report["allocation"]))
     return 0
 
 

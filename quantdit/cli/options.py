@@ -6,6 +6,7 @@ import argparse
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 # Options that are fields of pipeline.Sampling.
 SAMPLING = ("samples", "seed", "steps", "guidance", "negative_prompt", "height", "width", "frames", "dtype", "batch", "classes")
@@ -38,7 +39,7 @@ def add_sampling(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="cpu", help="(%(default)s)")
 
 
-def asked(args: argparse.Namespace) -> dict[str, object]:
+def asked(args: argparse.Namespace) -> dict[str, Any]:
     """Return what is asked of a model, by the names of pipeline.Sampling."""
     found = {key: getattr(args, key, None) for key in SAMPLING}
     found["prompts"] = read_prompts(args.prompts) if args.prompts else getattr(args, "prompt", None)
