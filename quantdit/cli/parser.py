@@ -25,7 +25,9 @@ class Parser(argparse.ArgumentParser):
         print_error(f"{message}; see {self.prog} --help")
         sys.exit(2)
 
-    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride] - the stubs have an overload for each namespace
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
         given = sys.argv[1:] if args is None else list(args)
         known = self._option_string_actions
         # Before argparse complains of the option that is missing since its name was misspelled.

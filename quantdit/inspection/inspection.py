@@ -150,7 +150,7 @@ def inspect(folder: str | Path, accept_config: bool = False) -> Inspection:
         errors |= {f"{prefix}{name}": entry for name, entry in stated_errors(place, own).items()}
         sizes.append(size_of(transformer, place))
         if any(module.layer_spec.activation.edge_bits for module in own.values()):
-            times = getattr(transformer, "timestep_edges", ())
+            times = list(getattr(transformer, "timestep_edges", ()))
             edges[part or PARTS[0]] = (times[0], times[-2])
     report, chosen = _report_in(folder, modules)
     known = report or errors
