@@ -19,6 +19,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print tables of the known models."""
     from quantdit.models.known_models import ALIASES
 
     rows = [("name", "size", "embedded", "transformer", "hub id", "what it makes")]

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeAlias
 
 
 def print_error(text: str) -> None:
+    """Print a user's error on stderr, as one line."""
     print("quantdit: error:", re.sub(r"\s*\n\s*", " ", text), file=sys.stderr)
 
 
@@ -22,6 +23,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **options, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
+        """Print an error of usage and leave with exit code 2."""
         print_error(f"{message}; see {self.prog} --help")
         sys.exit(2)
 
