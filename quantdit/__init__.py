@@ -30,6 +30,7 @@ __all__ = [
     "export",
     "gate",
     "generate",
+    "inspect",
     "load",
     "quantize",
 ]
@@ -41,6 +42,7 @@ _LATER = {
     "export": "quantdit.api",
     "gate": "quantdit.evaluation.gate.judge",
     "generate": "quantdit.api",
+    "inspect": "quantdit.inspection.inspection",
     "load": "quantdit.compiling.in_memory",
     "quantize": "quantdit.compiling.in_memory",
 }

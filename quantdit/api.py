@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from inspect import signature
 from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -31,6 +32,21 @@ IMAGES, CLIPS = 40, 8  # made where no number and no prompts are given
 IMAGE_COLUMNS, CLIP_COLUMNS = 10, 4
 
 
+class SamplingOptions(TypedDict, total=False):
+    """Options of `generate` that `pipeline.Sampling` explains."""
+
+    seed: int
+    steps: int
+    guidance: float | None
+    prompts: str | Sequence[str] | None
+    classes: int | str | Sequence[int | str] | None
+    negative_prompt: str | None
+    height: int | None
+    width: int | None
+    frames: int | None
+    batch: int
+
+
 def generate(
     model: str | Path,
     output: str | Path,
@@ -40,7 +56,7 @@ def generate(
     samples: int | None = None,
     dtype: str | torch.dtype = "float32",
     accept_config: bool = False,
-    **options: object,
+    **options: Unpack[SamplingOptions],
 ) -> Tensor:
     """Sample images or clips from a model, full precision or quantized, and write a picture of them.
 
@@ -62,7 +78,7 @@ def generate(
         ValueError: an option that Sampling does not have, or that the pipeline does not take; a number that is none; the model
             cannot be loaded, or the output cannot be written or has a suffix that is unknown.
     """
-    *own, _ = inspect.signature(generate).parameters
+    *own, _ = signature(generate).parameters
     check_options("generate", options, [*own, *(each.name for each in fields(Sampling) if each.name not in own)])
     model, output = files.check_path("model", model, MODEL), Path(files.check_path("output", output))
     require_picture(output)
@@ -70,8 +86,9 @@ def generate(
     for path in graphs:
         if not path.is_file():
             raise ValueError(f"{path}: no such graph; quantdit export --to onnx writes it")
-    asked = Sampling(**options, dtype=dtype, **({} if samples is None else {"samples": samples}))
-    columns = checked_numbers({"columns": columns}, optional=("columns",))["columns"]
+    given: dict[str, Any] = {**options, "dtype": dtype}
+    asked = Sampling(**given) if samples is None else Sampling(**given, samples=samples)
+    in_a_row = checked_numbers({"columns": columns}, optional=("columns",))["columns"]
     progress.say(f"loading {model}")
     made_by, source = load_pipeline(model, dtype_of(dtype), device, accept_config=accept_config)
     clips = makes_clips(made_by)
@@ -80,16 +97,17 @@ def generate(
         from quantdit.exporters.onnx_session import use_graph
 
         use_graph(made_by, source, path)
-    prompts, classes = asked.prompts, asked.classes
-    count = asked.samples if samples is not None else len(prompts) if prompts else CLIPS if clips else IMAGES
-    options |= {"seed": asked.seed, "steps": asked.steps}
-    made = pipeline.generate(made_by, count, dtype=dtype, **options)
+    count = asked.samples if samples is not None else len(asked.prompts) if asked.prompts else CLIPS if clips else IMAGES
+    settled = asdict(asked)
+    del settled["samples"]
+    made = pipeline.generate(made_by, count, **settled)
     output.parent.mkdir(parents=True, exist_ok=True)
+    in_a_row = int(in_a_row or (CLIP_COLUMNS if clips else IMAGE_COLUMNS))
     if clips:
-        labels = sampling_arguments(made_by, count, prompts, classes)["prompt"]
-        write_clips(made, labels, output, columns or CLIP_COLUMNS)
+        labels = sampling_arguments(made_by, count, asked.prompts, asked.classes)["prompt"]
+        write_clips(made, labels, output, in_a_row)
     else:
-        side_by_side([(f"{source.name}, seed {asked.seed}, {asked.steps} steps", made)], columns or IMAGE_COLUMNS, output)
+        side_by_side([(f"{source.name}, seed {asked.seed}, {asked.steps} steps", made)], in_a_row, output)
     return made
 
 
@@ -101,7 +119,30 @@ def _check_suffix(output: Path, clips: bool) -> None:
         require_suffix(output, PICTURES, "images")
 
 
-def export(folder: str | Path, to: str, output: str | Path, **options: object) -> dict | None:
+@overload
+def export(
+    folder: str | Path,
+    to: Literal["dense"],
+    output: str | Path,
+    *,
+    dtype: torch.dtype | str = torch.bfloat16,
+    accept_config: bool = False,
+) -> None: ...
+@overload
+def export(folder: str | Path, to: Literal["comfyui"], output: str | Path, *, accept_config: bool = False) -> dict[str, int]: ...
+@overload
+def export(
+    folder: str | Path,
+    to: Literal["onnx"],
+    output: str | Path,
+    *,
+    storage: str = "packed",
+    verify: bool = True,
+    part: str | None = None,
+    target: str = "cpu",
+    accept_config: bool = False,
+) -> dict[str, Any]: ...
+def export(folder: str | Path, to: str, output: str | Path, **options: Any) -> dict[str, Any] | None:
     """Write a quantized folder in another form: `to` is `dense`, `comfyui` or `onnx`.
 
     Args:
@@ -122,10 +163,10 @@ def export(folder: str | Path, to: str, output: str | Path, **options: object) -
     from quantdit.exporters.to_dense import to_dense
     from quantdit.exporters.to_onnx import to_onnx
 
-    writers = {"dense": to_dense, "comfyui": to_comfyui, "onnx": to_onnx}
+    writers: dict[str, Callable[..., dict[str, Any] | None]] = {"dense": to_dense, "comfyui": to_comfyui, "onnx": to_onnx}
     if not isinstance(to, str) or to not in writers:
         raise ValueError(f"cannot export to {to!r:.60}; use one of {', '.join(writers)}")
-    _, _, *known = inspect.signature(writers[to]).parameters
+    _, _, *known = signature(writers[to]).parameters
     check_options(f"export to {to}", options, known)
     folder, output = Path(files.check_path("folder", folder)), Path(files.check_path("output", output))
     check_quantized(folder)

@@ -44,7 +44,8 @@ ORDER = (
     ("",),
 )
 
-LATER = {"QuantDiTConfig", "evaluate", "export", "gate", "generate", "load", "quantize"}  # imported when they are asked for
+# Imported when they are asked for.
+LATER = {"QuantDiTConfig", "evaluate", "export", "gate", "generate", "inspect", "load", "quantize"}
 PUBLIC = sorted({"FORMATS", "Format", "QSpec", "QTensor", "Recipe", "Rule"} | LATER)
 HEAVY = (
     "diffusers",

@@ -30,6 +30,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measure, and print where the rows lie."""
     if args.output.suffix != ".jsonl":
         raise ValueError(f"--output {args.output} must end in .jsonl; the table is written beside it as .md")
     if args.what == "kernels":

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     from quantdit.compiling import work_folder
     from quantdit.compiling.compile import FINETUNING, LOADING, SAMPLING, calibrate
     from quantdit.compiling.plan import Target
-    from quantdit.inspection import inspection
+    from quantdit.inspection import allocation
 
     has_target = args.size_budget is not None or args.max_output_error is not None
     target = Target(args.size_budget, args.max_output_error) if has_target else None
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
         )
     _print(result)
     if result.allocation is not None:
-        print(inspection.allocation_summary(result.allocation))
+        print(allocation.summary(result.allocation))
     return 0
 
 

@@ -45,10 +45,14 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if args.traceback:
             traceback.print_exc()
-        named = isinstance(error, OSError) and error.filename is not None and error.strerror
-        text = f"cannot open {error.filename2 or error.filename}: {error.strerror}; check the path" if named else str(error)
-        print_error(text)
+        print_error(_text_of(error))
         return 1
+
+
+def _text_of(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"cannot open {error.filename2 or error.filename}: {error.strerror}; check the path"
+    return str(error)
 
 
 def command_parser() -> Parser:

@@ -62,6 +62,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Compare two models, and print the table and where the page lies."""
     from quantdit.system import progress
     from quantdit.system.output_places import require_folder
 

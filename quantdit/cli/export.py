@@ -50,6 +50,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Export, and print what was written."""
     from quantdit.api import export
     from quantdit.exporters.to_onnx import describe
 

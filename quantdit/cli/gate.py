@@ -26,6 +26,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the verdict; returns its exit code."""
     from quantdit.evaluation.gate import judge
     from quantdit.evaluation.report import page
     from quantdit.system import files

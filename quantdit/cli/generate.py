@@ -52,6 +52,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Sample, and print where the picture lies."""
     from quantdit.system import progress
     from quantdit.system.output_places import require_picture
 

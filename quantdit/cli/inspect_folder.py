@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 
 from quantdit.cli import options
 from quantdit.cli.parser import Commands, add_command
@@ -31,20 +30,16 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from quantdit.inspection import inspection
-    from quantdit.system.output_places import PICTURES, require_file, require_suffix
+    """Print tables or JSON, and draw the picture that was asked for."""
+    from quantdit.inspection import plot
+    from quantdit.inspection.inspection import inspect
 
     if args.plot:
-        require_file(args.plot)
-        require_suffix(args.plot, PICTURES, "plots")
-    found = inspection.read(args.folder, args.accept_config)
-    if args.json:
-        print(json.dumps(inspection.as_json(found), indent=2))
-        return 0
+        plot.check_output(args.plot)  # reading takes seconds
+    found = inspect(args.folder, args.accept_config)
     if args.plot:
-        inspection.check_plot(found)
-    print(inspection.describe(found, shutil.get_terminal_size().columns, args.all, args.by))
+        found.plot(args.plot)
+    print(json.dumps(found.to_dict(), indent=2) if args.json else found.text(every=args.all, by=args.by))
     if args.plot:
-        inspection.plot(found, args.plot)
         print(args.plot)
     return 0

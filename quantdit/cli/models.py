@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from quantdit.cli.parser import Commands, add_command
-from quantdit.recipes.sampling_plan import SamplingPlan
 
 
 def add(commands: Commands) -> None:
@@ -20,6 +19,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print tables of the known models."""
     from quantdit.models.known_models import KNOWN_MODELS
 
     rows = [("name", "size", "embedded", "transformer", "hub id", "what it makes")]
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _captured(known: SamplingPlan) -> str:
-    """Return in words what calibration samples of a known model."""
-    frames = f"{known.frames} frames of " if known.frames and known.frames > 1 else ""
-    return f"{known.samples} samples, {known.steps} steps, guidance {known.guidance:g}, {frames}{known.width}x{known.height}"
+def _captured(known) -> str:
+    """Return what of a known model calibration samples: an aliases.Capture in words."""
+    frames = f"{known.frames} frames of " if known.frames > 1 else ""
+    return f"{known.prompts} samples, {known.steps} steps, guidance {known.guidance:g}, {frames}{known.width}x{known.height}"

@@ -6,12 +6,14 @@ import argparse
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 # Options that are fields of pipeline.Sampling.
 SAMPLING = ("samples", "seed", "steps", "guidance", "negative_prompt", "height", "width", "frames", "dtype", "batch", "classes")
 
 
 def add_accept_config(parser: argparse._ActionsContainer) -> None:
+    """Add --accept-config."""
     parser.add_argument(
         "--accept-config",
         action="store_true",
@@ -20,6 +22,7 @@ def add_accept_config(parser: argparse._ActionsContainer) -> None:
 
 
 def add_sampling(sub: argparse.ArgumentParser) -> None:
+    """Add the options of sampling that generate and evaluate share."""
     group = sub.add_argument_group("sampling (what is not given is the pipeline's own)")
     group.add_argument("--steps", type=positive, default=20, help="sampling steps (%(default)s)")
     group.add_argument("--guidance", type=finite, help="guidance scale")
@@ -38,7 +41,7 @@ def add_sampling(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="cpu", help="(%(default)s)")
 
 
-def asked(args: argparse.Namespace) -> dict[str, object]:
+def asked(args: argparse.Namespace) -> dict[str, Any]:
     """Return what is asked of a model, by the names of pipeline.Sampling."""
     found = {key: getattr(args, key, None) for key in SAMPLING}
     found["prompts"] = read_prompts(args.prompts) if args.prompts else getattr(args, "prompt", None)
@@ -46,6 +49,12 @@ def asked(args: argparse.Namespace) -> dict[str, object]:
 
 
 def read_prompts(path: Path) -> list[str]:
+    """Return the prompts in a text file, one a line.
+
+    Raises:
+        ValueError: there is none, or the file is not UTF-8.
+        OSError: the file cannot be read.
+    """
     from quantdit.system import files
 
     # Only line ends end a prompt: str.splitlines would cut it at U+2028 and others.
@@ -63,16 +72,18 @@ def quiet() -> None:
 
 
 def path(text: str) -> Path:
+    """Parse the path of a file or a folder."""
     return Path(model_name(text))
 
 
 def model_name(text: str) -> str:
+    """Parse a name, a hub id or a folder: any text but an empty one."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; . is the folder that you are in")
     return text
 
 
-def whole(text: str) -> int:
+def _whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
@@ -80,20 +91,23 @@ def whole(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    value = whole(text)
+    """Parse a whole number, at least 1."""
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
 
 
 def count(text: str) -> int:
-    value = whole(text)
+    """Parse a whole number, at least 0."""
+    value = _whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
     return value
 
 
 def size(text: str) -> int:
+    """Parse a size with a unit, such as 8GiB; returns bytes."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(?:([KMGT])(i?))?B?", text)
     if found is None or not (value := float(found[1])) > 0:
         raise argparse.ArgumentTypeError(f"a size is a number with a unit, such as 8GiB or 500MB, got {text!r}")
@@ -101,13 +115,15 @@ def size(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    value = whole(text)
+    """Parse a seed."""
+    value = _whole(text)
     if not 0 <= value < 2**31:
         raise argparse.ArgumentTypeError(f"a seed lies in 0..2147483647, got {value}")
     return value
 
 
 def number(text: str) -> float:
+    """Parse a number, infinities and NaN included."""
     try:
         return float(text)
     except ValueError:
@@ -115,10 +131,12 @@ def number(text: str) -> float:
 
 
 def class_label(text: str) -> int | str:
+    """Parse the number of a class, or its name."""
     return int(text) if re.fullmatch("-?[0-9]+", text) else text
 
 
 def finite(text: str) -> float:
+    """Parse a finite number."""
     value = number(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")

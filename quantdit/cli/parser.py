@@ -6,28 +6,30 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import takewhile
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 
 def print_error(text: str) -> None:
+    """Print a user's error on stderr, as one line."""
     print("quantdit: error:", re.sub(r"\s*\n\s*", " ", text), file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
     """A parser without abbreviations, whose errors are one line that names what may have been meant."""
 
-    def __init__(self, *args: object, **options: object) -> None:
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
+        """Print an error of usage and leave with exit code 2."""
         print_error(f"{message}; see {self.prog} --help")
         sys.exit(2)
 
-    def parse_known_args(
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> tuple[argparse.Namespace, list[str]]:
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride] - the stubs have an overload for each namespace
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
         given = sys.argv[1:] if args is None else list(args)
         known = self._option_string_actions
         # Before argparse complains of the option that is missing since its name was misspelled.

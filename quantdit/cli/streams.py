@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 
 class Forgiving(io.TextIOBase):
@@ -45,7 +45,7 @@ def advice_as_lines() -> Iterator[None]:
     given: set[str] = set()
     show = warnings.showwarning
 
-    def print_once(message: Warning | str, category: type[Warning], *where: object) -> None:
+    def print_once(message: Warning | str, category: type[Warning], *where: Any) -> None:
         from tqdm import tqdm
 
         from quantdit.system.files import Advice

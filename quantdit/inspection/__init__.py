@@ -1,1 +1,1 @@
-"""What is inside a quantized folder."""
+"""What is inside a quantized folder: `inspection.inspect` reads it, the rest shows it."""

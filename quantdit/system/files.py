@@ -182,22 +182,6 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return tensors_in(weight_files(folder))
 
 
-def tensors_in(paths: Iterable[Path]) -> dict[str, Path]:
-    """Return in which of these files each tensor lies.
-
-    Raises:
-        CheckpointError: a missing or damaged file, or a tensor in two files.
-    """
-    found: dict[str, Path] = {}
-    for path in paths:
-        with open_weights(path) as file:
-            for key in file.keys():  # noqa: SIM118 - not a mapping
-                if key in found:
-                    raise CheckpointError(f"{path}: tensor {key} is in {found[key].name} too; copy the folder again")
-                found[key] = path
-    return found
-
-
 WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 WIDTHS |= dict.fromkeys(("I8", "U8", "F8_E4M3", "F8_E5M2", "BOOL"), 1)
 
@@ -221,31 +205,35 @@ def stored_tensors(paths: Iterable[Path]) -> dict[str, Stored]:
     """Return what the headers of these files say of each tensor.
 
     Raises:
-        CheckpointError: as `tensors_in`.
+        CheckpointError: a missing or damaged file, or a tensor in two files.
     """
     found: dict[str, Stored] = {}
-    places = tensors_in(paths)
-    for path in dict.fromkeys(places.values()):
+    for path in paths:
         with open_weights(path) as file:
-            for key in (key for key, place in places.items() if place == path):
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                if key in found:
+                    raise CheckpointError(f"{path}: tensor {key} is in {found[key].path.name} too; copy the folder again")
                 stored = file.get_slice(key)
                 found[key] = Stored(path, stored.get_dtype(), tuple(stored.get_shape()))
     return found
+
+
+def tensors_in(paths: Iterable[Path]) -> dict[str, Path]:
+    """Return in which of these files each tensor lies.
+
+    Raises:
+        CheckpointError: as `stored_tensors`.
+    """
+    return {key: stored.path for key, stored in stored_tensors(paths).items()}
 
 
 def tensor_bytes(folder: Path) -> dict[str, int]:
     """Return the bytes of each tensor in the weight files of a model folder, from their headers.
 
     Raises:
-        CheckpointError: as `tensor_files`.
+        CheckpointError: as `stored_tensors`.
     """
-    found = {}
-    for path in weight_files(folder):
-        with open_weights(path) as file:
-            for key in file.keys():  # noqa: SIM118 - not a mapping
-                stored = file.get_slice(key)
-                found[key] = math.prod(stored.get_shape()) * WIDTHS[stored.get_dtype()]
-    return found
+    return {key: math.prod(t.shape) * WIDTHS[t.dtype] for key, t in stored_tensors(weight_files(folder)).items()}
 
 
 def write_tensors(

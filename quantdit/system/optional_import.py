@@ -1,4 +1,4 @@
-"""Import of the libraries that only evaluation needs, so that `import quantdit` stays light."""
+"""Import of the libraries that some commands alone need, so that `import quantdit` stays light."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def require(module: str, extra: str = "eval") -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"this measure needs {module!r}, and {error.name!r} is not installed; run: pip install 'quantdit[{extra}]'",
+            f"this needs {module!r}, and {error.name!r} is not installed; run: pip install 'quantdit[{extra}]'",
             name=error.name,
         ) from error

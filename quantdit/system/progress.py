@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -27,7 +28,7 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def denoising(pipeline: object, batches: int, steps: int, description: str) -> Iterator[Callable[[], None]]:
+def denoising(pipeline: Any, batches: int, steps: int, description: str) -> Iterator[Callable[[], None]]:
     """Show a bar that ticks with each denoising step of a pipeline; yields a function to call after each batch.
 
     The pipeline's own bar, replaced meanwhile, moves ours. The function moves the bar to the end of the batch, because a

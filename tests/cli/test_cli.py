@@ -692,7 +692,7 @@ def test_a_picture_has_a_suffix_that_says_what_it_is(cli, everything, tmp_path: 
     monkeypatch.setattr("quantdit.api.load_pipeline", lambda *a, **b: pytest.fail("it loaded the model"))
     ran = cli("generate", "fashion-dit", "--output", tmp_path / name)
     assert ran.code == 1 and known in ran.error and str(tmp_path / name) in ran.error and "loading" not in ran.err
-    monkeypatch.setattr("quantdit.inspection.inspection.read", lambda *a: pytest.fail("it read the folder"))
+    monkeypatch.setattr("quantdit.inspection.inspection.inspect", lambda *a: pytest.fail("it read the folder"))
     ran = cli("inspect", everything.folder, "--plot", tmp_path / name)
     assert ran.code == 1 and "plots are written as .png; call it x.png" in ran.error
     assert not list(tmp_path.iterdir())

@@ -269,11 +269,11 @@ def quantized_while_loading(folder: Path) -> str:
 
 def inspected(folder: Path) -> str:
     """Open with `quantdit inspect`."""
-    from quantdit.inspection import inspection
+    import quantdit
 
-    found = inspection.read(folder)
-    inspection.describe(found, every=True)
-    content = inspection.as_json(found)
+    found = quantdit.inspect(folder)
+    found.text(every=True)
+    content = found.to_dict()
     return json.dumps({key: content[key] for key in ("layers", "allocation")}, allow_nan=False)  # not how long a header is
 
 
