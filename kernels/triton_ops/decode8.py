@@ -65,7 +65,7 @@ def layout_of(format: str, k: int, group_size: int, codebook: Tensor | None) -> 
     tail = -(-(k // f.dim % BLOCK) // 8) * 8
     # One group per output is the same for every width: fewer kernels to compile.
     group = 0 if group_size == k else group_size
-    return Layout(kind, f.code_bits, f.dim, f.levels, group, per_row, f.name.endswith("e4m3"), tail)
+    return Layout(kind, f.code_bits, f.dim, f.code_count, group, per_row, f.decoded_dtype == torch.float8_e4m3fn, tail)
 
 
 def full_tiles(k: int, dim: int) -> int:

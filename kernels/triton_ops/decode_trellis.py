@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantdit.formats import FORMATS, Format
 from quantdit.formats.packing import BLOCK, packed_bytes
-from quantdit.formats.trellis import table
+from quantdit.formats.trellis import codebook
 from quantdit.kernels.triton_ops.decode8 import narrow_codes
 
 BN = 32
@@ -63,7 +63,7 @@ def decode_trellis(data: Tensor, format: str, k: int) -> Tensor:
     """Return `I` int8 `[n, k]` of the codes `data` `[n, row_bytes]`."""
     f, n = FORMATS[format], data.shape[0]
     y = data.new_empty((n, k), dtype=torch.int8)
-    entries = _table_on(f.window, f.code_bits, data.device)
+    entries = _table_on(f.state_bits, f.code_bits, data.device)
     full, rest = divmod(k, BLOCK)
     for first, tiles, t in ((0, full, BLOCK), (full, int(rest > 0), -(-rest // 8) * 8)):
         if tiles:
@@ -75,9 +75,9 @@ def decode_trellis(data: Tensor, format: str, k: int) -> Tensor:
 
 def constants(f: Format) -> dict:
     """Return the constexpr arguments that follow from the format."""
-    return {"BITS": f.code_bits, "WINDOW": f.window, "IN_SHARED": 2**f.window <= SHARED}
+    return {"BITS": f.code_bits, "WINDOW": f.state_bits, "IN_SHARED": 2**f.state_bits <= SHARED}
 
 
 @lru_cache
 def _table_on(window: int, bits: int, device: torch.device) -> Tensor:
-    return table(window, bits).to(device)
+    return codebook(window, bits).to(device)

@@ -100,7 +100,7 @@ def choose(m: int, layer: LayerSpec, dtype: torch.dtype, capability: int, activa
     prepare = "fused" if layer.rotation == "hadamard" and layer.rank <= LARGEST_RANK else "separate"
     if weight.format in WHOLE:
         return Way(prepare, "w8a8")
-    if a.format == "fp8" or FORMATS[weight.format].window:
+    if a.format == "fp8" or FORMATS[weight.format].state_bits:
         return Way(prepare, "decode")
     if mode in ("packed", "decode"):
         return Way(prepare, "w4a8" if mode == "packed" else "decode")
@@ -110,7 +110,7 @@ def choose(m: int, layer: LayerSpec, dtype: torch.dtype, capability: int, activa
 
 def multiplies_packed(format: str) -> bool:
     """Whether gemm_w4a16 decodes weights of this format in registers: not split signs, which spill, nor a trellis."""
-    return not FORMATS[format].sign_split and not FORMATS[format].window
+    return not FORMATS[format].sign_split and not FORMATS[format].state_bits
 
 
 def _from(point: str, m: int, capability: int) -> bool:
@@ -281,7 +281,7 @@ def decode8(
     stored = (data, multiplier, offset, codebook, format, in_features, group_size)
     if format in WHOLE or not kernels_run(data):
         return ops.decode8_reference(*stored)
-    if FORMATS[format].window:
+    if FORMATS[format].state_bits:
         from quantdit.kernels.triton_ops.decode_trellis import decode_trellis
 
         return decode_trellis(data, format, in_features)
@@ -352,7 +352,7 @@ def gemm_w4a8(
     after = (thin, up, activation, gate, residual)
     ops.check_after(codes, data.shape[0], *after)
     # Decoded in registers, sums of e4m3 would have to wait for each other on Hopper; a trellis needs the codes of other outputs.
-    if codes.dtype == torch.float8_e4m3fn or FORMATS[format].window:
+    if codes.dtype == torch.float8_e4m3fn or FORMATS[format].state_bits:
         weight = decode8(data, multiplier, offset, codebook, format, codes.shape[1], group_size)
         return gemm_w8a8(codes, token_scale, weight, scale, bias, dtype, *after)
     if not _takes_codes(codes):

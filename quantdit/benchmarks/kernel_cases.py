@@ -114,7 +114,7 @@ def random_linear(n: int, k: int, kind: str, device: torch.device) -> QuantLinea
     spec = QSpec(format, n, k, 64 if format == "int4" else k)
     g = torch.Generator(device).manual_seed(0)
     random = partial(torch.randint, generator=g, device=device)
-    codes = random(f.levels, (n, k // f.dim)).to(f.code_dtype)
+    codes = random(f.code_count, (n, k // f.dim)).to(f.code_dtype)
     tensors = {"data": f.pack(f, codes), "scale": (1 + torch.rand(n, generator=g, device=device)) / (64 * k**0.5)}
     for name, field in spec_fields(spec).items():
         if name == "multiplier":  # code * multiplier + offset: -128..112 at most

@@ -399,7 +399,7 @@ def _plot_activations(axis, report: dict) -> None:
 
 
 def _bits(format: str) -> int:
-    return round(math.log2(FORMATS[format].levels) / FORMATS[format].dim) if format in FORMATS else 0
+    return round(math.log2(FORMATS[format].code_count) / FORMATS[format].dim) if format in FORMATS else 0
 
 
 def _plot_allocation(axis, allocation: dict) -> None:

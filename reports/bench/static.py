@@ -175,7 +175,7 @@ def project_cases(arch: int) -> Iterator[Case]:
 def decode_cases(arch: int) -> Iterator[Case]:
     """Every packed format that decodes differently, and shorter last blocks."""
     packed = [
-        name for name, f in FORMATS.items() if (f.code_bits < 8 or f.dim > 1) and not name.endswith("e4m3") and not f.window
+        name for name, f in FORMATS.items() if (f.code_bits < 8 or f.dim > 1) and not name.endswith("e4m3") and not f.state_bits
     ]
     for name, tail in [*((name, 128) for name in packed), ("int4", 64), ("int3", 40)]:
         types, constants = weight_arguments(name, 64)
@@ -197,7 +197,7 @@ def trellis_cases(arch: int) -> Iterator[Case]:
 
 def weight_arguments(name: str, group: int, rows: int = 1, k: int = 1536) -> tuple[dict[str, str], dict]:
     """Return types and constants of a stored weight."""
-    codebook = torch.empty(rows, FORMATS[name].levels) if "table" in name or "vq" in name else None
+    codebook = torch.empty(rows, FORMATS[name].code_count) if "table" in name or "vq" in name else None
     layout = decode8.layout_of(name, k, group, codebook)
     types = {"data_ptr": "*u8"}
     constants = layout.constants()
@@ -264,7 +264,7 @@ def with_every_format(chosen: tuple[tuple, ...], x: str) -> tuple[tuple, ...]:
     left = (
         name
         for name, f in FORMATS.items()
-        if name not in named and not f.window and not (name in dispatch.WHOLE if x == "i8" else f.sign_split)
+        if name not in named and not f.state_bits and not (name in dispatch.WHOLE if x == "i8" else f.sign_split)
     )
     return chosen + tuple((name, 32 if name.startswith("int") and name != "int8" else 1536, 1, x) for name in left)
 

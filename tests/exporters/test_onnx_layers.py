@@ -23,7 +23,7 @@ pytest.importorskip("onnxruntime")
 
 OUT, IN = 24, 64
 # One trellis for each width, and the largest window once: the others differ in a number that tests/formats covers.
-SOME = tuple(name for name, f in FORMATS.items() if f.window in (0, 12) or name == "trellis4_l16")
+SOME = tuple(name for name, f in FORMATS.items() if f.state_bits in (0, 12) or name == "trellis4_l16")
 # One code of a token on the other side of a rounding tie: 1 of 127 steps of one of 64 inputs. Everything else is float32.
 FLOAT = 2e-6
 A8, PLAIN = ActivationSpec(8), Transform()

@@ -14,7 +14,7 @@ from quantdit.tensors.qtensor import spec_fields
 
 QUANTDIT = torch.ops.quantdit
 # One trellis for each width, and the largest window once: the others differ in a number that tests/formats covers.
-SOME = tuple(name for name, f in FORMATS.items() if f.window in (0, 12) or name == "trellis4_l16")
+SOME = tuple(name for name, f in FORMATS.items() if f.state_bits in (0, 12) or name == "trellis4_l16")
 U32 = 2.0**-24  # unit roundoff of float32
 OUTPUT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # unit roundoff of each output dtype
 
@@ -32,14 +32,14 @@ def stored_weight(name: str, rows: int, width: int, group: int, codebook_rows: i
     f = FORMATS[name]
     spec = QSpec(name, rows, width, group, codebook_rows)
     generator = torch.Generator().manual_seed(3)
-    codes = torch.randint(f.levels, (rows, width // f.dim), generator=generator).to(f.code_dtype)
+    codes = torch.randint(f.code_count, (rows, width // f.dim), generator=generator).to(f.code_dtype)
     if name == "fp8_e4m3":
         codes[codes % 128 == 127] = 0
     tensors: dict[str, torch.Tensor | None] = dict.fromkeys(("multiplier", "offset", "codebook"))
     for key, field in spec_fields(spec).items():
         if key in tensors:
             low, high = {
-                "multiplier": (0, 127 // f.levels + 1),
+                "multiplier": (0, 127 // f.code_count + 1),
                 "offset": (-128, 1),
                 "codebook": (0 if f.sign_split else -128, 128),
             }[key]

@@ -66,16 +66,16 @@ def weight() -> Callable[..., QTensor]:
         f = FORMATS[name]
         spec = QSpec(name, n, k, group or k, codebook_rows)
         generator = torch.Generator().manual_seed(3)
-        codes = torch.randint(f.levels, (n, k // f.dim), generator=generator).to(f.code_dtype)
+        codes = torch.randint(f.code_count, (n, k // f.dim), generator=generator).to(f.code_dtype)
         if name == "fp8_e4m3":
             codes[codes % 128 == 127] = 0
         tensors = {"data": f.pack(f, codes), "scale": torch.rand(n, generator=generator) / 100}
         for key, field in spec_fields(spec).items():
             if key in ("multiplier", "offset"):
                 # As large as they may be: every carry of the packed arithmetic is met.
-                top = 255 // (f.levels - 1)
+                top = 255 // (f.code_count - 1)
                 multiplier = torch.randint(0, top + 1, field.shape, generator=generator)
-                offset = -128 + (torch.rand(field.shape, generator=generator) * (256 - (f.levels - 1) * multiplier)).long()
+                offset = -128 + (torch.rand(field.shape, generator=generator) * (256 - (f.code_count - 1) * multiplier)).long()
                 tensors["multiplier"], tensors["offset"] = multiplier.to(torch.uint8), offset.to(torch.int8)
             elif key == "codebook":
                 entries = torch.randint(0, 256, field.shape, generator=generator).to(torch.uint8)

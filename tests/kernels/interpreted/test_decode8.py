@@ -12,7 +12,7 @@ from quantdit.kernels.triton_ops import decode8 as module
 from quantdit.kernels.triton_ops.decode_trellis import decode_trellis
 
 WIDTHS = {128: 64, 384: 128, 64: 32, 44: 44, 300: 300, 704: 32}  # and a group size; 704 = 5.5 blocks
-CASES = [(name, k, group) for name, f in FORMATS.items() for k, group in WIDTHS.items() if k % f.dim == 0 and not f.window]
+CASES = [(name, k, group) for name, f in FORMATS.items() for k, group in WIDTHS.items() if k % f.dim == 0 and not f.state_bits]
 # Windows that end in the middle of a code, tables in and out of shared memory, fewer outputs than a window reaches back to.
 TRELLIS = (
     ("trellis4_l10", 37, 300),

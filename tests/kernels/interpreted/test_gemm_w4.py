@@ -86,7 +86,7 @@ def test_e4m3_weights(name: str, weight: Callable):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", [name for name, f in FORMATS.items() if not f.window])
+@pytest.mark.parametrize("name", [name for name, f in FORMATS.items() if not f.state_bits])
 def test_a16(name: str, dtype: torch.dtype, weight: Callable):
     """`I` is exact in 16 bits: products are exact, sums float32's, the result rounded once."""
     m, n, k = 3, 37, 320
