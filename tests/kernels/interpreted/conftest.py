@@ -42,7 +42,7 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
-    """Let CPU tensors go the ways of a GPU of a compute capability, and meet the ops that a CUDA tensor would."""
+    """Let CPU tensors go the way of a GPU of a compute capability, and meet the ops that a CUDA tensor would."""
     from quantdit.kernels import ops
     from quantdit.kernels.triton_ops import dispatch
 
@@ -51,8 +51,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     def pretend(capability: int) -> None:
         monkeypatch.setattr(dispatch, "on_gpu", lambda tokens: True)
         monkeypatch.setattr(dispatch, "capability_of", lambda device: capability)
-        for name in ops.ON_CUDA:
-            library.impl(name, getattr(dispatch, name), "CPU", allow_override=True)
+        for kernel in dispatch.KERNELS:
+            name = kernel.__name__
+            library.impl(name, ops.OPS[name].of_leaves(kernel), "CPU", allow_override=True)
 
     yield pretend
     library._destroy()

@@ -30,7 +30,7 @@ def test_every_format_is_the_definition(name: str, k: int, group: int, weight: C
     rows = {1, 37} if FORMATS[name].dim == 1 and "table" in name else {1}
     for codebook_rows in rows:
         q = weight(name, 37, k, group, codebook_rows)
-        decoded = module.decode8(q.data, q.multiplier, q.offset, q.codebook, name, k, group)
+        decoded = module.decode8(q)
         expected = q.decode8()
         assert decoded.dtype == expected.dtype
         assert torch.equal(decoded.view(torch.uint8), expected.view(torch.uint8))
@@ -39,4 +39,4 @@ def test_every_format_is_the_definition(name: str, k: int, group: int, weight: C
 @pytest.mark.parametrize(("name", "n", "k"), TRELLIS)
 def test_trellis_is_the_definition(name: str, n: int, k: int, weight: Callable):
     q = weight(name, n, k)
-    assert torch.equal(decode_trellis(q.data, name, k), q.decode8())
+    assert torch.equal(decode_trellis(q), q.decode8())
