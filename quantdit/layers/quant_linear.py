@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,13 @@ class QuantLinear(nn.Linear):
     `qtensor`, `transform` and `branch` are made of the buffers when they are asked for: kept ones would keep memory that a hook
     (accelerate's, group offload's) takes away by putting other tensors in the place of the buffers.
     """
+
+    data: Tensor
+    scale: Tensor
+    premultiplier: Tensor
+    static_scale: Tensor
+    up: Tensor
+    down: Tensor
 
     def __init__(self, layer_spec: LayerSpec, bias: bool, device: torch.device | str = "cpu") -> None:
         nn.Module.__init__(self)
@@ -79,7 +88,10 @@ class QuantLinear(nn.Linear):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what `from_tensors` takes."""
-        return {name: self._buffers[name] for name in layer_fields(self.layer_spec)}
+        return self._stored(layer_fields(self.layer_spec))
+
+    def _stored(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: tensor for name in names if (tensor := self._buffers.get(name)) is not None}
 
     @property
     def bucket(self) -> int:
@@ -105,13 +117,13 @@ class QuantLinear(nn.Linear):
     @property
     def qtensor(self) -> QTensor:
         """Return the stored weight."""
-        return QTensor(self.spec, **{name: self._buffers[name] for name in FIELDS if name in self._buffers})
+        return QTensor(self.spec, **self._stored(FIELDS))
 
     @property
     def transform(self) -> Transform:
         """Return what happens to inputs before they are quantized."""
         s = self.layer_spec
-        t = transform.from_tensors(s.rotation, s.block, self._buffers)
+        t = transform.from_tensors(s.rotation, s.block, self._stored(transform.NAMES))
         if s.steps and self._buffers[transform.DENSE[-1]] is None and self.data.device.type != "meta":
             self._buffers.update({name: getattr(t, name) for name in transform.DENSE})
         return t
@@ -145,7 +157,7 @@ class QuantLinear(nn.Linear):
     @property
     def branch(self) -> dict[str, Tensor]:
         """The low-rank branch in the transformed space, bfloat16 `up` `[out, rank]` and `down` `[rank, in]`; `{}` without one."""
-        return {name: self._buffers[name] for name in ("up", "down") if name in self._buffers}
+        return self._stored(("up", "down"))
 
     @branch.setter
     def branch(self, tensors: dict[str, Tensor]) -> None:
@@ -161,7 +173,7 @@ class QuantLinear(nn.Linear):
         """Return the decoded matrix `I` `[out, in]`, kept between calls on CPU."""
         if torch.compiler.is_compiling():  # whether a kept one is up to date cannot be asked in a graph
             return self._decode()
-        stored = tuple((id(t), version_of(t)) for name in FIELDS if (t := self._buffers.get(name)) is not None)
+        stored = tuple((id(t), version_of(t)) for t in self._stored(FIELDS).values())
         if self._decoded is not None and self._decoded[0] == stored:
             return self._decoded[1]
         decoded = self._decode()
@@ -290,25 +302,25 @@ class QuantLinear(nn.Linear):
         rotation = f", {s.rotation}={s.block}" if s.block > 1 else ""
         return f"{rotation}{', smooth' if s.smoothed else ''}{f', rank={s.rank}' if s.rank else ''}"
 
-    def _load_from_state_dict(self, *args: object) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self.forget()
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Move as any module, but let a cast of the model touch the bias alone: scales stay float32, fp8 codes fp8."""
-        stored = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        stored = self._stored(self._buffers)
         super()._apply(fn, recurse)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.data.device)).dtype
         for name, before in stored.items():
-            if self._buffers[name].dtype != before.dtype:
-                self._buffers[name] = before.to(self._buffers[name].device)
+            if (moved := getattr(self, name)).dtype != before.dtype:
+                self._buffers[name] = before.to(moved.device)
         self._decoded = None
         return self
 
 
 def weight_bits(layer: QuantLinear) -> float:
     """Return stored bits per weight of a layer: scales, codebooks, rotation and low-rank branch included, the bias not."""
-    stored = sum(as_stored(name, layer._buffers[name]).nbytes for name in layer_fields(layer.layer_spec))
+    stored = sum(as_stored(name, tensor).nbytes for name, tensor in layer.tensors().items())
     return 8 * stored / math.prod((layer.out_features, layer.in_features))
 
 

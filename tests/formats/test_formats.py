@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from quantdit.formats import FORMATS, Format, QSpec, trellis
+from quantdit.formats.format import KINDS
 from quantdit.formats.packing import pack_codes, packed_bytes, unpack_codes
 from quantdit.tensors.qtensor import QTensor, check_values, spec_fields
 
@@ -69,6 +70,20 @@ def slow_e4m3(code: int) -> float:
     if exponent == 15 and mantissa == 7:
         return math.nan
     return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_kind_of_a_format_is_what_it_stores(name: str):
+    f = FORMATS[name]
+    stored = set(spec_fields(QSpec(name, 8, 64, 64)))
+    kind = {
+        "whole": stored == {"data", "scale"} and not f.state_bits,
+        "affine": "multiplier" in stored,
+        "codebook": "codebook" in stored and f.dim == 1,
+        "vectors": "codebook" in stored and f.dim > 1,
+        "trellis": f.state_bits > 0,
+    }
+    assert [k for k, holds in kind.items() if holds] == [f.kind] and tuple(kind) == KINDS
 
 
 def test_the_lists_here_cover_the_table():
