@@ -252,9 +252,9 @@ def _torch_product(codes: Tensor, weight: Tensor) -> Tensor | None:
         return None
     codes, weight = codes.contiguous(), weight.contiguous()
     if codes.dtype == torch.int8:
-        return torch._int_mm(codes, weight.T)
+        return torch._int_mm(codes, weight.T)  # pyright: ignore[reportPrivateImportUsage] - the only way to it
     one = torch.ones((), dtype=torch.float32, device=codes.device)
-    return torch._scaled_mm(codes, weight.T, scale_a=one, scale_b=one, out_dtype=torch.float32)
+    return torch._scaled_mm(codes, weight.T, scale_a=one, scale_b=one, out_dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage] - the only way to it
 
 
 def gemm_packed_a8(codes: Tensor, weight: QTensor, after: Epilogue) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -55,7 +57,7 @@ def finish(
     tl.store(y_ptr + row[:, None] * N + column[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
-def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Return each tensor contiguous: kernels are given no strides."""
     return tuple(None if t is None else t.contiguous() for t in tensors)
 

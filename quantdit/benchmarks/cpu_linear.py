@@ -75,8 +75,8 @@ def int8_products(codes: Tensor, weight: Tensor) -> dict[str, Callable[[], Tenso
     candidates: dict[str, Callable[[], Tensor]] = {
         "chosen: cpu.scaled_int8_product": lambda: cpu.scaled_int8_product(codes, weight, ones),
         "float32 in exact chunks": lambda: cpu.exact_float_product(codes, floats),
-        "torch._int_mm, right operand transposed": lambda: torch._int_mm(codes, weight.T),
-        "torch._int_mm, right operand contiguous": lambda: torch._int_mm(codes, transposed),
+        "torch._int_mm, right operand transposed": lambda: torch._int_mm(codes, weight.T),  # pyright: ignore[reportPrivateImportUsage] - the only way to it
+        "torch._int_mm, right operand contiguous": lambda: torch._int_mm(codes, transposed),  # pyright: ignore[reportPrivateImportUsage] - the only way to it
     }
     return candidates | _onnxruntime_products(codes, transposed)
 

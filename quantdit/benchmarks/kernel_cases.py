@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +39,8 @@ COPIED = 2**29  # bytes of the copy that is the ceiling of what moves
 LARGE = 8192  # m, n, k of the products that are the ceiling of what multiplies
 PAUSE = 1_000_000  # GPU cycles, half a millisecond: longer than Python takes to launch a linear
 BF16 = "torch.matmul bfloat16"
-Run = Callable[[], object]
-Check = Callable[[object], None] | None
+Run = Callable[[], Any]
+Check = Callable[[Any], None] | None
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,10 @@ def ends(x: Tensor) -> Tensor:
     return x if len(x) <= 2 * CHECKED else torch.cat([x[:CHECKED], x[-CHECKED:]])
 
 
-def equals(expected: Tensor) -> Callable[[object], None]:
+def equals(expected: Tensor) -> Callable[[Any], None]:
     """Return a check that the rows at both ends are `expected` to the bit."""
 
-    def check(y: object) -> None:
+    def check(y: Tensor) -> None:
         wrong = int((ends(y) != expected).sum())
         if wrong:
             raise ValueError(f"{wrong} of {expected.numel()} outputs differ from the definition")
@@ -86,10 +87,10 @@ def equals(expected: Tensor) -> Callable[[object], None]:
     return check
 
 
-def close(expected: Tensor, limit: float) -> Callable[[object], None]:
+def close(expected: Tensor, limit: float) -> Callable[[Any], None]:
     """Return a check that the rows at both ends are `expected` but for a relative error."""
 
-    def check(y: object) -> None:
+    def check(y: Tensor) -> None:
         error = float((ends(y).double() - expected.double()).norm() / expected.double().norm())
         if not error <= limit:
             raise ValueError(f"outputs are off by {error:.2e} of the definition, more than {limit:.0e}")
@@ -97,10 +98,10 @@ def close(expected: Tensor, limit: float) -> Callable[[object], None]:
     return check
 
 
-def same_codes(codes: Tensor, scale: Tensor, ties: float) -> Callable[[object], None]:
+def same_codes(codes: Tensor, scale: Tensor, ties: float) -> Callable[[Any], None]:
     """Return a check that scales are close and codes equal, but for a part `ties` that is off by one step."""
 
-    def check(y: object) -> None:
+    def check(y: tuple[Tensor, ...]) -> None:
         difference = (ends(y[0]).int() - codes.int()).abs()
         part = float((difference > 0).float().mean())
         if part > ties or int(difference.max()) > 1 or not torch.allclose(ends(y[1]), scale, rtol=2**-8 if ties else 0, atol=0):
@@ -197,11 +198,11 @@ def torch_candidates(s: Setting) -> dict[str, Candidate]:
 
     def int8() -> tuple[Run, Check]:
         codes, decoded = s.codes[0], s.decoded("w8a8")
-        return lambda: torch._int_mm(codes, decoded.T), None
+        return lambda: torch._int_mm(codes, decoded.T), None  # pyright: ignore[reportPrivateImportUsage] - the only way to it
 
     def e4m3() -> tuple[Run, Check]:
         a, b, one = s.x.to(torch.float8_e4m3fn), s.weight.to(torch.float8_e4m3fn), torch.ones((), device=s.device)
-        return lambda: torch._scaled_mm(a, b.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16), None
+        return lambda: torch._scaled_mm(a, b.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16), None  # pyright: ignore[reportPrivateImportUsage] - the only way to it
 
     found = {BF16: bfloat16}
     if s.m > 16:
@@ -214,7 +215,7 @@ def product_candidates(s: Setting) -> dict[str, Candidate]:
     op = torch.ops.quantdit
 
     def of(run: Callable[[Epilogue], Tensor]) -> tuple[Run, Check]:
-        def check(dtype: torch.dtype) -> Callable[[object], None]:
+        def check(dtype: torch.dtype) -> Callable[[Any], None]:
             codes, token_scale = map(ends, s.codes)
             weight = s.layer("w4a8").qtensor
             return equals(ops.gemm_packed_a8_reference(codes, weight, Epilogue(dtype, token_scale)))
@@ -353,7 +354,7 @@ def ceilings(flush: Tensor) -> dict[str, float | None]:
     runs: dict[str, Run] = {
         "copy": lambda: target.copy_(source),
         "bfloat16": lambda: a @ b.T,
-        "int8": lambda: torch._int_mm(i, j.T),
+        "int8": lambda: torch._int_mm(i, j.T),  # pyright: ignore[reportPrivateImportUsage] - the only way to it
     }
     found: dict[str, float | None] = {}
     for name, run in runs.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ class QuantLinear(nn.Linear):
         return t
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride] - read only, unlike that of nn.Linear
         """Return the decoded weight `[out, in]` in the original space, in the bias's dtype (`weight_dtype` without one)."""
         dense = self.qtensor.dequantize()
         if self.layer_spec.rank:
@@ -190,24 +190,24 @@ class QuantLinear(nn.Linear):
         for name in transform.DENSE if self.layer_spec.steps else ():
             self.register_buffer(name, None, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x `[..., in]` to `[..., out]` in x's dtype.
+    def forward(self, input: Tensor) -> Tensor:
+        """Map inputs `[..., in]` to `[..., out]` in their dtype.
 
         Raises:
-            RuntimeError: part of the layer is on the meta device, x is not.
+            RuntimeError: part of the layer is on the meta device, the inputs are not.
         """
-        kind = x.device.type
+        kind = input.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
-                return self.forward(x.to(torch.get_autocast_dtype(kind)))
+                return self.forward(input.to(torch.get_autocast_dtype(kind)))
         # Given tensors on the meta device torch's own operators return memory that nobody wrote to. Ours look for themselves.
         for name in self._of_torch:
             if (tensor := self._buffers.get(name)) is not None and tensor.device.type == "meta" != kind:
                 raise RuntimeError(f"{name} is on the meta device, inputs are in memory; the layer is not loaded whole")
-        tokens = x.reshape(-1, self.in_features).contiguous()  # strides decide which routine multiplies, and so the last bits
-        trained = torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
+        tokens = input.reshape(-1, self.in_features).contiguous()  # strides decide which routine multiplies, and so the last bits
+        trained = torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad))
         y = self._with_gradient(tokens) if trained else self._of(tokens)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return y.reshape(*input.shape[:-1], self.out_features)
 
     @property
     def _of_torch(self) -> tuple[str, ...]:
@@ -237,7 +237,7 @@ class QuantLinear(nn.Linear):
             after = Epilogue(x.dtype, token_scale, self.bias)
             y = torch.ops.quantdit.gemm_w8a8(codes, decoded, self.scale, *flat(after))
         hidden, up = self._low_rank(tokens)
-        return y if up is None else y + nn.functional.linear(hidden, up.to(hidden.dtype))
+        return y if hidden is None or up is None else y + nn.functional.linear(hidden, up.to(hidden.dtype))
 
     def _on_gpu(self, x: Tensor) -> Tensor:
         """The same with the weight as it is stored; the low-rank branch is added in float32."""
@@ -302,8 +302,8 @@ class QuantLinear(nn.Linear):
         rotation = f", {s.rotation}={s.block}" if s.block > 1 else ""
         return f"{rotation}{', smooth' if s.smoothed else ''}{f', rank={s.rank}' if s.rank else ''}"
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         self.forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
@@ -338,14 +338,15 @@ def follow_timesteps(transformer: nn.Module, edges: tuple[float, ...]) -> None:
 
     Bucket b holds the times that reach `edges[b]` (`timesteps.bucket_of`); a call without a time uses the last one.
     """
-    transformer.timestep_edges = tuple(edges)
+    transformer.timestep_edges = tuple(edges)  # pyright: ignore[reportArgumentType] - neither tensor nor module
     if any(isinstance(m, QuantLinear) and m.layer_spec.activation.by_time for m in transformer.modules()):
         transformer.register_forward_pre_hook(_tell_timestep, with_kwargs=True)
 
 
 def _tell_timestep(transformer: nn.Module, args: tuple, kwargs: dict) -> None:
     """Set the bucket of the layers that the transformer has by now: copies, pickles and adapters around them included."""
-    bucket = bucket_of(view(transformer, args, kwargs).time, transformer.timestep_edges)
+    edges = cast(tuple[float, ...], transformer.timestep_edges)
+    bucket = bucket_of(view(transformer, args, kwargs).time, edges)
     for module in transformer.modules():
         if isinstance(module, QuantLinear) and module.layer_spec.activation.by_time:
             module.bucket = bucket
