@@ -145,7 +145,7 @@ def file_bytes(path: Path) -> int:
     return sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*"))
 
 
-def opened(folder: Path, dtype: torch.dtype) -> nn.Module:
+def bare_transformer(folder: Path, dtype: torch.dtype) -> nn.Module:
     """Return the transformer of a folder that holds nothing else."""
     bare: Any = load_pipeline(str(folder), dtype=dtype)[0]
     return bare.transformer
@@ -155,7 +155,7 @@ def rows_for(subject: Subject, folder: Path, rounds: int) -> list[dict]:
     """Measure one subject."""
     config = transformer_config(subject.model) | {"num_layers": BLOCKS}
     write_random_transformer(config, folder / "dense", 0)
-    dense = opened(folder / "dense", torch.float32)
+    dense = bare_transformer(folder / "dense", torch.float32)
     generator = torch.Generator().manual_seed(0)
     inputs = synthetic_inputs(dense, adapter_for(dense), subject.size, generator, time=500)
     arguments = {name: value for name, value in inputs.items() if value is not None}
@@ -177,7 +177,7 @@ def rows_for(subject: Subject, folder: Path, rounds: int) -> list[dict]:
     feeds = {name: value.numpy() for name, value in onnx_session.leaves(arguments) if isinstance(value, Tensor)}
     candidates = {name: runner(graph, feeds) for name, graph in graphs.items()}
     candidates |= {"torch float32": torch_runner(dense, arguments)}
-    narrow = opened(folder / "dense", torch.bfloat16)
+    narrow = bare_transformer(folder / "dense", torch.bfloat16)
     halves = {n: v.bfloat16() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in arguments.items()}
     candidates |= {"torch bfloat16": torch_runner(narrow, halves)}
     measured = cpu_linear.measure(candidates, rounds, untimed=1)
