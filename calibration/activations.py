@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import quantdit.kernels.ops  # noqa: F401 - defines torch.ops.quantdit
+import quantdit.kernels  # noqa: F401 - defines torch.ops.quantdit
 from quantdit.tensors.layer_spec import ActivationSpec
 
 STATIC_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)

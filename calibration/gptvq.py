@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quantdit.calibration.gptq import LEAF, descent, factor, sweep
 from quantdit.calibration.grids import PAIR_LIMIT
-from quantdit.formats.codebook import words
+from quantdit.formats.codebook import entries_of
 
 CODEBOOK_STEPS = 6  # of conjugate gradients; the error falls by another 0.1 % with 20
 
@@ -53,7 +53,7 @@ def feedback(
             metric = R[part, part]
             moved = torch.linalg.solve_triangular(metric.T, effect[part], upper=False)
             chosen = nearest((W[part] + moved).T, codebook, metric, sign_split)
-            D[part] = W[part] - words(codebook, chosen, sign_split).T
+            D[part] = W[part] - entries_of(codebook, chosen, sign_split).T
             codes[places[i // d]] = chosen
 
     sweep(visit, R.T, D, effect, max(d, LEAF // d * d))
@@ -68,14 +68,14 @@ def descend(codes: Tensor, W: Tensor, H: Tensor, codebook: Tensor, passes: int, 
     """
     d, H = codebook.shape[1], H.float()
     roots = group_roots(H, d)
-    codes, V = codes.T.contiguous(), words(codebook, codes, sign_split).flatten(1).T.contiguous()
+    codes, V = codes.T.contiguous(), entries_of(codebook, codes, sign_split).flatten(1).T.contiguous()
 
     def visit(i: int, slope: Tensor, moved: Tensor) -> None:
         if i % d == 0:
             here, group = slice(i, i + d), i // d
             target = V[here] - torch.cholesky_solve(slope[:d], roots[group])
             chosen = nearest(target.T, codebook, roots[group], sign_split)
-            new = words(codebook, chosen, sign_split).T
+            new = entries_of(codebook, chosen, sign_split).T
             if sign_split:
                 has = V[here]
                 worse = (roots[group].T @ (new - target)).norm(dim=0) > (roots[group].T @ (has - target)).norm(dim=0)
@@ -172,7 +172,7 @@ def fit_codebook(
     """
     (k, d), H = codebook.shape, H.float()
     index = codes.flatten() % k
-    signs = words(torch.ones_like(codebook), codes, True).flatten(1) if sign_split else 1
+    signs = entries_of(torch.ones_like(codebook), codes, True).flatten(1) if sign_split else 1
 
     def collected(y: Tensor) -> Tensor:
         return torch.zeros_like(codebook).index_add_(0, index, (row_weight[:, None] * y).reshape(-1, d))

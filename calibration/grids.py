@@ -117,7 +117,7 @@ def affine_fit(w: Tensor, importance: Tensor, levels: int) -> Params:
 
 def affine_grid(weight: Tensor, importance: Tensor, group_size: int, format: str, table: str, fit: str = "search") -> Grid:
     """Two-level integers (formats/affine.py), fitted by `search` for least squared error or by `hqq` (hqq.py)."""
-    levels = FORMATS[format].levels
+    levels = FORMATS[format].code_count
     search, search_channel = AFFINE_FITS[fit]
     if group_size == weight.shape[1]:
         parts = [search_channel(part, importance, levels) for part in weight.split(ROWS)]
@@ -228,10 +228,10 @@ def table_grid(weight: Tensor, importance: Tensor, group_size: int, format: str,
     if rows == "layer":
         stride = max(1, normal.numel() // TABLE_SAMPLE) | 1
         sample, mass = (t.flatten()[::stride][None] for t in (normal, importance.expand_as(normal)))
-        entries, unit = _fit_table(*histogram(sample, mass), f.levels, table, element)
+        entries, unit = _fit_table(*histogram(sample, mass), f.code_count, table, element)
         unit = torch.cat([unit * _row_scale(*histogram(part, importance), entries * unit) for part in normal.split(CHUNK)])
     else:
-        fitted = [_fit_table(*histogram(part, importance), f.levels, table, element) for part in normal.split(CHUNK)]
+        fitted = [_fit_table(*histogram(part, importance), f.code_count, table, element) for part in normal.split(CHUNK)]
         entries, unit = (torch.cat(parts) for parts in zip(*fitted, strict=True))
     boundaries = ((entries[:, 1:] + entries[:, :-1]) / 2).expand(len(weight), -1).contiguous()
     by_row = entries.expand(len(weight), -1)
@@ -287,7 +287,7 @@ def trellis_grid(weight: Tensor, importance: Tensor, group_size: int, format: st
     f = FORMATS[format]
     rms = _not_zero(weight.double().square().mean(dim=1).sqrt().float())
     return Grid(
-        rms * (SPREAD[f.code_bits] * unit(f.window)),
+        rms * (SPREAD[f.code_bits] * unit(f.state_bits)),
         fit=lambda w, h: (),
         encode=lambda w, p: viterbi.encode(w, f),
         value=lambda codes, p: decode(codes, f).float(),

@@ -74,7 +74,7 @@ def quantize_weight(
     importance = (importance / importance.mean().clamp_min(1e-30)).clamp_min(1e-6)
     if f.dim > 1:
         return _quantize_vectors(weight, importance, gram, format, method, options)
-    extra = {"fit": "hqq"} if method == "hqq" else {"rows": options.table_rows} if format.startswith("table") else {}
+    extra = {"fit": "hqq"} if method == "hqq" else {"rows": options.table_rows} if f.kind == "codebook" else {}
     grid = GRIDS[format](weight, importance, group_size, format, options.table, **extra)
     W = weight / grid.scale[:, None]
     if method == "gptq":
@@ -85,7 +85,7 @@ def quantize_weight(
     spec = QSpec(format, len(weight), weight.shape[1], group_size, grid.codebook_rows)
     q = QTensor(spec, f.pack(f, codes), _zero_rows(grid.scale, weight), **grid.fields(groups))
     q = _refine_scale(q, weight, gram) if method == "gptq" else q
-    return replace(q, scale=gptvq.in_16_bits(q.scale)) if f.window else q
+    return replace(q, scale=gptvq.in_16_bits(q.scale)) if f.state_bits else q
 
 
 def _quantize_vectors(

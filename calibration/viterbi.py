@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantdit.formats import Format
-from quantdit.formats.trellis import states, table
+from quantdit.formats.trellis import codebook, states
 from quantdit.system.files import Advice
 
 SEGMENT = 384  # weights: long against the windows around its ends, short enough for several to a column
@@ -34,16 +34,16 @@ def encode(targets: Tensor, f: Format, memory: int = MEMORY) -> Tensor:
         memory: bytes to be used at once, about; never less than one segment needs.
     """
     out, columns = targets.shape
-    entries = table(f.window, f.code_bits).to(targets.device).float()
-    around = AROUND * -(-f.window // f.code_bits)
+    entries = codebook(f.state_bits, f.code_bits).to(targets.device).float()
+    around = AROUND * -(-f.state_bits // f.code_bits)
     count = max(1, round(out / SEGMENT))
     cuts = [out * s // count for s in range(count + 1)]
     places = (torch.tensor(cuts[:-1])[:, None] + torch.arange(-around, around)) % out  # [count, 2 around]
     free = targets[places.to(targets.device)].transpose(1, 2).reshape(count * columns, 2 * around)
     found = solve(free, entries, f.code_bits, None, None, memory)
-    if out * f.code_bits < f.window - f.code_bits:  # the window reaches round more than once: no past fits every end
+    if out * f.code_bits < f.state_bits - f.code_bits:  # the window reaches round more than once: no past fits every end
         return found[:, around : around + out].T.contiguous()
-    past = states(found.T, f.window - f.code_bits, f.code_bits)[around - 1].reshape(count, columns).long()
+    past = states(found.T, f.state_bits - f.code_bits, f.code_bits)[around - 1].reshape(count, columns).long()
     codes = torch.empty(out, columns, dtype=torch.uint8, device=targets.device)
     for length in sorted({b - a for a, b in itertools.pairwise(cuts)}):
         of_length = [s for s in range(count) if cuts[s + 1] - cuts[s] == length]

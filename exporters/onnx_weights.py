@@ -50,7 +50,7 @@ def emit_integers(nodes: Nodes, spec: QSpec, read: Read, element: str, storage: 
     shape = (spec.in_features, spec.out_features)
     if not is_packed(spec, storage):
         return _dense(nodes, spec, read, element)
-    if f.dim == 1 and spec.codebook_rows == 1 and not _affine(spec) and not f.window and len(PLANES[f.code_bits]) == 1:
+    if f.dim == 1 and spec.codebook_rows == 1 and not _affine(spec) and not f.state_bits and len(PLANES[f.code_bits]) == 1:
         # One Gather unpacks and decodes: the table of a byte holds the levels of its codes.
         book = _level_of(_book(read())[0], element)
         table = nodes.constant("levels_of_byte", book[_codes_of_byte(f.code_bits)])
@@ -58,7 +58,7 @@ def emit_integers(nodes: Nodes, spec: QSpec, read: Read, element: str, storage: 
     if f.sign_split:
         return _signed(nodes, spec, read, element)
     codes = _codes(nodes, spec, read)
-    if f.window:
+    if f.state_bits:
         return _trellis(nodes, spec, codes, element)
     if _affine(spec):
         return _affine_integers(nodes, spec, read, codes, element)
@@ -68,7 +68,7 @@ def emit_integers(nodes: Nodes, spec: QSpec, read: Read, element: str, storage: 
         return nodes.reshape(nodes.op("Transpose", [vectors], perm=[0, 2, 1]), shape)
     if spec.codebook_rows == 1:
         return nodes.op("Gather", [nodes.constant("levels", _level_of(_book(read())[0], element)), codes])
-    levels = nodes.lazy("levels", PARTS[element], (f.levels, spec.out_features), lambda: _level_of(_book(read()).T, element))
+    levels = nodes.lazy("levels", PARTS[element], (f.code_count, spec.out_features), lambda: _level_of(_book(read()).T, element))
     return nodes.op("GatherElements", [levels, codes], axis=0)
 
 
@@ -84,7 +84,7 @@ def steps_of(q: QTensor) -> tuple[Tensor, Tensor]:
 
 
 def _affine(spec: QSpec) -> bool:
-    return spec.format in ("int2", "int3", "int4", "int6")
+    return FORMATS[spec.format].kind == "affine"
 
 
 def _dense(nodes: Nodes, spec: QSpec, read: Read, element: str) -> ir.Value:
@@ -116,16 +116,18 @@ def _trellis(nodes: Nodes, spec: QSpec, codes: ir.Value, element: str) -> ir.Val
     """Return `I^T` of codes `[in, out]`: shifts are products and quotients, and the outputs before come by their index."""
     f = FORMATS[spec.format]
     states = None
-    for j in range(-(-f.window // f.code_bits)):
+    for j in range(-(-f.state_bits // f.code_bits)):
         before = codes
         if j:
             index = (np.arange(spec.out_features) - j) % spec.out_features
             before = nodes.op("Gather", [codes, nodes.constant("outputs_before", index)], axis=1)
-        shift = f.window - f.code_bits * (j + 1)
+        shift = f.state_bits - f.code_bits * (j + 1)
         factor = nodes.constant("power_of_two", np.array(2 ** abs(shift), dtype=np.int32))
         part = nodes.op("Mul" if shift >= 0 else "Div", [before, factor])
         states = part if states is None else nodes.op("Add", [states, part])
-    return nodes.op("Gather", [nodes.constant("trellis", _level_of(trellis.table(f.window, f.code_bits), element)), states])
+    return nodes.op(
+        "Gather", [nodes.constant("trellis", _level_of(trellis.codebook(f.state_bits, f.code_bits), element)), states]
+    )
 
 
 def _codes(nodes: Nodes, spec: QSpec, read: Read) -> ir.Value:

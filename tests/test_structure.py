@@ -81,10 +81,10 @@ def package(module: str) -> str:
     return module.removeprefix("quantdit").removeprefix(".").partition(".")[0]
 
 
-def imports(path: Path, late: bool = True) -> set[str]:
-    """Return the modules of ours that a file imports, anywhere in it or, without `late`, when it is imported itself."""
+def imports(path: Path) -> set[str]:
+    """Return the modules of ours that a file imports, anywhere in it."""
     found, tree = set(), ast.parse(path.read_text())
-    for node in ast.walk(tree) if late else tree.body:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -111,7 +111,7 @@ def test_imports_follow_the_order():
 
 
 def test_modules_do_not_import_each_other_in_circles():
-    graph = {module: imports(path, late=False) & MODULES.keys() - {"quantdit"} for module, path in MODULES.items()}
+    graph = {module: imports(path) & MODULES.keys() - {"quantdit"} for module, path in MODULES.items()}
     tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 

@@ -153,7 +153,7 @@ def _all_widths(plans: Mapping[str, LayerPlan], squared: Mapping[str, float], sp
     What the widest leaves is not the weight's doing but that of quantized activations. The rest falls evenly in decibels per bit
     from the narrowest to the middle width, and beyond by 6 dB a bit, as the error of any good quantizer does.
     """
-    bits = {weight: math.log2(FORMATS[weight].levels) for weight in plans}
+    bits = {weight: math.log2(FORMATS[weight].code_count) for weight in plans}
     known = list(squared)
     first, middle, last = known[0], known[len(known) // 2], known[-1]
     floor = squared[last]
@@ -166,7 +166,7 @@ def _all_widths(plans: Mapping[str, LayerPlan], squared: Mapping[str, float], sp
             per_bit = (narrow / half) ** (1 / (bits[middle] - bits[first])) if bits[weight] < bits[middle] else 4.0
             error = floor + half * per_bit ** (bits[middle] - bits[weight])
             like = specs[middle].weight
-            rows = like.out_features if plan.rule.table_rows == "channel" and weight.startswith("table") else 1
+            rows = like.out_features if plan.rule.table_rows == "channel" and FORMATS[weight].kind == "codebook" else 1
             q = QSpec(weight, like.out_features, like.in_features, plan.group_size, rows)
             spec = replace(specs[middle], weight=q)
         size = stored_bytes(spec)

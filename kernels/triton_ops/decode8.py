@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantdit.formats import FORMATS
+from quantdit.formats import FORMATS, QSpec
 from quantdit.formats.packing import BLOCK, packed_bytes
 from quantdit.kernels.triton_ops.epilogue import as_bytes, contiguous
+from quantdit.tensors.qtensor import QTensor
 
 BN = 32
 # grid: (cdiv(N, BN), tiles); data u8 [N, row_bytes]; multiplier, offset [N, groups] u8; codebook u8; y u8 [N, K]
@@ -26,11 +27,11 @@ class Layout:
     """What a kernel must know, as constants, of a stored weight `[n, k]`.
 
     Attributes:
-        kind: `affine`, `table`, `vector` or `bytes` (the data is `I`).
+        kind: of the format, `whole`, `affine`, `codebook` or `vectors`.
         bits: of a code. dim: inputs per code.
-        levels: entries of a table.
+        entries: of a codebook of single weights.
         group: inputs that share a multiplier and an offset.
-        per_row: whether each output has a table of its own.
+        per_row: whether each output has a codebook of its own.
         e4m3: whether `I` is e4m3 rather than int8.
         tail: codes in the last, shorter block, rounded up to 8; 0 without one.
     """
@@ -38,7 +39,7 @@ class Layout:
     kind: str
     bits: int
     dim: int
-    levels: int
+    entries: int
     group: int
     per_row: bool
     e4m3: bool
@@ -50,22 +51,21 @@ class Layout:
             "KIND": self.kind,
             "BITS": self.bits,
             "DIM": self.dim,
-            "LEVELS": self.levels,
+            "ENTRIES": self.entries,
             "GROUP": self.group,
             "PER_ROW": self.per_row,
             "TAIL": self.tail,
         }
 
 
-def layout_of(format: str, k: int, group_size: int, codebook: Tensor | None) -> Layout:
-    """Return the layout of a weight of one format; `codebook` as stored, or None."""
-    f = FORMATS[format]
-    kind = "bytes" if f.code_bits == 8 and f.dim == 1 else "affine" if codebook is None else "vector" if f.dim > 1 else "table"
-    per_row = kind == "table" and codebook.shape[0] > 1
+def layout_of(spec: QSpec) -> Layout:
+    """Return the layout of a weight."""
+    f, k = FORMATS[spec.format], spec.in_features
     tail = -(-(k // f.dim % BLOCK) // 8) * 8
     # One group per output is the same for every width: fewer kernels to compile.
-    group = 0 if group_size == k else group_size
-    return Layout(kind, f.code_bits, f.dim, f.levels, group, per_row, f.name.endswith("e4m3"), tail)
+    group = 0 if spec.group_size == k else spec.group_size
+    e4m3 = f.decoded_dtype == torch.float8_e4m3fn
+    return Layout(f.kind, f.code_bits, f.dim, f.code_count, group, spec.codebook_rows > 1, e4m3, tail)
 
 
 def full_tiles(k: int, dim: int) -> int:
@@ -106,7 +106,7 @@ def stored_tile(
     KIND: tl.constexpr,
     BITS: tl.constexpr,
     DIM: tl.constexpr,
-    LEVELS: tl.constexpr,
+    ENTRIES: tl.constexpr,
     GROUP: tl.constexpr,
     PER_ROW: tl.constexpr,
     T: tl.constexpr,
@@ -115,7 +115,7 @@ def stored_tile(
     lane = tl.arange(0, 128)
     column = tile * 128 + lane
     ok = row_ok[:, None] & (column < K)[None, :]
-    if KIND == "bytes":
+    if KIND == "whole":
         value = tl.load(data_ptr + row[:, None] * K + column[None, :], mask=ok, other=0)
     else:
         first = tile * (128 // DIM)  # code
@@ -135,9 +135,9 @@ def stored_tile(
             at = row[:, None] * (K // GROUP) + (column // GROUP)[None, :] if GROUP else row[:, None] + lane[None, :] * 0
             multiplier = tl.load(multiplier_ptr + at, mask=ok, other=0).to(tl.int32)
             value = (code * multiplier + tl.load(offset_ptr + at, mask=ok, other=0).to(tl.int32)).to(tl.uint8)
-        elif KIND == "table":
-            table = codebook_ptr + row[:, None] * LEVELS if PER_ROW else codebook_ptr + row[:, None] * 0
-            value = tl.load(table + code, mask=ok, other=0)
+        elif KIND == "codebook":
+            of_row = codebook_ptr + row[:, None] * ENTRIES if PER_ROW else codebook_ptr + row[:, None] * 0
+            value = tl.load(of_row + code, mask=ok, other=0)
         else:
             value = tl.load(codebook_ptr + code * DIM + (column % DIM)[None, :], mask=ok, other=0)
             if BITS > 8:  # magnitudes; the bits above are signs
@@ -159,7 +159,7 @@ def decode8_kernel(
     KIND: tl.constexpr,
     BITS: tl.constexpr,
     DIM: tl.constexpr,
-    LEVELS: tl.constexpr,
+    ENTRIES: tl.constexpr,
     GROUP: tl.constexpr,
     PER_ROW: tl.constexpr,
     T: tl.constexpr,
@@ -170,39 +170,30 @@ def decode8_kernel(
     tile = first_tile + tl.program_id(1)
     value = stored_tile(
         data_ptr, multiplier_ptr, offset_ptr, codebook_ptr, row, row_ok, tile, K, row_bytes,
-        KIND, BITS, DIM, LEVELS, GROUP, PER_ROW, T,
+        KIND, BITS, DIM, ENTRIES, GROUP, PER_ROW, T,
     )  # fmt: skip
     column = tile * 128 + tl.arange(0, 128)
     tl.store(y_ptr + row[:, None] * K + column[None, :], value, mask=row_ok[:, None] & (column < K)[None, :])
 
 
-def decode8(
-    data: Tensor,
-    multiplier: Tensor | None,
-    offset: Tensor | None,
-    codebook: Tensor | None,
-    format: str,
-    in_features: int,
-    group_size: int,
-) -> Tensor:
+def decode8(weight: QTensor) -> Tensor:
     """Return `I` `[n, k]` as `torch.ops.quantdit.decode8` does."""
-    n, k = data.shape[0], in_features
-    layout = layout_of(format, k, group_size, codebook)
-    y = data.new_empty((n, k), dtype=torch.float8_e4m3fn if layout.e4m3 else torch.int8)
-    data, multiplier, offset, codebook = (as_bytes(t) for t in contiguous(data, multiplier, offset, codebook))
+    spec = weight.spec
+    n, k, layout = spec.out_features, spec.in_features, layout_of(spec)
+    y = weight.data.new_empty((n, k), dtype=FORMATS[spec.format].decoded_dtype)
+    stored = tuple(as_bytes(t) for t in contiguous(weight.data, weight.multiplier, weight.offset, weight.codebook))
     constants = layout.constants()
     tail = constants.pop("TAIL")
     full = full_tiles(k, layout.dim)
     for first, tiles, t in ((0, full, BLOCK), (full, -(-(k - full * BLOCK) // BLOCK), tail)):
         if tiles:
             decode8_kernel[(triton.cdiv(n, BN), tiles)](
-                data, multiplier, offset, codebook, as_bytes(y), n, k, packed_row(format, k), first,
-                **constants, T=t, BN=BN, num_warps=4,
-            )  # fmt: skip
+                *stored, as_bytes(y), n, k, packed_row(spec), first, **constants, T=t, BN=BN, num_warps=4
+            )
     return y
 
 
-def packed_row(format: str, k: int) -> int:
+def packed_row(spec: QSpec) -> int:
     """Return the bytes of a stored row."""
-    f = FORMATS[format]
-    return packed_bytes(k // f.dim, f.code_bits)
+    f = FORMATS[spec.format]
+    return packed_bytes(spec.in_features // f.dim, f.code_bits)

@@ -1,6 +1,6 @@
-"""`decode8` of trellis formats (quantdit/formats/trellis.py): states from the codes of several outputs, looked up in the table.
+"""`decode8` of trellis formats (quantdit/formats/trellis.py): states from codes of several outputs, looked up in the codebook.
 
-Tables of up to SHARED entries lie in shared memory; larger ones stay where they are, behind the caches.
+Codebooks of up to SHARED entries lie in shared memory; larger ones stay where they are, behind the caches.
 """
 
 from __future__ import annotations
@@ -14,30 +14,31 @@ from torch import Tensor
 
 from quantdit.formats import FORMATS, Format
 from quantdit.formats.packing import BLOCK, packed_bytes
-from quantdit.formats.trellis import table
+from quantdit.formats.trellis import codebook
 from quantdit.kernels.triton_ops.decode8 import narrow_codes
+from quantdit.tensors.qtensor import QTensor
 
 BN = 32
 SHARED = 4096
-# grid: (cdiv(N, BN), tiles); data u8 [N, row_bytes]; table i8 [2^WINDOW]; y i8 [N, K]
+# grid: (cdiv(N, BN), tiles); data u8 [N, row_bytes]; codebook i8 [2^STATE_BITS]; y i8 [N, K]
 
 
 @triton.jit
 def decode_trellis_kernel(
     data_ptr,
-    table_ptr,
+    codebook_ptr,
     y_ptr,
     N,
     K,
     row_bytes,
     first_tile,
     BITS: tl.constexpr,
-    WINDOW: tl.constexpr,
+    STATE_BITS: tl.constexpr,
     IN_SHARED: tl.constexpr,
     T: tl.constexpr,
     BN: tl.constexpr,
 ):
-    PIECES: tl.constexpr = (WINDOW + BITS - 1) // BITS
+    PIECES: tl.constexpr = (STATE_BITS + BITS - 1) // BITS
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     tile = first_tile + tl.program_id(1)
     column = tile * 128 + tl.arange(0, 128)
@@ -47,37 +48,37 @@ def decode_trellis_kernel(
         row = ((rows + (PIECES * N - j)) % N).to(tl.int64)  # before the first comes the last
         base = data_ptr + row[:, None] * row_bytes + tile * (128 * BITS // 8)
         code = narrow_codes(base, tl.arange(0, 128)[None, :], ok, BITS, T)
-        if BITS * (j + 1) <= WINDOW:
-            state |= code << (WINDOW - BITS * (j + 1))
+        if BITS * (j + 1) <= STATE_BITS:
+            state |= code << (STATE_BITS - BITS * (j + 1))
         else:
-            state |= code >> (BITS * (j + 1) - WINDOW)
+            state |= code >> (BITS * (j + 1) - STATE_BITS)
     if IN_SHARED:
-        entries = tl.load(table_ptr + tl.arange(0, 1 << WINDOW))
+        entries = tl.load(codebook_ptr + tl.arange(0, 1 << STATE_BITS))
         value = tl.reshape(tl.gather(entries, tl.reshape(state, (BN * 128,)), axis=0), (BN, 128))
     else:
-        value = tl.load(table_ptr + state, mask=ok, other=0)
+        value = tl.load(codebook_ptr + state, mask=ok, other=0)
     tl.store(y_ptr + rows.to(tl.int64)[:, None] * K + column[None, :], value, mask=ok)
 
 
-def decode_trellis(data: Tensor, format: str, k: int) -> Tensor:
-    """Return `I` int8 `[n, k]` of the codes `data` `[n, row_bytes]`."""
-    f, n = FORMATS[format], data.shape[0]
-    y = data.new_empty((n, k), dtype=torch.int8)
-    entries = _table_on(f.window, f.code_bits, data.device)
+def decode_trellis(weight: QTensor) -> Tensor:
+    """Return `I` int8 `[n, k]` as `torch.ops.quantdit.decode8` does."""
+    f, n, k, data = FORMATS[weight.spec.format], weight.spec.out_features, weight.spec.in_features, weight.data.contiguous()
+    y = data.new_empty((n, k), dtype=f.decoded_dtype)
+    entries = _codebook_on(f.state_bits, f.code_bits, data.device)
     full, rest = divmod(k, BLOCK)
     for first, tiles, t in ((0, full, BLOCK), (full, int(rest > 0), -(-rest // 8) * 8)):
         if tiles:
             decode_trellis_kernel[(triton.cdiv(n, BN), tiles)](
-                data.contiguous(), entries, y, n, k, packed_bytes(k, f.code_bits), first, **constants(f), T=t, BN=BN, num_warps=4
+                data, entries, y, n, k, packed_bytes(k, f.code_bits), first, **constants(f), T=t, BN=BN, num_warps=4
             )
     return y
 
 
 def constants(f: Format) -> dict:
     """Return the constexpr arguments that follow from the format."""
-    return {"BITS": f.code_bits, "WINDOW": f.window, "IN_SHARED": 2**f.window <= SHARED}
+    return {"BITS": f.code_bits, "STATE_BITS": f.state_bits, "IN_SHARED": 2**f.state_bits <= SHARED}
 
 
 @lru_cache
-def _table_on(window: int, bits: int, device: torch.device) -> Tensor:
-    return table(window, bits).to(device)
+def _codebook_on(state_bits: int, bits: int, device: torch.device) -> Tensor:
+    return codebook(state_bits, bits).to(device)

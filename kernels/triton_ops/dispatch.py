@@ -1,16 +1,17 @@
-"""Which way a quantized linear goes on a GPU, and what each op of torch.ops.quantdit runs there. Imports no triton.
+"""What each op of torch.ops.quantdit runs on a GPU: one decision for each call, made here. Imports no triton.
 
-    prepare   fused     Hadamard, rank up to LARGEST_RANK, quantized activations  rotate_quantize, the branch's `thin` with it
-              separate  otherwise                                                 rotate or torch, then quantize_tokens
-    product   w8a8      the weight is 8 bits as stored                            gemm_w8a8
-              w4a8      packed weight, m below `decode_from_m`                    gemm_w4a8, decoded in registers
-              decode    packed weight, m from there on; e4m3 activations; trellis decode8 to scratch, then gemm_w8a8
-              w4a16     16-bit activations, m up to `w4a16_up_to_m`               gemm_w4a16
-              dense     the same, more tokens, float32, split signs or a trellis  decode8, then torch's product
+    rotate_quantize   one kernel          Hadamard, rank up to LARGEST_RANK, what fits its registers
+                      the parts           otherwise: rotate, then quantize_tokens, and the product by `down`
+    gemm_packed_a8    the weight as it is 8 bits as stored: gemm_w8a8
+                      in registers        packed weight, m below `decode_from_m`
+                      decoded first       from there on; e4m3 codes; a trellis: decode8 to scratch, then gemm_w8a8
+    gemm_packed_a16   in registers        m up to `w4a16_up_to_m`
+                      decoded first       more tokens, float32, split signs or a trellis: decode8, then torch's product
+    gemm_w8a8         a kernel            m below `torch_from_m`
+                      torch's product     from there on: torch._int_mm or torch._scaled_mm, the epilogue after it
 
-From `torch_from_m` on, gemm_w8a8 is torch._int_mm or torch._scaled_mm with the rest of the epilogue after it. `QUANTDIT_KERNELS`
-or `using(mode)` chooses otherwise: `packed` and `decode` fix the product of packed weights with quantized activations, `torch`
-takes torch's products for w8a8 at any m, `reference` runs the definitions of kernels/ops.py. The crossover points are in
+`QUANTDIT_KERNELS` or `using(mode)` chooses otherwise: `packed` and `decode` say whether weights are decoded first, `torch` takes
+torch's products for gemm_w8a8 at any m, `reference` runs the definitions of kernels/ops.py. The crossover points are in
 crossover.json. What the kernels do not take runs as its definition, on the same device:
 
     everything    without triton, before Ampere (compute capability 8.0)
@@ -19,8 +20,7 @@ crossover.json. What the kernels do not take runs as its definition, on the same
     rotations     of tokens wider than LARGEST_ROTATED_WIDTH, but on sm_90 of 16 bits with signs alone; of float32 or smoothed
                   tokens on sm_80, 89 and 120 (the rotation alone: its codes are the kernel's)
     e4m3 codes    before compute capability 8.9
-    gemm_w4a16    of formats with signs of their own, whose tile spills: `choose` never takes it for those
-    thin          of float16 and float32 tokens, and where the codes are not the kernel's: a product of its own, by torch
+    low rank      the product by `down` of float16 and float32 tokens, and where the codes are not the kernel's: torch's
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,9 +37,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantdit.formats import FORMATS
+from quantdit.formats import FORMATS, Format
 from quantdit.kernels import ops
-from quantdit.tensors.layer_spec import ActivationSpec, LayerSpec
+from quantdit.kernels.ops import Epilogue
+from quantdit.tensors.qtensor import QTensor
 
 MODES = ("auto", "packed", "decode", "torch", "reference")
 ARCHITECTURES = (80, 89, 90, 100, 120)  # compute capability; others take the rows of the nearest below
@@ -50,67 +51,48 @@ LARGEST_ROTATED_WIDTH = 8192
 LARGEST_RANK = 64  # of a low-rank branch that begins in the kernel of the tokens
 GROUPS = (0, 32, 64, 128)  # of activations
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-WHOLE = ("int8", "fp8_e4m3")  # formats that store `I` itself
 
 
-def _mode(text: str) -> str:
-    if text not in MODES:
-        raise ValueError(f"QUANTDIT_KERNELS = {text!r} is unknown; known: {', '.join(MODES)}")
-    return text
+def _known(mode: str) -> str:
+    if mode not in MODES:
+        raise ValueError(f"QUANTDIT_KERNELS = {mode!r} is unknown; known: {', '.join(MODES)}")
+    return mode
 
 
-mode = _mode(os.environ.get("QUANTDIT_KERNELS", "auto"))
+_GIVEN = _known(os.environ.get("QUANTDIT_KERNELS", "auto"))
+MODE = ContextVar("QUANTDIT_KERNELS", default=_GIVEN)
 CROSSOVER_FILE = Path(__file__).with_name("crossover.json")
 CROSSOVER = json.loads(CROSSOVER_FILE.read_text())
 
 
 @contextmanager
-def using(chosen: str) -> Iterator[None]:
-    """Choose the way for all layers while the context lasts: a name of MODES.
+def using(mode: str) -> Iterator[None]:
+    """Choose the way of this thread's calls while the context lasts: a name of MODES.
 
     Raises:
         ValueError: unknown mode.
     """
-    global mode
-    before, mode = mode, _mode(chosen)
+    before = MODE.set(_known(mode))
     try:
         yield
     finally:
-        mode = before
+        MODE.reset(before)
 
 
-@dataclass(frozen=True)
-class Way:
-    """How one linear runs: `prepare` and `product` are words of the table above."""
+def decodes_first(m: int, format: Format, x: torch.dtype, capability: int) -> bool:
+    """Return whether a packed weight is decoded to scratch for m tokens or codes x, rather than in the registers of the product.
 
-    prepare: str
-    product: str
-
-
-def choose(m: int, layer: LayerSpec, dtype: torch.dtype, capability: int, activation: ActivationSpec | None = None) -> Way:
-    """Return the way of a layer with m tokens of a dtype on a GPU of this compute capability (90 for 9.0).
-
-    `activation`: how its inputs are quantized, where that is not as the layer says throughout.
+    On a GPU of this compute capability (90 for 9.0). In registers sums of e4m3 would have to wait for each other on Hopper, and
+    split signs spill beside 16-bit tokens; a trellis needs the codes of other outputs.
     """
-    a, weight = activation or layer.activation, layer.weight
-    if a.bits == 16:
-        few = m <= CROSSOVER["w4a16_up_to_m"][architecture(capability)] and dtype != torch.float32 and mode != "reference"
-        few = few and multiplies_packed(weight.format)
-        return Way("separate", "w4a16" if few else "dense")
-    prepare = "fused" if layer.rotation == "hadamard" and layer.rank <= LARGEST_RANK else "separate"
-    if weight.format in WHOLE:
-        return Way(prepare, "w8a8")
-    if a.format == "fp8" or FORMATS[weight.format].window:
-        return Way(prepare, "decode")
-    if mode in ("packed", "decode"):
-        return Way(prepare, "w4a8" if mode == "packed" else "decode")
-    decode = mode == "torch" or _from("decode_from_m", m, capability)
-    return Way(prepare, "decode" if decode else "w4a8")
-
-
-def multiplies_packed(format: str) -> bool:
-    """Whether gemm_w4a16 decodes weights of this format in registers: not split signs, which spill, nor a trellis."""
-    return not FORMATS[format].sign_split and not FORMATS[format].window
+    coded = x == torch.int8
+    if x not in (torch.int8, torch.float16, torch.bfloat16) or format.kind == "trellis" or (format.sign_split and not coded):
+        return True
+    if (mode := MODE.get()) in ("packed", "decode"):
+        return mode == "decode"
+    if coded:
+        return mode == "torch" or _from("decode_from_m", m, capability)
+    return m > CROSSOVER["w4a16_up_to_m"][architecture(capability)]
 
 
 def _from(point: str, m: int, capability: int) -> bool:
@@ -125,7 +107,7 @@ def architecture(capability: int) -> str:
 
 
 def on_gpu(tokens: Tensor) -> bool:
-    """Return whether tokens go the ways of this table rather than the CPU's."""
+    """Return whether tokens go to the ops of this file rather than the CPU's."""
     return tokens.is_cuda
 
 
@@ -138,7 +120,7 @@ def capability_of(device: torch.device) -> int:
 
 def kernels_run(x: Tensor) -> bool:
     """Return whether Triton kernels can take x."""
-    return mode != "reference" and _triton_is_installed() and capability_of(x.device) >= ARCHITECTURES[0]
+    return MODE.get() != "reference" and _triton_is_installed() and capability_of(x.device) >= ARCHITECTURES[0]
 
 
 @lru_cache(maxsize=1)
@@ -177,22 +159,18 @@ def _takes_codes(codes: Tensor) -> bool:
 
 def rotate(x: Tensor, premultiplier: Tensor, block: int) -> Tensor:
     """Run `rotate`."""
-    ops.check_rotate(x, premultiplier, block)
     if not _takes_tokens(x, False, 0) or not _takes_rotation(x, premultiplier, block):
         return ops.rotate_reference(x, premultiplier, block)
     from quantdit.kernels.triton_ops.quantize_tokens import quantize_tokens as kernel
 
-    return kernel(x.reshape(-1, x.shape[-1]), premultiplier, block, "none", capability=capability_of(x.device))[0].reshape(
-        x.shape
-    )
+    flat = x.reshape(-1, x.shape[-1])
+    return kernel(flat, premultiplier, block, "none", capability=capability_of(x.device))[0].reshape(x.shape)
 
 
 def quantize_tokens(
     x: Tensor, bits: int, group_size: int = 0, affine: bool = False, static_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Run `quantize_tokens`."""
-    ops.check_tokens("quantize_tokens", x, bits, group_size)
-    ops.check_static(static_scale, affine)
     if not _takes_tokens(x, False, group_size):
         return ops.quantize_tokens_reference(x, bits, group_size, affine, static_scale)
     from quantdit.kernels.triton_ops.quantize_tokens import quantize_tokens as kernel
@@ -202,7 +180,6 @@ def quantize_tokens(
 
 def quantize_tokens_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Run `quantize_tokens_fp8`."""
-    ops.check_tokens("quantize_tokens_fp8", x, 8, 0)
     if not _takes_tokens(x, True, 0):
         return ops.quantize_tokens_fp8_reference(x)
     from quantdit.kernels.triton_ops.quantize_tokens import quantize_tokens as kernel
@@ -216,14 +193,11 @@ def rotate_quantize(
     block: int,
     format: str,
     bits: int,
-    group_size: int = 0,
-    static_scale: Tensor | None = None,
-    down: Tensor | None = None,
+    group_size: int,
+    static_scale: Tensor | None,
+    down: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run `rotate_quantize`."""
-    ops.check_rotate_quantize(x, premultiplier, block, format, bits, group_size)
-    ops.check_static(static_scale, format == "affine")
-    ops.check_down(x, down)
     rest = (format, bits, group_size, static_scale)
     if down is not None and _takes_projection(x, block, format == "fp8", group_size, down.shape[0]):
         from quantdit.kernels.triton_ops.quantize_tokens import quantize_project
@@ -244,77 +218,31 @@ def _quantize(rotated: Tensor, format: str, bits: int, group_size: int, static_s
     return quantize_tokens(rotated, bits, group_size, format == "affine", static_scale)
 
 
-def modulate_quantize(
-    x: Tensor,
-    shift: Tensor,
-    modulation: Tensor,
-    eps: float,
-    premultiplier: Tensor,
-    block: int,
-    format: str,
-    bits: int,
-    group_size: int = 0,
-    static_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Run `modulate_quantize`."""
-    ops.check_modulate(x, shift, modulation)
-    ops.check_rotate_quantize(x, premultiplier, block, format, bits, group_size)
-    ops.check_static(static_scale, format == "affine")
-    rest = (premultiplier, block, format, bits, group_size, static_scale)
-    if not _takes_tokens(x, format == "fp8", group_size) or not _takes_rotation(x, premultiplier, block):
-        return ops.modulate_quantize_reference(x, shift, modulation, eps, *rest)
-    from quantdit.kernels.triton_ops.quantize_tokens import quantize_tokens as kernel
-
-    return kernel(x, *rest, shift, modulation, eps, capability=capability_of(x.device))
-
-
-def decode8(
-    data: Tensor,
-    multiplier: Tensor | None,
-    offset: Tensor | None,
-    codebook: Tensor | None,
-    format: str,
-    in_features: int,
-    group_size: int,
-) -> Tensor:
+def decode8(weight: QTensor) -> Tensor:
     """Run `decode8`."""
-    stored = (data, multiplier, offset, codebook, format, in_features, group_size)
-    if format in WHOLE or not kernels_run(data):
-        return ops.decode8_reference(*stored)
-    if FORMATS[format].window:
+    kind = FORMATS[weight.spec.format].kind
+    if kind == "whole" or not kernels_run(weight.data):
+        return ops.decode8_reference(weight)
+    if kind == "trellis":
         from quantdit.kernels.triton_ops.decode_trellis import decode_trellis
 
-        return decode_trellis(data, format, in_features)
+        return decode_trellis(weight)
     from quantdit.kernels.triton_ops.decode8 import decode8 as kernel
 
-    return kernel(*stored)
+    return kernel(weight)
 
 
-def gemm_w8a8(
-    codes: Tensor,
-    token_scale: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    thin: Tensor | None = None,
-    up: Tensor | None = None,
-    activation: str = "none",
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
+def gemm_w8a8(codes: Tensor, decoded: Tensor, scale: Tensor, after: Epilogue) -> Tensor:
     """Run `gemm_w8a8`."""
-    ops.check_codes(codes, token_scale, weight, scale)
-    after = (thin, up, activation, gate, residual)
-    ops.check_after(codes, weight.shape[0], *after)
     if not _takes_codes(codes):
-        return ops.gemm_w8a8_reference(codes, token_scale, weight, scale, bias, dtype, *after)
-    torchs = mode == "torch" or (mode == "auto" and _from("torch_from_m", len(codes), capability_of(codes.device)))
-    if torchs and (product := _torch_product(codes, weight)) is not None:
-        return ops.after_product(product.float() * scale, token_scale, bias, dtype, *after)
+        return ops.gemm_w8a8_reference(codes, decoded, scale, after)
+    capability = capability_of(codes.device)
+    torchs = MODE.get() == "torch" or (MODE.get() == "auto" and _from("torch_from_m", len(codes), capability))
+    if torchs and (product := _torch_product(codes, decoded)) is not None:
+        return ops.finished(product.float() * scale, after)
     from quantdit.kernels.triton_ops.gemm_w8a8 import gemm_w8a8 as kernel
 
-    return kernel(codes, token_scale, weight, scale, bias, dtype, *after, capability=capability_of(codes.device))
+    return kernel(codes, decoded, scale, after, capability=capability)
 
 
 def _torch_product(codes: Tensor, weight: Tensor) -> Tensor | None:
@@ -324,66 +252,40 @@ def _torch_product(codes: Tensor, weight: Tensor) -> Tensor | None:
         return None
     codes, weight = codes.contiguous(), weight.contiguous()
     if codes.dtype == torch.int8:
-        return torch._int_mm(codes, weight.T)
+        return torch._int_mm(codes, weight.T)  # pyright: ignore[reportPrivateImportUsage] - the only way to it
     one = torch.ones((), dtype=torch.float32, device=codes.device)
-    return torch._scaled_mm(codes, weight.T, scale_a=one, scale_b=one, out_dtype=torch.float32)
+    return torch._scaled_mm(codes, weight.T, scale_a=one, scale_b=one, out_dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage] - the only way to it
 
 
-def gemm_w4a8(
-    codes: Tensor,
-    token_scale: Tensor,
-    data: Tensor,
-    multiplier: Tensor | None,
-    offset: Tensor | None,
-    codebook: Tensor | None,
-    format: str,
-    group_size: int,
-    scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    thin: Tensor | None = None,
-    up: Tensor | None = None,
-    activation: str = "none",
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """Run `gemm_w4a8`."""
-    stored = (data, multiplier, offset, codebook, format, group_size)
-    after = (thin, up, activation, gate, residual)
-    ops.check_after(codes, data.shape[0], *after)
-    # Decoded in registers, sums of e4m3 would have to wait for each other on Hopper; a trellis needs the codes of other outputs.
-    if codes.dtype == torch.float8_e4m3fn or FORMATS[format].window:
-        weight = decode8(data, multiplier, offset, codebook, format, codes.shape[1], group_size)
-        return gemm_w8a8(codes, token_scale, weight, scale, bias, dtype, *after)
+def gemm_packed_a8(codes: Tensor, weight: QTensor, after: Epilogue) -> Tensor:
+    """Run `gemm_packed_a8`."""
+    format, capability = FORMATS[weight.spec.format], capability_of(codes.device)
+    if format.kind == "whole":
+        return gemm_w8a8(codes, weight.data, weight.scale, after)
+    if decodes_first(len(codes), format, codes.dtype, capability):
+        return gemm_w8a8(codes, decode8(weight), weight.scale, after)
     if not _takes_codes(codes):
-        return ops.gemm_w4a8_reference(codes, token_scale, *stored, scale, bias, dtype, *after)
-    from quantdit.kernels.triton_ops.gemm_w4 import gemm_w4 as kernel
+        return ops.gemm_packed_a8_reference(codes, weight, after)
+    from quantdit.kernels.triton_ops.gemm_packed import gemm_packed as kernel
 
-    return kernel(codes, token_scale, *stored, scale, bias, dtype, *after, capability=capability_of(codes.device))
+    return kernel(codes, weight, after, capability=capability)
 
 
-def gemm_w4a16(
-    x: Tensor,
-    data: Tensor,
-    multiplier: Tensor | None,
-    offset: Tensor | None,
-    codebook: Tensor | None,
-    format: str,
-    group_size: int,
-    scale: Tensor,
-    bias: Tensor | None,
-    thin: Tensor | None = None,
-    up: Tensor | None = None,
-    activation: str = "none",
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """Run `gemm_w4a16`."""
-    stored = (data, multiplier, offset, codebook, format, group_size)
-    after = (thin, up, activation, gate, residual)
-    ops.check_after(x, data.shape[0], *after)
-    if not kernels_run(x) or x.dtype not in (torch.float16, torch.bfloat16) or not multiplies_packed(format):
-        return ops.gemm_w4a16_reference(x, *stored, scale, bias, *after)
-    from quantdit.kernels.triton_ops.gemm_w4 import gemm_w4 as kernel
+def gemm_packed_a16(x: Tensor, weight: QTensor, after: Epilogue) -> Tensor:
+    """Run `gemm_packed_a16`."""
+    capability = capability_of(x.device)
+    if kernels_run(x) and not decodes_first(len(x), FORMATS[weight.spec.format], x.dtype, capability):
+        from quantdit.kernels.triton_ops.gemm_packed import gemm_packed as kernel
 
-    return kernel(x, None, *stored, scale, bias, x.dtype, *after, capability=capability_of(x.device))
+        return kernel(x, weight, after, capability=capability)
+    y = ops.gemm_w8a16_reference(x, decode8(weight), weight.scale, after.bias)
+    if after.low_rank_hidden is not None and after.up is not None:
+        hidden = after.low_rank_hidden
+        y = y + torch.nn.functional.linear(hidden, after.up.to(hidden.dtype)).to(y.dtype)
+    return y.to(after.dtype)
+
+
+# gemm_w8a16 is a product of 16 bits, which torch has.
+KERNELS = (rotate, quantize_tokens, quantize_tokens_fp8, rotate_quantize, decode8, gemm_w8a8, gemm_packed_a8, gemm_packed_a16)
+for _kernel in KERNELS:
+    ops.OPS[_kernel.__name__].implement(_kernel, "CUDA")

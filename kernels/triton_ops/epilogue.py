@@ -1,6 +1,8 @@
-"""What follows the sums of every GEMM here, in float32: scales, bias, low-rank branch, GELU, gate and residual."""
+"""What follows the sums of every GEMM here, in float32: scales, bias, low-rank branch."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -26,19 +28,15 @@ def finish(
     token_scale_ptr,  # [M] f32, or None: 1
     scale_ptr,  # [N] f32
     bias_ptr,  # [N] or None
-    thin_ptr,  # [M, rank] or None
+    hidden_ptr,  # [M, rank] or None
     up_ptr,  # [N, rank]
-    gate_ptr,  # [images, N] or None
-    residual_ptr,  # [M, N]
     M,
     N,
     rank,
-    tokens_per_image,
-    GELU: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Store `residual + gate * gelu(token_scale * scale * acc + bias + thin up^T)` of a tile, without the parts that are None."""
+    """Store `token_scale * scale * acc + bias + hidden up^T` of a tile, without the parts that are None."""
     row_ok, column_ok = rows < M, columns < N
     row, column = rows.to(tl.int64), columns.to(tl.int64)
     ok = row_ok[:, None] & column_ok[None, :]
@@ -47,35 +45,19 @@ def finish(
         y = y * tl.load(token_scale_ptr + row, mask=row_ok, other=0.0)[:, None]
     if bias_ptr is not None:
         y = y + tl.load(bias_ptr + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
-    if thin_ptr is not None:
+    if hidden_ptr is not None:
         r = tl.arange(0, 32)
         for start in range(0, rank, 32):
             r_ok = start + r < rank
-            thin_at = thin_ptr + row[:, None] * rank + (start + r)[None, :]
+            hidden_at = hidden_ptr + row[:, None] * rank + (start + r)[None, :]
             up_at = up_ptr + column[None, :] * rank + (start + r)[:, None]
-            thin = tl.load(thin_at, mask=row_ok[:, None] & r_ok[None, :], other=0.0)
+            hidden = tl.load(hidden_at, mask=row_ok[:, None] & r_ok[None, :], other=0.0)
             up = tl.load(up_at, mask=column_ok[None, :] & r_ok[:, None], other=0.0)
-            y = tl.dot(thin, up.to(thin.dtype), y, input_precision="tf32x3")
-    if GELU:  # tanh approximation: u sigmoid(2 sqrt(2/pi) (u + 0.044715 u^3))
-        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-    if gate_ptr is not None:
-        gate_at = gate_ptr + (row // tokens_per_image)[:, None] * N + column[None, :]
-        y = y * tl.load(gate_at, mask=ok, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        y = y + tl.load(residual_ptr + row[:, None] * N + column[None, :], mask=ok, other=0.0).to(tl.float32)
+            y = tl.dot(hidden, up.to(hidden.dtype), y, input_precision="tf32x3")
     tl.store(y_ptr + row[:, None] * N + column[None, :], y.to(y_ptr.dtype.element_ty), mask=ok)
 
 
-def arguments(m: int, thin: Tensor | None, activation: str, gate: Tensor | None) -> dict:
-    """Return the keyword arguments of `finish` that follow from the optional parts."""
-    return {
-        "rank": 0 if thin is None else thin.shape[1],
-        "tokens_per_image": m if gate is None else m // gate.shape[0],
-        "GELU": activation == "gelu_tanh",
-    }
-
-
-def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Return each tensor contiguous: kernels are given no strides."""
     return tuple(None if t is None else t.contiguous() for t in tensors)
 

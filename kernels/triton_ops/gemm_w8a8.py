@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantdit.kernels.triton_ops.epilogue import arguments, contiguous, finish, swizzled
+from quantdit.kernels.ops import Epilogue
+from quantdit.kernels.triton_ops.epilogue import contiguous, finish, swizzled
 from quantdit.kernels.triton_ops.ptx import e4m3_to_float
 from quantdit.kernels.triton_ops.tuning import Config, chosen
 
@@ -42,16 +43,12 @@ def gemm_w8a8_kernel(
     token_scale_ptr,
     scale_ptr,
     bias_ptr,
-    thin_ptr,
+    hidden_ptr,
     up_ptr,
-    gate_ptr,
-    residual_ptr,
     M,
     N,
     K,
     rank,
-    tokens_per_image,
-    GELU: tl.constexpr,
     DOT: tl.constexpr,
     EVEN_K: tl.constexpr,
     BM: tl.constexpr,
@@ -81,52 +78,39 @@ def gemm_w8a8_kernel(
         x_at += BK
         w_at += BK
     finish(
-        acc, rows, columns, y_ptr, token_scale_ptr, scale_ptr, bias_ptr, thin_ptr, up_ptr, gate_ptr, residual_ptr,
-        M, N, rank, tokens_per_image, GELU, BM, BN,
+        acc, rows, columns, y_ptr, token_scale_ptr, scale_ptr, bias_ptr, hidden_ptr, up_ptr, M, N, rank, BM, BN,
     )  # fmt: skip
 
 
 def gemm_w8a8(
-    codes: Tensor,
-    token_scale: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    thin: Tensor | None = None,
-    up: Tensor | None = None,
-    activation: str = "none",
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-    *,
-    capability: int,
-    config: Config | None = None,
+    codes: Tensor, decoded: Tensor, scale: Tensor, after: Epilogue, *, capability: int, config: Config | None = None
 ) -> Tensor:
     """Return `[m, n]` as `torch.ops.quantdit.gemm_w8a8` does; e4m3 codes need a capability of 89."""
-    m, k, n = *codes.shape, weight.shape[0]
-    y = torch.empty((m, n), dtype=dtype, device=codes.device)
+    m, k, n = *codes.shape, decoded.shape[0]
+    y = torch.empty((m, n), dtype=after.dtype, device=codes.device)
     if not m:
         return y
-    (codes, weight, thin, up, gate, residual) = contiguous(codes, weight, thin, up, gate, residual)
-    dot = dot_of(codes.dtype, weight.dtype)
+    (codes, decoded, hidden, up) = contiguous(codes, decoded, after.low_rank_hidden, after.up)
+    dot = dot_of(codes.dtype, decoded.dtype)
     if dot == "bf16":
-        weight = weight.view(torch.uint8)
+        decoded = decoded.view(torch.uint8)
+    rank = 0 if hidden is None else hidden.shape[1]
 
     def run(c: Config) -> None:
         gemm_w8a8_kernel[(triton.cdiv(m, c.bm) * triton.cdiv(n, c.bn),)](
-            codes, weight, y, token_scale, scale, bias, thin, up, gate, residual, m, n, k, **arguments(m, thin, activation, gate),
+            codes, decoded, y, after.token_scale, scale, after.bias, hidden, up, m, n, k, rank,
             DOT=dot, EVEN_K=k % c.bk == 0, BM=c.bm, BN=c.bn, BK=c.bk, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
 
-    plain = dot == "int8" and thin is None and gate is None and residual is None and activation == "none"
+    plain = dot == "int8" and hidden is None
     configs = candidates(CONFIGS if plain else SMALL, capability, m)
     run(config or chosen("gemm_w8a8", (m, n, k, dot, plain), configs, run))
     return y
 
 
-def dot_of(codes: torch.dtype, weight: torch.dtype) -> str:
+def dot_of(codes: torch.dtype, decoded: torch.dtype) -> str:
     """Return in what the products are made: `int8`, `e4m3` or `bf16`."""
-    if weight == torch.int8:
+    if decoded == torch.int8:
         return "int8"
     return "e4m3" if codes == torch.float8_e4m3fn else "bf16"
 

@@ -1,7 +1,7 @@
-"""A token in one pass: layer norm and modulation, smoothing and signs, block-Hadamard, then codes and scale.
+"""A token in one pass: smoothing and signs, block-Hadamard, then codes and scale.
 
-References: `quantize_tokens`, `rotate`, `rotate_quantize`, `modulate_quantize` in kernels/ops.py. Codes are theirs to the bit,
-except that a sum of another order (rotation, layer norm, error of a group) may turn a tie. A program keeps whole tokens in
+References: `quantize_tokens`, `rotate`, `rotate_quantize` in kernels/ops.py. Codes are theirs to the bit,
+except that a sum of another order (rotation, error of a group) may turn a tie. A program keeps whole tokens in
 registers as rows of 128 inputs, so that one product by a 128 x 128 matrix of +-1 rotates all of their blocks. With a low-rank
 branch (`quantize_project_kernel`) it goes along its tokens twice instead: scales and the product by `down`, then codes.
 """
@@ -41,10 +41,10 @@ def _rotated(y, h, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _of_token(v, OP: tl.constexpr, TOKENS: tl.constexpr, BLOCKS: tl.constexpr):
-    """Reduce v `[rows]` over the rows of each token, to `[TOKENS]`."""
+def _of_token(v, TOKENS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Return the largest of v `[rows]` over the rows of each token, `[TOKENS]`."""
     v = tl.reshape(v, (TOKENS, BLOCKS))
-    return tl.sum(v, 1) if OP == "sum" else tl.max(v, 1)
+    return tl.max(v, 1)
 
 
 @triton.jit
@@ -132,8 +132,6 @@ def _coded(
 @triton.jit
 def quantize_tokens_kernel(
     x_ptr,
-    shift_ptr,  # [images, K] of the modulation, or None
-    modulation_ptr,  # [images, K]
     premultiplier_ptr,  # [K] or None
     hadamard_ptr,  # [128, 128] of +-1 and 0, or None
     static_ptr,  # [1] f32 or None
@@ -141,8 +139,6 @@ def quantize_tokens_kernel(
     scale_ptr,
     M,
     K,
-    tokens_per_image,
-    eps,
     norm,  # 1 / sqrt(block)
     TOKENS: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -161,15 +157,6 @@ def quantize_tokens_kernel(
         token = (first + rows // BLOCKS).to(tl.int64)[:, None]
         ok = (token < M) & (column < K)
         y = tl.load(x_ptr + token * K + column, mask=ok, other=0.0).to(tl.float32)
-        if modulation_ptr is not None:
-            at = token // tokens_per_image * K + column
-            mean = _of_token(tl.sum(y, 1), "sum", TOKENS, BLOCKS) / K
-            y = tl.where(ok, y - _of_rows(mean, TOKENS, BLOCKS), 0.0)
-            variance = _of_token(tl.sum(y * y, 1), "sum", TOKENS, BLOCKS) / K
-            y = y * _of_rows(tl.rsqrt(variance + eps), TOKENS, BLOCKS)
-            y = y * (1.0 + tl.load(modulation_ptr + at, mask=ok, other=0.0).to(tl.float32))
-            y = y + tl.load(shift_ptr + at, mask=ok, other=0.0).to(tl.float32)
-            y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
         if premultiplier_ptr is not None:
             y = y * tl.load(premultiplier_ptr + column, mask=column < K, other=0).to(tl.float32)
         if hadamard_ptr is not None:
@@ -182,12 +169,12 @@ def quantize_tokens_kernel(
         if FORMAT == "none":
             tl.store(y_ptr + token * K + column, y.to(y_ptr.dtype.element_ty), mask=ok)
         else:
-            absmax = _of_token(tl.max(tl.abs(y), 1), "max", TOKENS, BLOCKS)
+            absmax = _of_token(tl.max(tl.abs(y), 1), TOKENS, BLOCKS)
             low = absmax  # used by `affine` without groups
             high = absmax
             if FORMAT == "affine" and not GROUP:
-                low = -_of_token(tl.max(tl.where(ok, -y, float("-inf")), 1), "max", TOKENS, BLOCKS)
-                high = _of_token(tl.max(tl.where(ok, y, float("-inf")), 1), "max", TOKENS, BLOCKS)
+                low = -_of_token(tl.max(tl.where(ok, -y, float("-inf")), 1), TOKENS, BLOCKS)
+                high = _of_token(tl.max(tl.where(ok, y, float("-inf")), 1), TOKENS, BLOCKS)
             y, scale = _coded(y, absmax, low, high, static_ptr, TOKENS, BLOCKS, FORMAT, TOP, GROUP)
             tl.store(y_ptr + token * K + column, y.to(y_ptr.dtype.element_ty), mask=ok)
             tokens = first + tl.arange(0, TOKENS)
@@ -214,7 +201,7 @@ def quantize_project_kernel(
     down_ptr,  # [rank, K]
     y_ptr,
     scale_ptr,
-    thin_ptr,  # [M, rank]
+    hidden_ptr,  # [M, rank]
     M,
     K,
     rank,
@@ -231,7 +218,7 @@ def quantize_project_kernel(
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     token = tokens.to(tl.int64)[:, None]
     r = tl.arange(0, RANK)
-    thin = tl.zeros((TOKENS, RANK), tl.float32)
+    hidden = tl.zeros((TOKENS, RANK), tl.float32)
     absmax = tl.zeros((TOKENS,), tl.float32)
     low = tl.full((TOKENS,), float("inf"), tl.float32)
     high = -low
@@ -243,8 +230,10 @@ def quantize_project_kernel(
             low = tl.minimum(low, -tl.max(tl.where(ok, -y, float("-inf")), 1))
             high = tl.maximum(high, tl.max(tl.where(ok, y, float("-inf")), 1))
         down = tl.load(down_ptr + r[:, None] * K + column, mask=(r[:, None] < rank) & (column < K), other=0.0)
-        thin = tl.dot(y.to(x_ptr.dtype.element_ty), tl.trans(down.to(x_ptr.dtype.element_ty)), thin)
-    tl.store(thin_ptr + token * rank + r[None, :], thin.to(thin_ptr.dtype.element_ty), mask=(token < M) & (r[None, :] < rank))
+        hidden = tl.dot(y.to(x_ptr.dtype.element_ty), tl.trans(down.to(x_ptr.dtype.element_ty)), hidden)
+    tl.store(
+        hidden_ptr + token * rank + r[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=(token < M) & (r[None, :] < rank)
+    )
 
     # Once more: these tokens are in the L2 cache, and their rotation costs less than keeping it would.
     for start in range(0, K, 128):
@@ -263,9 +252,6 @@ def quantize_tokens(
     bits: int = 8,
     group_size: int = 0,
     static_scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    modulation: Tensor | None = None,
-    eps: float = 0.0,
     *,
     capability: int,
 ) -> tuple[Tensor, Tensor]:
@@ -279,12 +265,9 @@ def quantize_tokens(
         bits: of a code; with `fp8` and `none` it does not matter.
         group_size: 0, 32, 64 or 128.
         static_scale: `[1]` float32.
-        shift: `[images, k]`; with it x is first normalised over k and modulated, `norm(x) (1 + modulation) + shift`.
-        modulation: `[images, k]`; m is a multiple of images.
-        eps: of the layer norm.
         capability: of the GPU, 90 for 9.0.
     """
-    (x, premultiplier, shift, modulation) = contiguous(x, premultiplier, shift, modulation)
+    (x, premultiplier) = contiguous(x, premultiplier)
     m, k = x.shape
     y = torch.empty_like(x, dtype={"none": transform.kept_in(x.dtype), "fp8": torch.float8_e4m3fn}.get(format, torch.int8))
     scale = x.new_empty(0 if format == "none" else m, dtype=torch.float32)
@@ -295,9 +278,8 @@ def quantize_tokens(
     groups = triton.cdiv(m, constants["TOKENS"])
     narrow = x.dtype if _signs_alone(x.dtype, premultiplier) else torch.bfloat16
     quantize_tokens_kernel[(min(groups, programs(x.device)),)](
-        x, shift, modulation, premultiplier, _signs(block, narrow, x.device) if block > 1 else None,
-        static_scale, y, scale, m, k, m if shift is None else m // shift.shape[0], eps, block**-0.5,
-        **constants, num_warps=warps, num_stages=STAGES,
+        x, premultiplier, _signs(block, narrow, x.device) if block > 1 else None,
+        static_scale, y, scale, m, k, block**-0.5, **constants, num_warps=warps, num_stages=STAGES,
     )  # fmt: skip
     return y, scale
 
@@ -331,7 +313,7 @@ def quantize_project(
     static_scale: Tensor | None,
     down: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes and scale of the rotated tokens as `quantize_tokens` does, and thin `[m, r]` like x, their product by down.
+    """Return codes and scale of the rotated tokens as `quantize_tokens` does, and hidden `[m, r]` like x, their product by down.
 
     Args:
         x: `[m, k]` bfloat16, of any width.
@@ -346,15 +328,15 @@ def quantize_project(
     (x, premultiplier, down) = contiguous(x, premultiplier, down)
     (m, k), rank = x.shape, down.shape[0]
     y = torch.empty_like(x, dtype=torch.float8_e4m3fn if format == "fp8" else torch.int8)
-    scale, thin = x.new_empty(m, dtype=torch.float32), x.new_empty(m, rank)
+    scale, hidden = x.new_empty(m, dtype=torch.float32), x.new_empty(m, rank)
     if m:
         constants = project_constants(rank, x.dtype, premultiplier, format, bits, group_size)
         narrow = x.dtype if _signs_alone(x.dtype, premultiplier) else torch.bfloat16
         quantize_project_kernel[(triton.cdiv(m, constants["TOKENS"]),)](
-            x, premultiplier, _signs(block, narrow, x.device), static_scale, down, y, scale, thin, m, k, rank, block**-0.5,
+            x, premultiplier, _signs(block, narrow, x.device), static_scale, down, y, scale, hidden, m, k, rank, block**-0.5,
             **constants,
         )  # fmt: skip
-    return y, scale, thin
+    return y, scale, hidden
 
 
 def project_constants(

@@ -75,8 +75,8 @@ def int8_products(codes: Tensor, weight: Tensor) -> dict[str, Callable[[], Tenso
     candidates: dict[str, Callable[[], Tensor]] = {
         "chosen: cpu.scaled_int8_product": lambda: cpu.scaled_int8_product(codes, weight, ones),
         "float32 in exact chunks": lambda: cpu.exact_float_product(codes, floats),
-        "torch._int_mm, right operand transposed": lambda: torch._int_mm(codes, weight.T),
-        "torch._int_mm, right operand contiguous": lambda: torch._int_mm(codes, transposed),
+        "torch._int_mm, right operand transposed": lambda: torch._int_mm(codes, weight.T),  # pyright: ignore[reportPrivateImportUsage] - the only way to it
+        "torch._int_mm, right operand contiguous": lambda: torch._int_mm(codes, transposed),  # pyright: ignore[reportPrivateImportUsage] - the only way to it
     }
     return candidates | _onnxruntime_products(codes, transposed)
 
@@ -147,7 +147,7 @@ def rows_for(m: int, n: int, k: int, rounds: int, products: bool) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(m, k, generator=generator)
     weight = torch.randn(n, k, generator=generator) / k**0.5
-    layers: dict[str, nn.Module] = {}
+    layers: dict[str, QuantLinear] = {}
     for bits in ("w4a8", "w8a8", "w4a16"):
         layers[f"QuantLinear {bits}, decoded once"] = quant_linear(weight, bits, cached=True)
     layers["QuantLinear w4a8, decoded each call"] = quant_linear(weight, "w4a8", cached=False)
@@ -162,13 +162,13 @@ def rows_for(m: int, n: int, k: int, rounds: int, products: bool) -> list[dict]:
     notes: dict[str, bool] = {}
     if products:
         codes, _ = torch.ops.quantdit.quantize_tokens(x, 8)
-        integers = layers["QuantLinear w4a8, decoded once"].decoded()
-        exact = codes.double() @ integers.double().T
+        decoded = layers["QuantLinear w4a8, decoded once"].decoded()
+        exact = codes.double() @ decoded.double().T
         # Operands that use the whole range: the ones a saturating routine fails on.
-        hard_codes, hard_weight = torch.full_like(codes[:64], 127), torch.full_like(integers[:64], 127)
+        hard_codes, hard_weight = torch.full_like(codes[:64], 127), torch.full_like(decoded[:64], 127)
         hard_exact = hard_codes.double() @ hard_weight.double().T
         hard = int8_products(hard_codes, hard_weight)
-        for name, run in int8_products(codes, integers).items():
+        for name, run in int8_products(codes, decoded).items():
             label = f"int8 product: {name}"
             notes[label] = bool(torch.equal(run().double(), exact)) and bool(torch.equal(hard[name]().double(), hard_exact))
             candidates[label] = run

@@ -144,7 +144,7 @@ def _measure(
         there.close()
         answer = ""
         try:
-            answer = _listen(here, progress, keep, end, patience)
+            answer = _listen(here, progress, keep, end, patience)  # pyright: ignore[reportArgumentType] - a Connection but on Windows
         finally:
             if answer == "gone":
                 process.join(10)
@@ -180,7 +180,7 @@ def _listen(connection: Connection, progress: Progress, keep: Callable[[dict], N
                 keep({"what": f"ceiling {name}", "value": value})
         elif kind == "row":
             keep(rest[0])
-            if "error" in rest[0]:
+            if "error" in rest[0] and progress.begun is not None:
                 progress.broken.add(progress.begun)
         else:
             progress.done.add(rest[0])

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from quantdit.benchmarks.baselines import BASELINES
 from quantdit.benchmarks.cpu_linear import KINDS
 from quantdit.formats import FORMATS, QSpec
 from quantdit.kernels import ops
+from quantdit.kernels.ops import Epilogue
+from quantdit.kernels.schema import flat
 from quantdit.kernels.triton_ops import dispatch
 from quantdit.layers.quant_linear import QuantLinear
 from quantdit.tensors import hadamard
@@ -36,8 +39,8 @@ COPIED = 2**29  # bytes of the copy that is the ceiling of what moves
 LARGE = 8192  # m, n, k of the products that are the ceiling of what multiplies
 PAUSE = 1_000_000  # GPU cycles, half a millisecond: longer than Python takes to launch a linear
 BF16 = "torch.matmul bfloat16"
-Run = Callable[[], object]
-Check = Callable[[object], None] | None
+Run = Callable[[], Any]
+Check = Callable[[Any], None] | None
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,10 @@ def ends(x: Tensor) -> Tensor:
     return x if len(x) <= 2 * CHECKED else torch.cat([x[:CHECKED], x[-CHECKED:]])
 
 
-def equals(expected: Tensor) -> Callable[[object], None]:
+def equals(expected: Tensor) -> Callable[[Any], None]:
     """Return a check that the rows at both ends are `expected` to the bit."""
 
-    def check(y: object) -> None:
+    def check(y: Tensor) -> None:
         wrong = int((ends(y) != expected).sum())
         if wrong:
             raise ValueError(f"{wrong} of {expected.numel()} outputs differ from the definition")
@@ -84,10 +87,10 @@ def equals(expected: Tensor) -> Callable[[object], None]:
     return check
 
 
-def close(expected: Tensor, limit: float) -> Callable[[object], None]:
+def close(expected: Tensor, limit: float) -> Callable[[Any], None]:
     """Return a check that the rows at both ends are `expected` but for a relative error."""
 
-    def check(y: object) -> None:
+    def check(y: Tensor) -> None:
         error = float((ends(y).double() - expected.double()).norm() / expected.double().norm())
         if not error <= limit:
             raise ValueError(f"outputs are off by {error:.2e} of the definition, more than {limit:.0e}")
@@ -95,10 +98,10 @@ def close(expected: Tensor, limit: float) -> Callable[[object], None]:
     return check
 
 
-def same_codes(codes: Tensor, scale: Tensor, ties: float) -> Callable[[object], None]:
+def same_codes(codes: Tensor, scale: Tensor, ties: float) -> Callable[[Any], None]:
     """Return a check that scales are close and codes equal, but for a part `ties` that is off by one step."""
 
-    def check(y: object) -> None:
+    def check(y: tuple[Tensor, ...]) -> None:
         difference = (ends(y[0]).int() - codes.int()).abs()
         part = float((difference > 0).float().mean())
         if part > ties or int(difference.max()) > 1 or not torch.allclose(ends(y[1]), scale, rtol=2**-8 if ties else 0, atol=0):
@@ -114,7 +117,7 @@ def random_linear(n: int, k: int, kind: str, device: torch.device) -> QuantLinea
     spec = QSpec(format, n, k, 64 if format == "int4" else k)
     g = torch.Generator(device).manual_seed(0)
     random = partial(torch.randint, generator=g, device=device)
-    codes = random(f.levels, (n, k // f.dim)).to(f.code_dtype)
+    codes = random(f.code_count, (n, k // f.dim)).to(f.code_dtype)
     tensors = {"data": f.pack(f, codes), "scale": (1 + torch.rand(n, generator=g, device=device)) / (64 * k**0.5)}
     for name, field in spec_fields(spec).items():
         if name == "multiplier":  # code * multiplier + offset: -128..112 at most
@@ -165,7 +168,7 @@ class Setting:
         with dispatch.using("reference"):
             return self.layer(kind)(ends(self.x))
 
-    def integers(self, kind: str) -> Tensor:
+    def decoded(self, kind: str) -> Tensor:
         """Return `I` `[n, k]` of a layer by its definition."""
         return self.layer(kind).qtensor.decode8()
 
@@ -183,13 +186,7 @@ def token_candidates(s: Setting) -> dict[str, Candidate]:
         expected = ops.rotate_quantize_reference(ends(s.x), *arguments)[:2]
         return lambda: op.rotate_quantize(s.x, *arguments), same_codes(*expected, ties=0.02)
 
-    def modulated() -> tuple[Run, Check]:
-        shift, modulation = s._random(1, 2), s._random(1, 3)
-        arguments = (shift, modulation, 1e-6, hadamard.random_sign(s.k, 0).to(s.device), block, "int", 8)
-        expected = ops.modulate_quantize_reference(ends(s.x), *arguments)
-        return lambda: op.modulate_quantize(s.x, *arguments), same_codes(*expected, ties=0.02)
-
-    makers = {"quantize_tokens": plain, "rotate_quantize": rotated, "modulate_quantize": modulated}
+    makers = {"quantize_tokens": plain, "rotate_quantize": rotated}
     return {name: Candidate(make, moved) for name, make in makers.items()}
 
 
@@ -200,12 +197,12 @@ def torch_candidates(s: Setting) -> dict[str, Candidate]:
         return lambda: s.x @ s.weight.T, None
 
     def int8() -> tuple[Run, Check]:
-        codes, integers = s.codes[0], s.integers("w8a8")
-        return lambda: torch._int_mm(codes, integers.T), None
+        codes, decoded = s.codes[0], s.decoded("w8a8")
+        return lambda: torch._int_mm(codes, decoded.T), None  # pyright: ignore[reportPrivateImportUsage] - the only way to it
 
     def e4m3() -> tuple[Run, Check]:
         a, b, one = s.x.to(torch.float8_e4m3fn), s.weight.to(torch.float8_e4m3fn), torch.ones((), device=s.device)
-        return lambda: torch._scaled_mm(a, b.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16), None
+        return lambda: torch._scaled_mm(a, b.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16), None  # pyright: ignore[reportPrivateImportUsage] - the only way to it
 
     found = {BF16: bfloat16}
     if s.m > 16:
@@ -217,25 +214,28 @@ def product_candidates(s: Setting) -> dict[str, Candidate]:
     """Return W4A8 as products alone; each must be exact in float32 too."""
     op = torch.ops.quantdit
 
-    def of(run: Callable[[torch.dtype], Tensor]) -> tuple[Run, Check]:
-        codes, scale = map(ends, s.codes)
-        arguments = (codes, scale, s.integers("w4a8"), s.layer("w4a8").scale, None)
-        equals(ops.gemm_w8a8_reference(*arguments, torch.float32))(run(torch.float32))
-        return lambda: run(torch.bfloat16), equals(ops.gemm_w8a8_reference(*arguments, torch.bfloat16))
+    def of(run: Callable[[Epilogue], Tensor]) -> tuple[Run, Check]:
+        def check(dtype: torch.dtype) -> Callable[[Any], None]:
+            codes, token_scale = map(ends, s.codes)
+            weight = s.layer("w4a8").qtensor
+            return equals(ops.gemm_packed_a8_reference(codes, weight, Epilogue(dtype, token_scale)))
+
+        check(torch.float32)(run(Epilogue(torch.float32, s.codes[1])))
+        return lambda: run(Epilogue(torch.bfloat16, s.codes[1])), check(torch.bfloat16)
 
     def w8a8() -> tuple[Run, Check]:
-        integers = s.integers("w4a8")
-        return of(lambda dtype: op.gemm_w8a8(*s.codes, integers, s.layer("w4a8").scale, None, dtype))
+        decoded = s.decoded("w4a8")
+        return of(lambda after: op.gemm_w8a8(s.codes[0], decoded, s.layer("w4a8").scale, *flat(after)))
 
-    def w4a8() -> tuple[Run, Check]:
-        layer = s.layer("w4a8")
-        return of(lambda dtype: op.gemm_w4a8(*s.codes, *_stored(layer), layer.scale, None, dtype))
+    def packed() -> tuple[Run, Check]:
+        weight = s.layer("w4a8").qtensor
+        return of(_in("packed", lambda after: op.gemm_packed_a8(s.codes[0], *flat(weight), *flat(after))))
 
     def decoded() -> tuple[Run, Check]:
         layer = s.layer("w4a8")
-        return of(lambda dtype: op.gemm_w8a8(*s.codes, layer.decoded(), layer.scale, None, dtype))
+        return of(lambda after: op.gemm_w8a8(s.codes[0], layer.decoded(), layer.scale, *flat(after)))
 
-    makers = {"gemm_w8a8": w8a8, "gemm_w4a8": w4a8, "decode8 + gemm_w8a8": decoded}
+    makers = {"gemm_w8a8": w8a8, "gemm_packed_a8": packed, "decode8 + gemm_w8a8": decoded}
     return {name: Candidate(make) for name, make in makers.items()}
 
 
@@ -244,27 +244,32 @@ def few_candidates(s: Setting) -> dict[str, Candidate]:
     op = torch.ops.quantdit
 
     def of(kind: str, run: Run) -> tuple[Run, Check]:
-        layer = s.layer(kind)
-        expected = ops.gemm_w4a16_reference(ends(s.x), *_stored(layer), layer.scale, None)
+        expected = ops.gemm_packed_a16_reference(ends(s.x), s.layer(kind).qtensor, Epilogue(s.x.dtype))
         return run, close(expected, 1e-2)
 
     def packed(kind: str) -> tuple[Run, Check]:
-        layer = s.layer(kind)
-        return of(kind, lambda: op.gemm_w4a16(s.x, *_stored(layer), layer.scale, None))
+        weight = s.layer(kind).qtensor
+        return of(kind, _in("packed", lambda: op.gemm_packed_a16(s.x, *flat(weight), *flat(Epilogue(s.x.dtype)))))
 
     def dense() -> tuple[Run, Check]:
         layer = s.layer("w4a16")
         return of("w4a16", lambda: op.gemm_w8a16(s.x, layer.decoded(), layer.scale, None))
 
     return {
-        "gemm_w4a16": Candidate(partial(packed, "w4a16")),
-        "gemm_w2a16 codebook": Candidate(partial(packed, "w2a16 codebook")),
+        "gemm_packed_a16": Candidate(partial(packed, "w4a16")),
+        "gemm_packed_a16 codebook": Candidate(partial(packed, "w2a16 codebook")),
         "decode8 + gemm_w8a16": Candidate(dense),
     }
 
 
-def _stored(layer: QuantLinear) -> tuple:
-    return (*layer._stored(), layer.spec.format, layer.spec.group_size)
+def _in(mode: str, run: Callable) -> Callable:
+    """Return the same call in a mode of dispatch."""
+
+    def call(*arguments: object) -> object:
+        with dispatch.using(mode):
+            return run(*arguments)
+
+    return call
 
 
 def linear_candidates(s: Setting, kinds: Sequence[str], modes: Sequence[str]) -> dict[str, Candidate]:
@@ -272,12 +277,7 @@ def linear_candidates(s: Setting, kinds: Sequence[str], modes: Sequence[str]) ->
 
     def make(kind: str, mode: str) -> tuple[Run, Check]:
         layer = s.layer(kind)
-
-        def run() -> Tensor:
-            with dispatch.using(mode):
-                return layer(s.x)
-
-        return run, close(s.expected(kind), 1e-2)
+        return _in(mode, lambda: layer(s.x)), close(s.expected(kind), 1e-2)
 
     return {f"linear {kind}, {mode}": Candidate(partial(make, kind, mode)) for kind in kinds for mode in modes}
 
@@ -308,7 +308,7 @@ MAKERS: dict[str, Callable[[Setting], dict[str, Candidate]]] = {
     "few": lambda s: _bfloat16(s) | few_candidates(s) | linear_candidates(s, ["w4a16", "w2a16 codebook", "w4a8"], ["auto"]),
     "ways of many": lambda s: _bfloat16(s) | linear_candidates(s, ["w4a8"], ["packed", "decode", "torch"]),
     "ways of few": lambda s: (
-        _bfloat16(s) | {name: c for name, c in few_candidates(s).items() if name in ("gemm_w4a16", "decode8 + gemm_w8a16")}
+        _bfloat16(s) | {name: c for name, c in few_candidates(s).items() if name in ("gemm_packed_a16", "decode8 + gemm_w8a16")}
     ),
     "baselines of many": lambda s: (
         _bfloat16(s) | linear_candidates(s, ["w4a8", "w8a8"], ["auto"]) | baseline_candidates(s, few=False)
@@ -354,7 +354,7 @@ def ceilings(flush: Tensor) -> dict[str, float | None]:
     runs: dict[str, Run] = {
         "copy": lambda: target.copy_(source),
         "bfloat16": lambda: a @ b.T,
-        "int8": lambda: torch._int_mm(i, j.T),
+        "int8": lambda: torch._int_mm(i, j.T),  # pyright: ignore[reportPrivateImportUsage] - the only way to it
     }
     found: dict[str, float | None] = {}
     for name, run in runs.items():

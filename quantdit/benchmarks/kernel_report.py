@@ -53,13 +53,15 @@ TARGETS = (
         0.7,
         tuple(
             Cell("many", shape, what, "of_copy")
-            for what in ("quantize_tokens", "rotate_quantize", "modulate_quantize")
+            for what in ("quantize_tokens", "rotate_quantize")
             for shape in FEED_FORWARD
             if shape[0] == 32760
         ),
     ),
     Target(
-        "W4A16 product of up to 16 tokens against bfloat16", 3.0, tuple(Cell("few", shape, "gemm_w4a16") for shape in MODULATION)
+        "W4A16 product of up to 16 tokens against bfloat16",
+        3.0,
+        tuple(Cell("few", shape, "gemm_packed_a16") for shape in MODULATION),
     ),
 )
 
@@ -92,7 +94,7 @@ def crossovers(rows: Sequence[dict]) -> dict[str, int | None]:
         found["decode_from_m"] = _first_of_second(grid, MANY)
     if grid := _grid(rows, many, MANY, "linear w4a8, decode", "linear w4a8, torch"):
         found["torch_from_m"] = _first_of_second(grid, MANY)
-    if grid := _grid(rows, few, FEW, "gemm_w4a16", "decode8 + gemm_w8a16"):
+    if grid := _grid(rows, few, FEW, "gemm_packed_a16", "decode8 + gemm_w8a16"):
         start = _first_of_second(grid, FEW)
         found["w4a16_up_to_m"] = FEW[-1] if start is None else max((m for m in FEW if m < start), default=0)
     return found

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -97,6 +98,7 @@ def dense_graph(transformer: nn.Module, arguments: dict, path: Path) -> None:
 def plain_graph(transformer: nn.Module, arguments: dict, path: Path) -> None:
     """Write the same as `torch.onnx.export` does it, without what our export mends."""
     program = torch.onnx.export(transformer, (), kwargs=arguments, dynamo=True, verbose=False)
+    assert program is not None
     program.save(path, external_data=True)
 
 
@@ -112,11 +114,11 @@ def peers(dense: Path, folder: Path) -> dict[str, Path]:
         del model.metadata_props[:]  # the digest in it is of our graph, and what is made of it is another
         return model
 
-    def nbits(name: str, block: int, **options: object) -> None:
+    def nbits(name: str, block: int, **options: Any) -> None:
         quantizer = matmul_nbits_quantizer.MatMulNBitsQuantizer(float32(), block_size=block, accuracy_level=4, **options)
         quantizer.process()
         path = folder / f"{len(found)}.onnx"
-        onnx.save(quantizer.model.model, path, save_as_external_data=True, location=f"{path.name}.data")
+        onnx.save(cast(Any, quantizer.model).model, path, save_as_external_data=True, location=f"{path.name}.data")
         found[name] = path
 
     nbits("MatMulNBitsQuantizer int4 g32", 32, is_symmetric=True)
@@ -146,17 +148,21 @@ def file_bytes(path: Path) -> int:
     return sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*"))
 
 
+def bare_transformer(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Return the transformer of a folder that holds nothing else."""
+    bare: Any = load_pipeline(str(folder), dtype=dtype)[0]
+    return bare.transformer
+
+
 def rows_for(subject: Subject, folder: Path, rounds: int) -> list[dict]:
     """Measure one subject."""
     config = transformer_config(subject.model) | {"num_layers": BLOCKS}
     write_random_transformer(config, folder / "dense", 0)
-    bare, source = load_pipeline(str(folder / "dense"))
-    dense = bare.transformer
+    dense = bare_transformer(folder / "dense", torch.float32)
     generator = torch.Generator().manual_seed(0)
     inputs = synthetic_inputs(dense, adapter_for(dense), subject.size, generator, time=500)
     arguments = {name: value for name, value in inputs.items() if value is not None}
-    with torch.no_grad():
-        expected = first_tensor(dense(**arguments)).clone()
+    expected = torch_runner(dense, arguments)().clone()
     graphs: dict[str, Path] = {}
     for number, (name, how) in enumerate(OURS.items()):
         if how.target == onnx_session.VNNI and onnx_session.saturates():
@@ -174,7 +180,7 @@ def rows_for(subject: Subject, folder: Path, rounds: int) -> list[dict]:
     feeds = {name: value.numpy() for name, value in onnx_session.leaves(arguments) if isinstance(value, Tensor)}
     candidates = {name: runner(graph, feeds) for name, graph in graphs.items()}
     candidates |= {"torch float32": torch_runner(dense, arguments)}
-    narrow = load_pipeline(str(folder / "dense"), dtype=torch.bfloat16)[0].transformer
+    narrow = bare_transformer(folder / "dense", torch.bfloat16)
     halves = {n: v.bfloat16() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in arguments.items()}
     candidates |= {"torch bfloat16": torch_runner(narrow, halves)}
     measured = cpu_linear.measure(candidates, rounds, untimed=1)
@@ -200,7 +206,9 @@ def torch_runner(transformer: nn.Module, arguments: dict) -> Callable[[], Tensor
 
     def run() -> Tensor:
         with torch.no_grad():
-            return first_tensor(transformer(**arguments))
+            y = first_tensor(transformer(**arguments))
+        assert y is not None
+        return y
 
     return run
 

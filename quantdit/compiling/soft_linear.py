@@ -19,7 +19,7 @@ from quantdit.calibration.errors import output_error
 from quantdit.calibration.layer import Quantized, as_stored, histogram
 from quantdit.calibration.stats import Stats
 from quantdit.formats import FORMATS
-from quantdit.formats.codebook import words
+from quantdit.formats.codebook import entries_of
 from quantdit.recipes.finetuning import FineTuning
 from quantdit.tensors import transform
 from quantdit.tensors.layer_spec import LayerSpec
@@ -90,7 +90,7 @@ class SoftLinear(nn.Module):
         if self.candidates is None:
             return self.integers * self.scale[:, None]
         f = FORMATS[self.spec.weight.format]
-        found = [words(self.codebook, part.int(), f.sign_split) for part in self.candidates]
+        found = [entries_of(self.codebook, part.int(), f.sign_split) for part in self.candidates]
         soft = found[0] if len(found) == 1 else sum(r[..., None] * word for r, word in zip(self.ratios, found, strict=True))
         return soft.flatten(1) * self.scale[:, None]
 
@@ -158,14 +158,14 @@ class SoftLinear(nn.Module):
         codebook = entries.to(torch.int8).reshape(1, -1) if f.dim == 1 else entries.to(torch.int8)
         scale = gptvq.in_16_bits((self.scale * unit).abs())
         stored = {"data": f.pack(f, codes), "codebook": codebook.contiguous(), "scale": scale}
-        return stored, words(entries, codes.int(), f.sign_split).flatten(1), error
+        return stored, entries_of(entries, codes.int(), f.sign_split).flatten(1), error
 
 
 def bytes_of(made: Quantized, finetuning: FineTuning) -> int:
     """Return what training a layer takes: of each candidate a code, a logit, its gradient and average; soft weights, float32."""
     weight, f = made.spec.weight, FORMATS[made.spec.weight.format]
     size = weight.out_features * weight.in_features
-    if f.window:
+    if f.state_bits:
         return size * (1 + 3 * 4)  # the integers, as float32, times the scales, the gradient
     # Each candidate's codewords are kept for the backward pass; the mixture, its product with the scales, the gradient.
     n = finetuning.candidates
@@ -174,7 +174,7 @@ def bytes_of(made: Quantized, finetuning: FineTuning) -> int:
 
 def is_trainable(made: Quantized) -> bool:
     """Return whether a layer has one int8 codebook for the whole weight, or trellis codes."""
-    if FORMATS[made.spec.weight.format].window:
+    if FORMATS[made.spec.weight.format].state_bits:
         return True
     codebook = made.tensors.get("codebook")
     return codebook is not None and codebook.dtype == torch.int8 and made.spec.weight.codebook_rows == 1
@@ -194,7 +194,7 @@ def soft_linear(made: Quantized, weight: Tensor, bias: Tensor | None, stats: Sta
     t = transform.from_tensors(spec.rotation, spec.block, made.tensors)
     branch = _branch(made.tensors)
     candidates = logits = None
-    if not FORMATS[spec.weight.format].window:
+    if not FORMATS[spec.weight.format].state_bits:
         gram = transform.gram(t, stats.gram if bias is None else stats.centred_gram)
         candidates, logits = _choices(made, _beside_branch(t, weight, branch), gram, finetuning)
     centre = None if bias is None else transform.apply(t, stats.mean)
@@ -247,7 +247,7 @@ def best_codes(
     The error of codeword c at group g is `(t - c) H_gg (t - c)^T` with t the best real numbers for it (vectors.descend).
     """
     (k, d), H = codebook.shape, H.float()
-    D = words(codebook, codes, sign_split).flatten(1) - W
+    D = entries_of(codebook, codes, sign_split).flatten(1) - W
     slope = D @ H
     found, errors = [], []
     for g, root in enumerate(gptvq.group_roots(H, d)):
@@ -260,7 +260,7 @@ def best_codes(
         else:
             distance, flips = torch.cdist(target @ root, codebook @ root).square(), 0
         # The code it has stays the first: all groups moving to what is best with the others held would overshoot.
-        own = ((words(codebook, codes[:, g], sign_split) - target) @ root).square().sum(dim=1, keepdim=True)
+        own = ((entries_of(codebook, codes[:, g], sign_split) - target) @ root).square().sum(dim=1, keepdim=True)
         others = distance.scatter(1, has % k, torch.where(has // k * k == flips, torch.inf, distance.gather(1, has % k)))
         chosen = others.topk(count - 1, dim=1, largest=False)
         found.append(torch.cat([has, chosen.indices + flips], dim=1))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantdit.formats.format import Field, Format, QSpec
-from quantdit.formats.packing import pack_codes, packed_bytes, unpack_codes
+from quantdit.formats.packing import packed_bytes, unpack_codes
 
 
 def _fields(f: Format, s: QSpec) -> dict[str, Field]:
@@ -24,14 +24,6 @@ def _fields(f: Format, s: QSpec) -> dict[str, Field]:
     }
 
 
-def _pack(f: Format, codes: Tensor) -> Tensor:
-    return pack_codes(codes, f.code_bits)
-
-
-def _unpack(f: Format, data: Tensor, n: int) -> Tensor:
-    return unpack_codes(data, f.code_bits, n)
-
-
 def _decode8(f: Format, s: QSpec, t: Mapping[str, Tensor]) -> Tensor:
     # uint8 arithmetic wraps modulo 256, which is int8 arithmetic once viewed as int8: the range is checked, so exact.
     codes = unpack_codes(t["data"], f.code_bits, s.in_features).reshape(s.out_features, s.groups, s.group_size)
@@ -40,9 +32,9 @@ def _decode8(f: Format, s: QSpec, t: Mapping[str, Tensor]) -> Tensor:
 
 
 def _check(f: Format, s: QSpec, t: Mapping[str, Tensor]) -> str | None:
-    top = t["offset"].int() + (f.levels - 1) * t["multiplier"].int()
+    top = t["offset"].int() + (f.code_count - 1) * t["multiplier"].int()
     if top.numel() and int(top.max()) > 127:
-        return f"offset + {f.levels - 1} * multiplier reaches {int(top.max())}, above the int8 range"
+        return f"offset + {f.code_count - 1} * multiplier reaches {int(top.max())}, above the int8 range"
     return None
 
 
@@ -50,9 +42,10 @@ def _identity_fields(f: Format, s: QSpec) -> dict[str, Field]:
     return {"data": Field(torch.int8, (s.out_features, s.in_features))}
 
 
-INT2, INT3, INT4, INT6 = (Format(f"int{b}", b, 1, _fields, _pack, _unpack, _decode8, _check) for b in (2, 3, 4, 6))
+INT2, INT3, INT4, INT6 = (Format(f"int{b}", "affine", b, 1, _fields, _decode8, _check) for b in (2, 3, 4, 6))
 INT8 = Format(
     "int8",
+    "whole",
     8,
     1,
     fields=_identity_fields,

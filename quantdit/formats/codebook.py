@@ -1,8 +1,8 @@
 """Codebooks: `I[o, i*d:(i+1)*d] = codebook[assignment[o, i]]`, every entry an 8-bit number.
 
-* `table2`, `table3`, `table4`, `table6` (d = 1): a level table `codebook` int8 `[1, 2**bits]` (per weight) or `[out, 2**bits]`
-  (per output channel). Twin-log, Lloyd-Max and any other set of levels are choices of entries, not formats.
-* `table2_e4m3` ... `table6_e4m3`: the same with entries, and so `I`, in OCP e4m3 (float8.py), NaN refused: levels that span
+* `table2`, `table3`, `table4`, `table6` (d = 1): a `codebook` int8 `[1, 2**bits]` (per weight) or `[out, 2**bits]`
+  (per output channel). Twin-log, Lloyd-Max and any other set of numbers are choices of entries, not formats.
+* `table2_e4m3` ... `table6_e4m3`: the same with entries, and so `I`, in OCP e4m3 (float8.py), NaN refused: entries that span
   more octaves than int8 does, for fp8 tensor cores.
 * `vq256x4` (2 bits a weight), `vq64x2` (3 bits), `vq256x2` (4 bits), `vq256x8` (1 bit): a codebook int8 `[k, d]` of vectors of
   d consecutive inputs (VQ4DiT, arXiv 2408.17131).
@@ -17,51 +17,45 @@ Stored: `data` (packed assignments, packing.py) and `codebook`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from quantdit.formats.format import Field, Format, QSpec
-from quantdit.formats.packing import pack_codes, packed_bytes, unpack_codes
+from quantdit.formats.packing import packed_bytes, unpack_codes
 
 DECODED_AT_ONCE = 1 << 18  # weights: what fits a cache
 
 
-def _fields(f: Format, s: QSpec, entry: torch.dtype = torch.int8) -> dict[str, Field]:
-    codebook = (s.codebook_rows, f.levels) if f.dim == 1 else (f.codewords, f.dim)
+def _fields(f: Format, s: QSpec) -> dict[str, Field]:
+    codebook = (s.codebook_rows, f.code_count) if f.dim == 1 else (f.codewords, f.dim)
     return {
         "data": Field(torch.uint8, (s.out_features, packed_bytes(s.in_features // f.dim, f.code_bits))),
-        "codebook": Field(entry, codebook),
+        "codebook": Field(f.decoded_dtype, codebook),
     }
-
-
-def _pack(f: Format, codes: Tensor) -> Tensor:
-    return pack_codes(codes, f.code_bits)
-
-
-def _unpack(f: Format, data: Tensor, n: int) -> Tensor:
-    return unpack_codes(data, f.code_bits, n)
 
 
 def _decode8(f: Format, s: QSpec, t: Mapping[str, Tensor]) -> Tensor:
     data, codebook = t["data"], t["codebook"]
-    integers = torch.empty(s.out_features, s.in_features, dtype=codebook.dtype, device=data.device)
+    decoded = torch.empty(s.out_features, s.in_features, dtype=codebook.dtype, device=data.device)
     rows = max(1, DECODED_AT_ONCE // s.in_features)
     for start in range(0, s.out_features, rows):
         codes = unpack_codes(data[start : start + rows], f.code_bits, s.in_features // f.dim).int()
         if f.dim > 1:
-            found = words(codebook, codes, f.sign_split).flatten(1)
+            entries = entries_of(codebook, codes, f.sign_split).flatten(1)
         else:
-            if s.codebook_rows > 1:  # one table behind the other
-                codes = codes + f.levels * torch.arange(start, start + len(codes), dtype=torch.int32, device=data.device)[:, None]
+            if s.codebook_rows > 1:  # one codebook behind the other
+                codes = (
+                    codes + f.code_count * torch.arange(start, start + len(codes), dtype=torch.int32, device=data.device)[:, None]
+                )
             # As bytes, whatever they mean: selection knows no float8.
-            found = codebook.view(torch.uint8).flatten().index_select(0, codes.flatten()).view(codes.shape).view(codebook.dtype)
-        integers[start : start + rows] = found
-    return integers
+            entries = codebook.view(torch.uint8).flatten().index_select(0, codes.flatten()).view(codes.shape).view(codebook.dtype)
+        decoded[start : start + rows] = entries
+    return decoded
 
 
-def words(codebook: Tensor, codes: Tensor, sign_split: bool = False) -> Tensor:
+def entries_of(codebook: Tensor, codes: Tensor, sign_split: bool = False) -> Tensor:
     """Return the vectors `[..., d]` of codes `[...]` int32 or int64: entries of the codebook `[k, d]`.
 
     With `sign_split` it is entry `code mod k`, whose number j is negated where bit j of `code div k` is set.
@@ -87,15 +81,14 @@ def _check_e4m3(f: Format, s: QSpec, t: Mapping[str, Tensor]) -> str | None:
     return f"{nan} codebook entries are NaN" if nan else None
 
 
-_e4m3_fields = partial(_fields, entry=torch.float8_e4m3fn)
-
-TABLE2, TABLE3, TABLE4, TABLE6 = (Format(f"table{b}", b, 1, _fields, _pack, _unpack, _decode8, _check) for b in (2, 3, 4, 6))
+TABLE2, TABLE3, TABLE4, TABLE6 = (Format(f"table{b}", "codebook", b, 1, _fields, _decode8, _check) for b in (2, 3, 4, 6))
 TABLE2_E4M3, TABLE3_E4M3, TABLE4_E4M3, TABLE6_E4M3 = (
-    Format(f"table{b}_e4m3", b, 1, _e4m3_fields, _pack, _unpack, _decode8, _check_e4m3) for b in (2, 3, 4, 6)
+    replace(f, name=f"{f.name}_e4m3", check=_check_e4m3, decoded_dtype=torch.float8_e4m3fn)
+    for f in (TABLE2, TABLE3, TABLE4, TABLE6)
 )
-VQ256X4 = Format("vq256x4", 8, 4, _fields, _pack, _unpack, _decode8, _check)
-VQ64X2 = Format("vq64x2", 6, 2, _fields, _pack, _unpack, _decode8, _check)
-VQ256X2 = Format("vq256x2", 8, 2, _fields, _pack, _unpack, _decode8, _check)
-VQ256X8 = Format("vq256x8", 8, 8, _fields, _pack, _unpack, _decode8, _check)
-SSVQ256X8 = Format("ssvq256x8", 16, 8, _fields, _pack, _unpack, _decode8, _check_magnitudes, sign_split=True)
-SSVQ256X4 = Format("ssvq256x4", 12, 4, _fields, _pack, _unpack, _decode8, _check_magnitudes, sign_split=True)
+VQ256X4 = Format("vq256x4", "vectors", 8, 4, _fields, _decode8, _check)
+VQ64X2 = Format("vq64x2", "vectors", 6, 2, _fields, _decode8, _check)
+VQ256X2 = Format("vq256x2", "vectors", 8, 2, _fields, _decode8, _check)
+VQ256X8 = Format("vq256x8", "vectors", 8, 8, _fields, _decode8, _check)
+SSVQ256X8 = Format("ssvq256x8", "vectors", 16, 8, _fields, _decode8, _check_magnitudes, sign_split=True)
+SSVQ256X4 = Format("ssvq256x4", "vectors", 12, 4, _fields, _decode8, _check_magnitudes, sign_split=True)

@@ -22,6 +22,7 @@ def _check(f: Format, s: QSpec, t: Mapping[str, Tensor]) -> str | None:
 
 FP8_E4M3 = Format(
     "fp8_e4m3",
+    "whole",
     8,
     1,
     fields=lambda f, s: {"data": Field(torch.float8_e4m3fn, (s.out_features, s.in_features))},
@@ -29,4 +30,5 @@ FP8_E4M3 = Format(
     unpack=lambda f, data, n: data.view(torch.uint8),
     decode8=lambda f, s, t: t["data"],
     check=_check,
+    decoded_dtype=torch.float8_e4m3fn,
 )

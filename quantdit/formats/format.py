@@ -8,6 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantdit.formats.packing import pack_codes, unpack_codes
+
+KINDS = (
+    "whole",  # stored as it is
+    "affine",  # code * multiplier + offset of its group
+    "codebook",  # the code's entry of a codebook of single weights
+    "vectors",  # the same of a codebook of `dim` weights
+    "trellis",  # the entry of a state, made of several outputs' codes, of a codebook that is not stored
+)
+
 
 @dataclass(frozen=True)
 class Field:
@@ -22,8 +32,8 @@ class QSpec:
     """What must be known, besides the stored bytes, to decode one weight `[out_features, in_features]`.
 
     `group_size` is the number of consecutive input weights that share a multiplier and an offset (affine formats;
-    `in_features` means one group per output channel). `codebook_rows` is 1 (one table or codebook for the whole weight) or
-    `out_features` (one level table per output channel).
+    `in_features` means one group per output channel). `codebook_rows` is 1 (one codebook for the whole weight) or
+    `out_features` (one codebook of single weights per output channel).
     """
 
     format: str
@@ -38,37 +48,49 @@ class QSpec:
         return self.in_features // self.group_size
 
 
+def _pack(f: Format, codes: Tensor) -> Tensor:
+    return pack_codes(codes, f.code_bits)
+
+
+def _unpack(f: Format, data: Tensor, n: int) -> Tensor:
+    return unpack_codes(data, f.code_bits, n)
+
+
 @dataclass(frozen=True)
 class Format:
     """How stored codes become the 8-bit matrix `I` of the decode contract, `W[o, i] ~= scale[o] * I[o, i]`.
 
     Attributes:
         name: the word used in recipes and checkpoints.
+        kind: how a code becomes an entry of `I`, a name of KINDS.
         code_bits: width of one code.
         dim: weights per code (1 for scalar formats).
-        sign_split: whether a code is a codeword of magnitudes and, above it, a bit for each weight that is negative.
-        window: bits, of a weight's code and of those of the outputs before it, that say what the weight is (trellis.py); 0 where
-            its own code does.
         fields: `spec -> {field name: Field}`, everything stored besides `scale` (float32 `[out]`).
+        decode8: spec and stored tensors -> `I` `[out, in]` of `decoded_dtype`.
+        check: spec and stored tensors -> what is wrong with the values, or None; shapes and dtypes are already right.
         pack: codes `[out, in // dim]` uint8 (int32 above 8 bits) -> `data`.
         unpack: `data`, `in_features // dim` -> codes `[out, in // dim]` of the same dtype; `unpack(pack(codes)) == codes`.
-        decode8: spec and stored tensors -> `I` `[out, in]`, int8 (float8_e4m3fn for `fp8_e4m3`).
-        check: spec and stored tensors -> what is wrong with the values, or None; shapes and dtypes are already right.
+        sign_split: whether a code is a codeword of magnitudes and, above it, a bit for each weight that is negative.
+        state_bits: of a trellis, L of QTIP: bits, of a weight's code and of those of the outputs before it, that say what the
+            weight is; 0 where its own code does.
+        decoded_dtype: of `I`, int8 or float8_e4m3fn.
     """
 
     name: str
+    kind: str
     code_bits: int
     dim: int
     fields: Callable[[Format, QSpec], dict[str, Field]]
-    pack: Callable[[Format, Tensor], Tensor]
-    unpack: Callable[[Format, Tensor, int], Tensor]
     decode8: Callable[[Format, QSpec, Mapping[str, Tensor]], Tensor]
     check: Callable[[Format, QSpec, Mapping[str, Tensor]], str | None]
+    pack: Callable[[Format, Tensor], Tensor] = _pack
+    unpack: Callable[[Format, Tensor, int], Tensor] = _unpack
     sign_split: bool = False
-    window: int = 0
+    state_bits: int = 0
+    decoded_dtype: torch.dtype = torch.int8
 
     @property
-    def levels(self) -> int:
+    def code_count(self) -> int:
         """Return the number of different codes."""
         return 2**self.code_bits
 
@@ -80,4 +102,4 @@ class Format:
     @property
     def codewords(self) -> int:
         """Return the number of entries of a codebook: one for each code, but for the bits that are signs."""
-        return self.levels >> self.dim if self.sign_split else self.levels
+        return self.code_count >> self.dim if self.sign_split else self.code_count

@@ -1,4 +1,4 @@
-"""Trellis-coded weights: `I[o, i] = table[state[o, i]]`, the state a window of L bits over the codes of one input's weights.
+"""Trellis-coded weights: `I[o, i] = codebook[state[o, i]]`, the state a window of L bits over the codes of one input's weights.
 
 A code has k = 2, 3 or 4 bits, one for each weight, and is stored like any other (packing.py). But what a weight is depends on its
 own code and on those of the outputs before it, L bits of them in all, its own the highest:
@@ -9,14 +9,14 @@ Before output 0 comes the last one: the window goes round (tail-biting), so that
 bitshift trellis of QTIP (Tseng et al. 2024, arXiv 2406.11235), which decodes all weights at once, in any order; here along the
 outputs, not the inputs, so that error feedback can take one input after another (calibration/viterbi.py finds the codes).
 
-The table follows from L and k and is not stored: quantiles of the Gaussian in units of 64ths of the largest. With
+The codebook follows from L and k and is not stored: quantiles of the Gaussian in units of 64ths of the largest. With
 state = b C + c, b the weight's own code, C = 2^(L - k), c = h 2^k + a, and so a the k bits that leave the window next, it is
 
-    table[state] = quantile[((a + b + stir(h)) mod 2^k) C + shuffle(c)]
+    codebook[state] = quantile[((a + b + stir(h)) mod 2^k) C + shuffle(c)]
 
 The 2^k values that a past leaves to choose from thus lie one in each 2^k-th of the Gaussian, all at one place within it, and of
-2^k pasts that the next one cannot tell apart each has a code's value in another 2^k-th. Against a table in random order that
-saves 9 % of the error at 4 bits and L = 12. `stir` and `shuffle` are products of integers: tables are the same on every machine.
+2^k pasts that the next one cannot tell apart each has a code's value in another 2^k-th. Against a codebook in random order that
+saves 9 % of the error at 4 bits and L = 12. `stir` and `shuffle` are products of integers: the same on every machine.
 
 Names: `trellis<k>_l<L>`, k = 2, 3, 4 and L = 10, 12, 14, 16. A larger L is better and slower to find, and takes the same bytes.
 """
@@ -32,29 +32,29 @@ import torch
 from torch import Tensor
 
 from quantdit.formats.format import Field, Format, QSpec
-from quantdit.formats.packing import pack_codes, packed_bytes, unpack_codes
+from quantdit.formats.packing import packed_bytes, unpack_codes
 
 PEAK = 64  # two neighbours of one sign add up to at most 128, which CPUs without VNNI need (kernels/cpu.py)
 DECODED_AT_ONCE = 1 << 18  # weights: what fits a cache
 
 
-def unit(window: int) -> float:
-    """Return what 1 in the table stands for, in standard deviations of the Gaussian that it follows."""
-    return NormalDist().inv_cdf(1 - 0.5 / 2**window) / PEAK
+def unit(state_bits: int) -> float:
+    """Return what 1 in the codebook stands for, in standard deviations of the Gaussian that it follows."""
+    return NormalDist().inv_cdf(1 - 0.5 / 2**state_bits) / PEAK
 
 
 @lru_cache
-def table(window: int, bits: int) -> Tensor:
-    """Return the table int8 `[2**window]` of codes of so many bits; not to be written to."""
-    count = 2**window
+def codebook(state_bits: int, bits: int) -> Tensor:
+    """Return the codebook int8 `[2**state_bits]` of codes of so many bits; not to be written to."""
+    count = 2**state_bits
     normal = NormalDist()
-    rounded = [round(normal.inv_cdf((i + 0.5) / count) / unit(window)) for i in range(count // 2, count)]
+    rounded = [round(normal.inv_cdf((i + 0.5) / count) / unit(state_bits)) for i in range(count // 2, count)]
     quantile = np.array([-q for q in reversed(rounded)] + rounded, dtype=np.int8)
     state = np.arange(count, dtype=np.uint64)
-    own, past = state >> np.uint64(window - bits), state % np.uint64(count >> bits)
+    own, past = state >> np.uint64(state_bits - bits), state % np.uint64(count >> bits)
     oldest, middle = past % np.uint64(2**bits), past >> np.uint64(bits)
     stratum = (oldest + own + _stir(middle, bits)) % np.uint64(2**bits)
-    return torch.from_numpy(quantile[stratum * np.uint64(count >> bits) + _shuffle(past, window - bits)])
+    return torch.from_numpy(quantile[stratum * np.uint64(count >> bits) + _shuffle(past, state_bits - bits)])
 
 
 def _stir(middle: np.ndarray, bits: int) -> np.ndarray:
@@ -71,47 +71,47 @@ def _shuffle(past: np.ndarray, bits: int) -> np.ndarray:
     return past
 
 
-def states(codes: Tensor, window: int, bits: int) -> Tensor:
+def states(codes: Tensor, state_bits: int, bits: int) -> Tensor:
     """Return the states `[out, n]` int32 of the codes `[out, n]` uint8 of whole columns."""
-    return _states(_with_past(codes, window, bits), window, bits)
+    return _states(_with_past(codes, state_bits, bits), state_bits, bits)
 
 
 def decode(codes: Tensor, f: Format) -> Tensor:
     """Return `I` int8 `[out, n]` of the codes `[out, n]` uint8 of whole columns."""
-    entries = table(f.window, f.code_bits).to(codes.device)
-    integers = torch.empty(codes.shape, dtype=torch.int8, device=codes.device)
-    extended = _with_past(codes, f.window, f.code_bits)
+    entries = codebook(f.state_bits, f.code_bits).to(codes.device)
+    decoded = torch.empty(codes.shape, dtype=torch.int8, device=codes.device)
+    extended = _with_past(codes, f.state_bits, f.code_bits)
     rows, past = max(1, DECODED_AT_ONCE // codes.shape[1]), len(extended) - len(codes)
     for start in range(0, len(codes), rows):
-        part = _states(extended[start : start + rows + past], f.window, f.code_bits)
-        integers[start : start + rows] = entries.index_select(0, part.flatten()).reshape(part.shape)
-    return integers
+        part = _states(extended[start : start + rows + past], f.state_bits, f.code_bits)
+        decoded[start : start + rows] = entries.index_select(0, part.flatten()).reshape(part.shape)
+    return decoded
 
 
-def _with_past(codes: Tensor, window: int, bits: int) -> Tensor:
+def _with_past(codes: Tensor, state_bits: int, bits: int) -> Tensor:
     """Return codes with those in front that go before the first, which are the last."""
-    together = _together(window, bits)
-    past = -(-window // (together * bits)) * together - 1
+    together = _together(state_bits, bits)
+    past = -(-state_bits // (together * bits)) * together - 1
     return torch.cat([codes[torch.arange(-past, 0, device=codes.device) % len(codes)], codes])
 
 
-def _together(window: int, bits: int) -> int:
-    """Return how many codes, a power of two, are put together first: as many as a byte and the window hold."""
-    return max(m for m in (1, 2, 4) if m == 1 or m * bits <= min(8, window))
+def _together(state_bits: int, bits: int) -> int:
+    """Return how many codes, a power of two, are put together first: as many as a byte and the state hold."""
+    return max(m for m in (1, 2, 4) if m == 1 or m * bits <= min(8, state_bits))
 
 
-def _states(codes: Tensor, window: int, bits: int) -> Tensor:
+def _states(codes: Tensor, state_bits: int, bits: int) -> Tensor:
     """Return the states of codes that stand behind their past: codes put together while a byte holds them, then bytes."""
-    together, step = _together(window, bits), 1
+    together, step = _together(state_bits, bits), 1
     while step < together:
         codes = codes[step:] << bits | codes[:-step]
         step, bits = 2 * step, 2 * bits
-    pieces = -(-window // bits)
+    pieces = -(-state_bits // bits)
     count = len(codes) - (pieces - 1) * step
     codes = codes.int()
-    total = codes[(pieces - 1) * step :] << (window - bits)
+    total = codes[(pieces - 1) * step :] << (state_bits - bits)
     for j in range(1, pieces):
-        before, shift = codes[(pieces - 1 - j) * step :][:count], window - bits * (j + 1)
+        before, shift = codes[(pieces - 1 - j) * step :][:count], state_bits - bits * (j + 1)
         total |= before << shift if shift >= 0 else before >> -shift
     return total
 
@@ -120,30 +120,21 @@ def _fields(f: Format, s: QSpec) -> dict[str, Field]:
     return {"data": Field(torch.uint8, (s.out_features, packed_bytes(s.in_features, f.code_bits)))}
 
 
-def _pack(f: Format, codes: Tensor) -> Tensor:
-    return pack_codes(codes, f.code_bits)
-
-
-def _unpack(f: Format, data: Tensor, n: int) -> Tensor:
-    return unpack_codes(data, f.code_bits, n)
-
-
 def _decode8(f: Format, s: QSpec, t: Mapping[str, Tensor]) -> Tensor:
     return decode(unpack_codes(t["data"], f.code_bits, s.in_features), f)
 
 
 TRELLIS = {
-    f"trellis{bits}_l{window}": Format(
-        f"trellis{bits}_l{window}",
+    f"trellis{bits}_l{state_bits}": Format(
+        f"trellis{bits}_l{state_bits}",
+        "trellis",
         bits,
         1,
         _fields,
-        _pack,
-        _unpack,
         _decode8,
         check=lambda f, s, t: None,  # every state has an entry
-        window=window,
+        state_bits=state_bits,
     )
     for bits in (2, 3, 4)
-    for window in (10, 12, 14, 16)
+    for state_bits in (10, 12, 14, 16)
 }

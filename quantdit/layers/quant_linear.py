@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-import quantdit.kernels.ops  # noqa: F401 - defines torch.ops.quantdit
 from quantdit.kernels.cpu import version_of
+from quantdit.kernels.ops import Epilogue
+from quantdit.kernels.schema import flat
 from quantdit.kernels.triton_ops import dispatch
 from quantdit.models.call_view import view
 from quantdit.tensors import transform
@@ -32,8 +35,18 @@ class QuantLinear(nn.Linear):
     clipping count as the identity. Under autocast a layer takes and returns autocast's dtype, as `nn.Linear` does.
 
     On CPU the decoded int8 matrix is kept after the first call (`cache_decoded`): one byte a weight, a quarter of float32.
-    On a GPU kernels/triton_ops/dispatch.py chooses the way, and nothing is kept.
+    On a GPU kernels/triton_ops/dispatch.py chooses what runs, and nothing is kept.
+
+    `qtensor`, `transform` and `branch` are made of the buffers when they are asked for: kept ones would keep memory that a hook
+    (accelerate's, group offload's) takes away by putting other tensors in the place of the buffers.
     """
+
+    data: Tensor
+    scale: Tensor
+    premultiplier: Tensor
+    static_scale: Tensor
+    up: Tensor
+    down: Tensor
 
     def __init__(self, layer_spec: LayerSpec, bias: bool, device: torch.device | str = "cpu") -> None:
         nn.Module.__init__(self)
@@ -45,7 +58,7 @@ class QuantLinear(nn.Linear):
         self._activations = layer_spec.activation.between, layer_spec.activation.edge
         self.cache_decoded = True
         self.weight_dtype = torch.float32
-        self._decoded: tuple[tuple, Tensor] | None = None  # what was decoded, and I
+        self._decoded: tuple[tuple, Tensor] | None = None  # what was decoded, and its matrix
         for name, field in layer_fields(layer_spec).items():
             self.register_buffer(name, torch.empty(field.shape, dtype=field.dtype, device=device))
         if layer_spec.steps:
@@ -75,7 +88,10 @@ class QuantLinear(nn.Linear):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what `from_tensors` takes."""
-        return {name: self._buffers[name] for name in layer_fields(self.layer_spec)}
+        return self._stored(layer_fields(self.layer_spec))
+
+    def _stored(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: tensor for name in names if (tensor := self._buffers.get(name)) is not None}
 
     @property
     def bucket(self) -> int:
@@ -101,19 +117,19 @@ class QuantLinear(nn.Linear):
     @property
     def qtensor(self) -> QTensor:
         """Return the stored weight."""
-        return QTensor(self.spec, **{name: getattr(self, name) for name in FIELDS if name in self._buffers})
+        return QTensor(self.spec, **self._stored(FIELDS))
 
     @property
     def transform(self) -> Transform:
         """Return what happens to inputs before they are quantized."""
         s = self.layer_spec
-        t = transform.from_tensors(s.rotation, s.block, self._buffers)
+        t = transform.from_tensors(s.rotation, s.block, self._stored(transform.NAMES))
         if s.steps and self._buffers[transform.DENSE[-1]] is None and self.data.device.type != "meta":
             self._buffers.update({name: getattr(t, name) for name in transform.DENSE})
         return t
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride] - read only, unlike that of nn.Linear
         """Return the decoded weight `[out, in]` in the original space, in the bias's dtype (`weight_dtype` without one)."""
         dense = self.qtensor.dequantize()
         if self.layer_spec.rank:
@@ -141,7 +157,7 @@ class QuantLinear(nn.Linear):
     @property
     def branch(self) -> dict[str, Tensor]:
         """The low-rank branch in the transformed space, bfloat16 `up` `[out, rank]` and `down` `[rank, in]`; `{}` without one."""
-        return {name: self._buffers[name] for name in ("up", "down") if name in self._buffers}
+        return self._stored(("up", "down"))
 
     @branch.setter
     def branch(self, tensors: dict[str, Tensor]) -> None:
@@ -154,19 +170,19 @@ class QuantLinear(nn.Linear):
         self.layer_spec = spec
 
     def decoded(self) -> Tensor:
-        """Return `I` `[out, in]`, kept between calls on CPU."""
+        """Return the decoded matrix `I` `[out, in]`, kept between calls on CPU."""
         if torch.compiler.is_compiling():  # whether a kept one is up to date cannot be asked in a graph
             return self._decode()
-        stored = tuple((id(t), version_of(t)) for t in self._stored() if t is not None)
+        stored = tuple((id(t), version_of(t)) for t in self._stored(FIELDS).values())
         if self._decoded is not None and self._decoded[0] == stored:
             return self._decoded[1]
-        integers = self._decode()
+        decoded = self._decode()
         if self.cache_decoded and self.data.device.type == "cpu":
-            self._decoded = (stored, integers)
-        return integers
+            self._decoded = (stored, decoded)
+        return decoded
 
     def _decode(self) -> Tensor:
-        return torch.ops.quantdit.decode8(*self._stored(), self.spec.format, self.in_features, self.spec.group_size)
+        return torch.ops.quantdit.decode8(*flat(self.qtensor))
 
     def forget(self) -> None:
         """Drop what is kept between calls."""
@@ -174,24 +190,24 @@ class QuantLinear(nn.Linear):
         for name in transform.DENSE if self.layer_spec.steps else ():
             self.register_buffer(name, None, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x `[..., in]` to `[..., out]` in x's dtype.
+    def forward(self, input: Tensor) -> Tensor:
+        """Map inputs `[..., in]` to `[..., out]` in their dtype.
 
         Raises:
-            RuntimeError: part of the layer is on the meta device, x is not.
+            RuntimeError: part of the layer is on the meta device, the inputs are not.
         """
-        kind = x.device.type
+        kind = input.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
-                return self.forward(x.to(torch.get_autocast_dtype(kind)))
+                return self.forward(input.to(torch.get_autocast_dtype(kind)))
         # Given tensors on the meta device torch's own operators return memory that nobody wrote to. Ours look for themselves.
         for name in self._of_torch:
             if (tensor := self._buffers.get(name)) is not None and tensor.device.type == "meta" != kind:
                 raise RuntimeError(f"{name} is on the meta device, inputs are in memory; the layer is not loaded whole")
-        tokens = x.reshape(-1, self.in_features).contiguous()  # strides decide which routine multiplies, and so the last bits
-        trained = torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
+        tokens = input.reshape(-1, self.in_features).contiguous()  # strides decide which routine multiplies, and so the last bits
+        trained = torch.is_grad_enabled() and (input.requires_grad or (self.bias is not None and self.bias.requires_grad))
         y = self._with_gradient(tokens) if trained else self._of(tokens)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return y.reshape(*input.shape[:-1], self.out_features)
 
     @property
     def _of_torch(self) -> tuple[str, ...]:
@@ -202,11 +218,9 @@ class QuantLinear(nn.Linear):
     def _with_gradient(self, tokens: Tensor) -> Tensor:
         with torch.no_grad():
             y = self._of(tokens)
-        t = self.transform
         up, down = (self._buffers.get(name) for name in ("up", "down"))
-        stored = (*self._stored(), self.spec.format, self.spec.group_size, self.scale, up, down)
-        transformed = (t.premultiplier, t.block, t.rotation1, t.permutation, t.rotation2)
-        return torch.ops.quantdit.straight_through(y, tokens, self.bias, *stored, *transformed)
+        parts = (*flat(self.qtensor), up, down, *flat(self.transform))
+        return torch.ops.quantdit.straight_through(y, tokens, self.bias, *parts)
 
     def _of(self, tokens: Tensor) -> Tensor:
         return self._on_gpu(tokens) if dispatch.on_gpu(tokens) else self._on_cpu(tokens)
@@ -215,62 +229,52 @@ class QuantLinear(nn.Linear):
         if x.dtype == torch.float16:  # whose range sums in the transformed space may leave
             return self._on_cpu(x.float()).half()
         tokens = self._transformed(x)
-        integers = self.decoded()
+        decoded = self.decoded()
         if self.activation.bits == 16:
-            y = torch.ops.quantdit.gemm_w8a16(tokens, integers, self.scale, self.bias)
+            y = torch.ops.quantdit.gemm_w8a16(tokens, decoded, self.scale, self.bias)
         else:
             codes, token_scale = self._quantized(tokens)
-            y = torch.ops.quantdit.gemm_w8a8(codes, token_scale, integers, self.scale, self.bias, x.dtype)
-        if self.layer_spec.rank:
-            y = y + nn.functional.linear(self._thin(tokens), self.up.to(tokens.dtype))
-        return y
+            after = Epilogue(x.dtype, token_scale, self.bias)
+            y = torch.ops.quantdit.gemm_w8a8(codes, decoded, self.scale, *flat(after))
+        hidden, up = self._low_rank(tokens)
+        return y if hidden is None or up is None else y + nn.functional.linear(hidden, up.to(hidden.dtype))
 
     def _on_gpu(self, x: Tensor) -> Tensor:
-        """The same by the way that triton_ops/dispatch.py chooses; the low-rank branch is added in float32."""
+        """The same with the weight as it is stored; the low-rank branch is added in float32."""
         op, s, a = torch.ops.quantdit, self.layer_spec, self.activation
-        way = dispatch.choose(x.shape[0], s, x.dtype, dispatch.capability_of(x.device), a)
-        if way.prepare == "fused":
-            down = self.down if s.rank else None
-            tokens = (x, self.premultiplier, s.block, a.format, a.bits, a.group_size, self._static_scale(), down)
-            codes, token_scale, thin = op.rotate_quantize(*tokens)
-            return self._product(way, codes, token_scale, x.dtype, (thin, self.up) if s.rank else ())
-        tokens = self._transformed(x)
         if a.bits == 16:
-            return self._product_of_16_bits(way, tokens, x.dtype)
-        branch = (self._thin(tokens), self.up) if s.rank else ()
-        codes, token_scale = self._quantized(tokens)
-        return self._product(way, codes, token_scale, x.dtype, branch)
+            return self._product_of_16_bits(self._transformed(x), x.dtype)
+        if s.rotation == "hadamard":
+            down = self.down if s.rank else None
+            rest = (s.block, a.format, a.bits, a.group_size, self._static_scale(), down)
+            codes, token_scale, hidden = op.rotate_quantize(x, self.premultiplier, *rest)
+            branch = (hidden, self.up) if s.rank else (None, None)
+        else:
+            tokens = self._transformed(x)
+            branch = self._low_rank(tokens)
+            codes, token_scale = self._quantized(tokens)
+        after = Epilogue(x.dtype, token_scale, self.bias, *branch)
+        return op.gemm_packed_a8(codes, *flat(self.qtensor), *flat(after))
 
-    def _product_of_16_bits(self, way: dispatch.Way, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    def _product_of_16_bits(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         if tokens.dtype == dtype:
-            return self._dense_product(way, tokens, tokens, self.bias)
+            return self._packed_product(tokens, tokens, self.bias)
         # float16 that was transformed in float32: each token times the power of two that brings it back into the range.
         exponent = torch.frexp(tokens.abs().amax(dim=1, keepdim=True)).exponent.clamp_min(0)
         tokens = torch.ldexp(tokens, -exponent)
-        y = torch.ldexp(self._dense_product(way, tokens.to(dtype), tokens, None).float(), exponent)
+        y = torch.ldexp(self._packed_product(tokens.to(dtype), tokens, None).float(), exponent)
         return (y if self.bias is None else y + self.bias.float()).to(dtype)
 
-    def _dense_product(self, way: dispatch.Way, tokens: Tensor, wide: Tensor, bias: Tensor | None) -> Tensor:
+    def _packed_product(self, tokens: Tensor, wide: Tensor, bias: Tensor | None) -> Tensor:
         """Return the product and branch of tokens that are not quantized; `wide` are the same in `kept_in` their dtype."""
-        branch = (self._thin(wide), self.up) if self.layer_spec.rank else ()
-        if way.product == "w4a16":
-            packed = (*self._stored(), self.spec.format, self.spec.group_size)
-            return torch.ops.quantdit.gemm_w4a16(tokens, *packed, self.scale, bias, *branch)
-        y = torch.ops.quantdit.gemm_w8a16(tokens, self.decoded(), self.scale, bias)
-        return y + nn.functional.linear(branch[0], branch[1].to(branch[0].dtype)).to(y.dtype) if branch else y
+        after = Epilogue(tokens.dtype, None, bias, *self._low_rank(wide))
+        return torch.ops.quantdit.gemm_packed_a16(tokens, *flat(self.qtensor), *flat(after))
 
-    def _product(self, way: dispatch.Way, codes: Tensor, token_scale: Tensor, dtype: torch.dtype, branch: tuple) -> Tensor:
-        if way.product == "w4a8":
-            packed = (*self._stored(), self.spec.format, self.spec.group_size)
-            return torch.ops.quantdit.gemm_w4a8(codes, token_scale, *packed, self.scale, self.bias, dtype, *branch)
-        weight = self.data if way.product == "w8a8" else self.decoded()
-        return torch.ops.quantdit.gemm_w8a8(codes, token_scale, weight, self.scale, self.bias, dtype, *branch)
-
-    def _stored(self) -> tuple[Tensor | None, ...]:
-        return tuple(getattr(self, name, None) for name in ("data", "multiplier", "offset", "codebook"))
-
-    def _thin(self, tokens: Tensor) -> Tensor:
-        return nn.functional.linear(tokens, self.down.to(tokens.dtype))
+    def _low_rank(self, tokens: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Return the transformed tokens times `down^T`, and `up`; None without a branch."""
+        if not self.layer_spec.rank:
+            return None, None
+        return nn.functional.linear(tokens, self.down.to(tokens.dtype)), self.up
 
     def _static_scale(self) -> Tensor | None:
         return self.static_scale[self.bucket : self.bucket + 1] if self.activation.buckets else None
@@ -298,25 +302,25 @@ class QuantLinear(nn.Linear):
         rotation = f", {s.rotation}={s.block}" if s.block > 1 else ""
         return f"{rotation}{', smooth' if s.smoothed else ''}{f', rank={s.rank}' if s.rank else ''}"
 
-    def _load_from_state_dict(self, *args: object) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         self.forget()
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Move as any module, but let a cast of the model touch the bias alone: scales stay float32, fp8 codes fp8."""
-        stored = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        stored = self._stored(self._buffers)
         super()._apply(fn, recurse)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.data.device)).dtype
         for name, before in stored.items():
-            if self._buffers[name].dtype != before.dtype:
-                self._buffers[name] = before.to(self._buffers[name].device)
+            if (moved := getattr(self, name)).dtype != before.dtype:
+                self._buffers[name] = before.to(moved.device)
         self._decoded = None
         return self
 
 
 def weight_bits(layer: QuantLinear) -> float:
     """Return stored bits per weight of a layer: scales, codebooks, rotation and low-rank branch included, the bias not."""
-    stored = sum(as_stored(name, layer._buffers[name]).nbytes for name in layer_fields(layer.layer_spec))
+    stored = sum(as_stored(name, tensor).nbytes for name, tensor in layer.tensors().items())
     return 8 * stored / math.prod((layer.out_features, layer.in_features))
 
 
@@ -334,14 +338,15 @@ def follow_timesteps(transformer: nn.Module, edges: tuple[float, ...]) -> None:
 
     Bucket b holds the times that reach `edges[b]` (`timesteps.bucket_of`); a call without a time uses the last one.
     """
-    transformer.timestep_edges = tuple(edges)
+    transformer.timestep_edges = tuple(edges)  # pyright: ignore[reportArgumentType] - neither tensor nor module
     if any(isinstance(m, QuantLinear) and m.layer_spec.activation.by_time for m in transformer.modules()):
         transformer.register_forward_pre_hook(_tell_timestep, with_kwargs=True)
 
 
 def _tell_timestep(transformer: nn.Module, args: tuple, kwargs: dict) -> None:
     """Set the bucket of the layers that the transformer has by now: copies, pickles and adapters around them included."""
-    bucket = bucket_of(view(transformer, args, kwargs).time, transformer.timestep_edges)
+    edges = cast(tuple[float, ...], transformer.timestep_edges)
+    bucket = bucket_of(view(transformer, args, kwargs).time, edges)
     for module in transformer.modules():
         if isinstance(module, QuantLinear) and module.layer_spec.activation.by_time:
             module.bucket = bucket

@@ -79,7 +79,7 @@ class FineTuning:
 
 def trains(rule: Rule) -> bool:
     """Return whether layers of a rule can be trained; False where the weight is not one format, but dense or open."""
-    return chooses(rule) or (rule.weight in FORMATS and FORMATS[rule.weight].window > 0)
+    return chooses(rule) or (rule.weight in FORMATS and FORMATS[rule.weight].state_bits > 0)
 
 
 def chooses(rule: Rule) -> bool:

@@ -81,7 +81,7 @@ def _refusal(weight: str, layer: Layer) -> str:
     f = FORMATS[weight]
     if layer.in_features % f.dim:
         return f"{layer.in_features} inputs, which {f.name} cannot take {f.dim} at a time"
-    if f.window and layer.out_features < LEAST_OUTPUTS:
+    if f.state_bits and layer.out_features < LEAST_OUTPUTS:
         return f"{layer.out_features} outputs, and {f.name} needs {LEAST_OUTPUTS}"
     return ""
 

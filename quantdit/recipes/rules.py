@@ -152,13 +152,13 @@ class Rule:
             for weight in WEIGHTS.values():
                 replace(self, weight=weight, table="lloyd-max", table_rows="layer")  # what some of them take
             return
-        formats = (self.weight, self.fallback)
-        if isinstance(self.group_size, int) and not any(re.fullmatch(r"int[2346]", f) for f in formats):
+        kinds = {FORMATS[name].kind for name in (self.weight, self.fallback) if name}
+        if isinstance(self.group_size, int) and "affine" not in kinds:
             raise ValueError(
                 f"rule {self.match!r}: group_size = {self.group_size} goes with int2 to int6, {self.weight} has one scale"
                 " for each output; leave it out"
             )
-        if (self.table, self.table_rows) != ("lloyd-max", "layer") and not any(f.startswith("table") for f in formats):
+        if (self.table, self.table_rows) != ("lloyd-max", "layer") and "codebook" not in kinds:
             key, value = ("table", self.table) if self.table != "lloyd-max" else ("table_rows", self.table_rows)
             raise ValueError(
                 f"rule {self.match!r}: {key} = {value!r} goes with table2 to table6, {self.weight} has no such table;"
@@ -169,7 +169,7 @@ class Rule:
                 f"rule {self.match!r}: fp8 activations need a weight that decodes to e4m3 (fp8_e4m3, table4_e4m3, ...),"
                 f" {self.weight} does not"
             )
-        if self.method == "hqq" and not re.fullmatch(r"int[2346]", self.weight):
+        if self.method == "hqq" and FORMATS[self.weight].kind != "affine":
             raise ValueError(f"rule {self.match!r}: hqq searches zero points, which {self.weight} has none of; use int2 to int6")
         try:
             self.activation(32 if self.activation_group_size != "token" else 0)

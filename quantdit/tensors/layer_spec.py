@@ -233,4 +233,4 @@ def as_computed(name: str, tensor: Tensor) -> Tensor:
 
 def decodes_to_fp8(format: str) -> bool:
     """Return whether a format's `I` is float8_e4m3fn rather than int8."""
-    return FORMATS[format].name.endswith("e4m3")
+    return FORMATS[format].decoded_dtype == torch.float8_e4m3fn

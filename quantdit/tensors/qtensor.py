@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,14 +42,13 @@ class QTensor:
         if tensors.keys() != expected.keys():
             raise ValueError(f"{self.spec.format} stores {sorted(expected)}, got {sorted(tensors)}")
         for name, field in expected.items():
-            got = Field(tensors[name].dtype, tuple(tensors[name].shape))
-            if got != field:
-                raise ValueError(f"{self.spec.format} {name}: expected {field.dtype} {field.shape}, got {got.dtype} {got.shape}")
+            dtype, shape = tensors[name].dtype, tuple(tensors[name].shape)
+            if (dtype, shape) != (field.dtype, field.shape):
+                raise ValueError(f"{self.spec.format} {name}: expected {field.dtype} {field.shape}, got {dtype} {shape}")
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the stored tensors by field name."""
-        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "spec"}
-        return {name: t for name, t in named.items() if t is not None}
+        return {name: t for name in FIELDS if (t := getattr(self, name)) is not None}
 
     def decode8(self) -> Tensor:
         """Return `I` `[out, in]`, int8 or float8_e4m3fn."""

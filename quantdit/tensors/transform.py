@@ -251,6 +251,7 @@ def check_values(t: Transform) -> str | None:
 def _rotate(t: Transform, x: Tensor) -> Tensor:
     """Return `x R` in x's dtype."""
     if t.rotation1 is not None:
+        assert t.permutation is not None and t.rotation2 is not None
         x = block_product(x, t.rotation1).index_select(-1, t.permutation)
         return block_product(x, t.rotation2)
     if t.block > 1:
@@ -261,6 +262,7 @@ def _rotate(t: Transform, x: Tensor) -> Tensor:
 def _rotate_back(t: Transform, x: Tensor) -> Tensor:
     """Return `x R^T` in x's dtype."""
     if t.rotation1 is not None:
+        assert t.permutation is not None and t.rotation2 is not None
         x = block_product(x, t.rotation2.mT).index_select(-1, t.permutation.argsort())
         return block_product(x, t.rotation1.mT)
     return _rotate(t, x)  # a Sylvester Hadamard matrix is symmetric

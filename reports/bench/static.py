@@ -27,8 +27,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from quantdit.formats import FORMATS
-from quantdit.kernels.triton_ops import decode8, decode_trellis, dispatch, gemm_fp4, gemm_w4, gemm_w8a8, quantize_tokens
+from quantdit.formats import FORMATS, QSpec
+from quantdit.kernels.triton_ops import decode8, decode_trellis, dispatch, gemm_packed, gemm_w8a8, quantize_tokens
 from quantdit.kernels.triton_ops.tuning import Config
 
 FOLDER = Path(__file__).parent
@@ -40,7 +40,6 @@ REGISTERS = 65536
 INSTRUCTION = {
     "int8": {80: r"IMMA", 89: r"IMMA", 90: r"IGMMA|IMMA", 100: r"UTCIMMA|IMMA", 120: r"IMMA"},
     "e4m3": {89: r"QMMA", 90: r"QGMMA", 100: r"UTCQMMA|QMMA", 120: r"QMMA"},
-    "fp4": {100: r"UTCOMMA", 120: r"OMMA"},
     "bf16": {80: r"HMMA", 89: r"HMMA", 90: r"HGMMA|HMMA", 100: r"UTCHMMA|HMMA", 120: r"HMMA"},
 }
 MMA = re.compile(r"^(HMMA|IMMA|QMMA|OMMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)")
@@ -68,11 +67,11 @@ class Case:
         return self.kernel, self.variant, self.arch
 
 
-MODULES = (quantize_tokens, decode8, decode_trellis, gemm_w8a8, gemm_w4, gemm_fp4)
+MODULES = (quantize_tokens, decode8, decode_trellis, gemm_w8a8, gemm_packed)
 JIT = {name: value for module in MODULES for name, value in vars(module).items() if name.endswith("_kernel")}
-AFTER = dict.fromkeys(("thin_ptr", "up_ptr", "gate_ptr", "residual_ptr"))
-AFTER_TYPES = dict.fromkeys(AFTER, "*bf16")
-SIZES = ("M", "N", "K", "rank", "tokens_per_image")
+BRANCH = dict.fromkeys(("hidden_ptr", "up_ptr"))
+BRANCH_TYPES = dict.fromkeys(BRANCH, "*bf16")
+SIZES = ("M", "N", "K", "rank")
 
 
 def text(c: Config) -> str:
@@ -83,26 +82,25 @@ def text(c: Config) -> str:
 def quantize_cases(arch: int) -> Iterator[Case]:
     """Each format with its rotation, at widths of a row and of many; the last are parts that dispatch uses alone."""
     variants = [
-        ("int rotated", "bf16", "i8", "int", 8, 0, True, False),
-        ("int rotated, modulated", "bf16", "i8", "int", 8, 0, True, True),
-        ("int rotated, smoothed", "bf16", "fp32", "int", 8, 0, True, False),
-        ("affine g32 rotated", "bf16", "i8", "affine", 4, 32, True, False),
-        ("int g64 rotated", "bf16", "i8", "int", 4, 64, True, False),
-        ("affine rotated", "bf16", "i8", "affine", 8, 0, True, False),
-        ("rotated", "bf16", "i8", "none", 8, 0, True, False),
-        ("rotated float32", "fp32", "i8", "none", 8, 0, True, False),
-        ("int", "bf16", None, "int", 8, 0, False, False),
-        ("int float32", "fp32", None, "int", 8, 0, False, False),
-        ("int g32", "bf16", None, "int", 4, 32, False, False),
-        ("affine", "bf16", None, "affine", 8, 0, False, False),
-        ("affine g32 float32", "fp32", None, "affine", 4, 32, False, False),
+        ("int rotated", "bf16", "i8", "int", 8, 0, True),
+        ("int rotated, smoothed", "bf16", "fp32", "int", 8, 0, True),
+        ("affine g32 rotated", "bf16", "i8", "affine", 4, 32, True),
+        ("int g64 rotated", "bf16", "i8", "int", 4, 64, True),
+        ("affine rotated", "bf16", "i8", "affine", 8, 0, True),
+        ("rotated", "bf16", "i8", "none", 8, 0, True),
+        ("rotated float32", "fp32", "i8", "none", 8, 0, True),
+        ("int", "bf16", None, "int", 8, 0, False),
+        ("int float32", "fp32", None, "int", 8, 0, False),
+        ("int g32", "bf16", None, "int", 4, 32, False),
+        ("affine", "bf16", None, "affine", 8, 0, False),
+        ("affine g32 float32", "fp32", None, "affine", 4, 32, False),
     ]
     if arch >= 89:
-        variants.append(("e4m3", "bf16", None, "fp8", 8, 0, False, False))
+        variants.append(("e4m3", "bf16", None, "fp8", 8, 0, False))
     if arch >= 89:
-        variants.append(("e4m3 rotated", "bf16", "i8", "fp8", 8, 0, True, False))
+        variants.append(("e4m3 rotated", "bf16", "i8", "fp8", 8, 0, True))
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    for name, x, multiplier, format, bits, group, rotated, modulated in variants:
+    for name, x, multiplier, format, bits, group, rotated in variants:
         for k in widths(name, rotated, group):
             multiplied = torch.int8 if multiplier == "i8" else torch.float32
             if rotated and not dispatch.rotates_in_registers(k, dtypes[x], multiplied, arch):
@@ -117,15 +115,11 @@ def quantize_cases(arch: int) -> Iterator[Case]:
                 "scale_ptr": "*fp32",
                 "M": "i32",
                 "K": "i32",
-                "eps": "fp32",
                 "norm": "fp32",
             }
-            types["tokens_per_image"] = "i32"
             absent = {"static_ptr": None}
             for argument, kind in (("premultiplier_ptr", multiplier), ("hadamard_ptr", "bf16" if rotated else None)):
                 (types if kind else absent)[argument] = f"*{kind}" if kind else None
-            for argument in ("shift_ptr", "modulation_ptr"):
-                (types if modulated else absent)[argument] = "*bf16" if modulated else None
             product = "bf16" if rotated else None
             yield Case(
                 "quantize_tokens_kernel",
@@ -142,7 +136,7 @@ def quantize_cases(arch: int) -> Iterator[Case]:
 def widths(name: str, rotated: bool, group: int) -> tuple[int, ...]:
     """Return the widths of a variant's tokens: of few rows, the widest that dispatch lets in, and more of the usual ones."""
     widest = dispatch.LARGEST_GROUPED_WIDTH if group else dispatch.LARGEST_ROTATED_WIDTH if rotated else dispatch.LARGEST_WIDTH
-    return (1536, widest, 8960) if name in ("int rotated", "int rotated, modulated", "rotated") else (1536, widest)
+    return (1536, widest, 8960) if name in ("int rotated", "rotated") else (1536, widest)
 
 
 def project_cases(arch: int) -> Iterator[Case]:
@@ -164,7 +158,7 @@ def project_cases(arch: int) -> Iterator[Case]:
         warps = constants.pop("num_warps")
         stages = constants.pop("num_stages")
         x = "bf16" if dtype == torch.bfloat16 else "fp16"
-        types = {"x_ptr": f"*{x}", "thin_ptr": f"*{x}", "down_ptr": "*bf16", "hadamard_ptr": "*bf16", "scale_ptr": "*fp32"}
+        types = {"x_ptr": f"*{x}", "hidden_ptr": f"*{x}", "down_ptr": "*bf16", "hadamard_ptr": "*bf16", "scale_ptr": "*fp32"}
         types["premultiplier_ptr"] = "*i8" if multiplier == torch.int8 else "*fp32"
         types["y_ptr"] = "*fp8e4nv" if format == "fp8" else "*i8"
         types |= dict.fromkeys(("M", "K", "rank"), "i32") | {"norm": "fp32"}
@@ -175,7 +169,7 @@ def project_cases(arch: int) -> Iterator[Case]:
 def decode_cases(arch: int) -> Iterator[Case]:
     """Every packed format that decodes differently, and shorter last blocks."""
     packed = [
-        name for name, f in FORMATS.items() if (f.code_bits < 8 or f.dim > 1) and not name.endswith("e4m3") and not f.window
+        name for name, f in FORMATS.items() if f.kind in ("affine", "codebook", "vectors") and f.decoded_dtype == torch.int8
     ]
     for name, tail in [*((name, 128) for name in packed), ("int4", 64), ("int3", 40)]:
         types, constants = weight_arguments(name, 64)
@@ -188,7 +182,7 @@ def decode_cases(arch: int) -> Iterator[Case]:
 def trellis_cases(arch: int) -> Iterator[Case]:
     """Every width of codes with the smallest table, one that fits shared memory and one that does not."""
     for name, tail in [*((f"trellis{b}_l{w}", 128) for b in (2, 3, 4) for w in (10, 12, 16)), ("trellis3_l12", 40)]:
-        types = {"data_ptr": "*u8", "table_ptr": "*i8", "y_ptr": "*i8"} | dict.fromkeys(
+        types = {"data_ptr": "*u8", "codebook_ptr": "*i8", "y_ptr": "*i8"} | dict.fromkeys(
             ("N", "K", "row_bytes", "first_tile"), "i32"
         )
         constants = decode_trellis.constants(FORMATS[name]) | {"T": tail, "BN": decode_trellis.BN}
@@ -197,11 +191,14 @@ def trellis_cases(arch: int) -> Iterator[Case]:
 
 def weight_arguments(name: str, group: int, rows: int = 1, k: int = 1536) -> tuple[dict[str, str], dict]:
     """Return types and constants of a stored weight."""
-    codebook = torch.empty(rows, FORMATS[name].levels) if "table" in name or "vq" in name else None
-    layout = decode8.layout_of(name, k, group, codebook)
+    layout = decode8.layout_of(QSpec(name, 128 if rows == 1 else rows, k, group, rows))
     types = {"data_ptr": "*u8"}
     constants = layout.constants()
-    for argument, kinds in (("multiplier_ptr", ("affine",)), ("offset_ptr", ("affine",)), ("codebook_ptr", ("table", "vector"))):
+    for argument, kinds in (
+        ("multiplier_ptr", ("affine",)),
+        ("offset_ptr", ("affine",)),
+        ("codebook_ptr", ("codebook", "vectors")),
+    ):
         if layout.kind in kinds:
             types[argument] = "*u8"
         else:
@@ -218,18 +215,18 @@ def w8a8_cases(arch: int) -> Iterator[Case]:
         types |= dict.fromkeys(SIZES, "i32") | {"bias_ptr": "*bf16"}
         plain = gemm_w8a8.CONFIGS[arch] if dot == "int8" else ()
         for i, c in enumerate(dict.fromkeys((*plain, *gemm_w8a8.SMALL[arch]))):
-            tile = {"BM": c.bm, "BN": c.bn, "BK": c.bk, "DOT": dot, "EVEN_K": True, "GELU": False}
+            tile = {"BM": c.bm, "BN": c.bn, "BK": c.bk, "DOT": dot, "EVEN_K": True}
             product, macs = ("bf16" if dot == "bf16" else dot), c.bm * c.bn * c.bk
 
             def case(variant: str, types: dict, constants: dict, c: Config = c, product: str = product, macs: int = macs) -> Case:
                 name = f"{variant}, {text(c)}"
                 return Case("gemm_w8a8_kernel", name, arch, types, constants, c.warps, c.stages, product, macs)
 
-            yield case(dot, types, AFTER | tile)
+            yield case(dot, types, BRANCH | tile)
             if i == 0:
-                yield case(f"{dot} ragged k", types, AFTER | tile | {"EVEN_K": False})
+                yield case(f"{dot} ragged k", types, BRANCH | tile | {"EVEN_K": False})
             if c in gemm_w8a8.SMALL[arch] and dot == "int8":
-                yield case(f"{dot} low rank, GELU, gate", types | AFTER_TYPES, tile | {"GELU": True})
+                yield case(f"{dot} low rank", types | BRANCH_TYPES, tile)
 
 
 # (format, group, rows of the table, type of the activations)
@@ -259,30 +256,31 @@ A16 = (
 
 
 def with_every_format(chosen: tuple[tuple, ...], x: str) -> tuple[tuple, ...]:
-    """Return the chosen weights and, once, every other format that dispatch gives to gemm_w4_kernel with activations x."""
+    """Return the chosen weights and, once, every other format that dispatch gives to gemm_packed_kernel with activations x."""
     named = {name for name, *_ in chosen}
     left = (
         name
         for name, f in FORMATS.items()
-        if name not in named and not f.window and not (name in dispatch.WHOLE if x == "i8" else f.sign_split)
+        if name not in named and f.kind != "trellis" and not (f.kind == "whole" if x == "i8" else f.sign_split)
     )
-    return chosen + tuple((name, 32 if name.startswith("int") and name != "int8" else 1536, 1, x) for name in left)
+    return chosen + tuple((name, 32 if FORMATS[name].kind == "affine" else 1536, 1, x) for name in left)
 
 
-def w4_cases(arch: int) -> Iterator[Case]:
+def packed_cases(arch: int) -> Iterator[Case]:
     """Every configuration with the usual formats, the first with each of the others."""
     for (name, group, rows, x), configs in chain(
-        ((a, gemm_w4.CONFIGS_A8[arch]) for a in with_every_format(A8, "i8")),
-        ((a, gemm_w4.CONFIGS_A16[arch]) for a in with_every_format(A16, "bf16")),
+        ((a, gemm_packed.CONFIGS_A8[arch]) for a in with_every_format(A8, "i8")),
+        ((a, gemm_packed.CONFIGS_A16[arch]) for a in with_every_format(A16, "bf16")),
     ):
-        e4m3 = name.endswith("e4m3")
-        neighbours = 1 if "table" in name and rows == 1 else 4 if x == "i8" else 2
-        dot = gemm_w4.dot_of(torch.int8 if x == "i8" else torch.bfloat16, e4m3)
+        f = FORMATS[name]
+        e4m3 = f.decoded_dtype == torch.float8_e4m3fn
+        neighbours = 1 if f.kind == "codebook" and rows == 1 else 4 if x == "i8" else 2
+        dot = gemm_packed.dot_of(torch.int8 if x == "i8" else torch.bfloat16, e4m3)
         plain, constants = weight_arguments(name, group, rows)
         plain |= {"x_ptr": f"*{x}", "scale_ptr": "*fp32", "bias_ptr": "*bf16"} | dict.fromkeys(
             (*SIZES, "row_bytes", "tiles", "tail_tiles"), "i32"
         )
-        constants |= {"DOT": dot, "E4M3": e4m3, "ASM": True, "GELU": False}
+        constants |= {"DOT": dot, "E4M3": e4m3, "ASM": True}
         if dot == "none":
             constants["token_scale_ptr"] = None
         else:
@@ -306,24 +304,24 @@ def w4_cases(arch: int) -> Iterator[Case]:
                 neighbours: int = neighbours,
             ) -> Case:
                 variant = f"{label}{what}, {text(c)}"
-                return Case("gemm_w4_kernel", variant, arch, types, constants, c.warps, c.stages, product, macs, neighbours)
+                return Case("gemm_packed_kernel", variant, arch, types, constants, c.warps, c.stages, product, macs, neighbours)
 
-            yield case("", plain | y, constants | tile | AFTER)
+            yield case("", plain | y, constants | tile | BRANCH)
             if i == 0 and (name, group) in (("int4", 64), ("table2", 1536)):
-                yield case(" last block of 64", plain | y, constants | tile | AFTER | {"TAIL": 64})
-                yield case(" in plain Triton", plain | y, constants | tile | AFTER | {"ASM": False})
-            if x == "i8" and (name, group) == ("int4", 64) and c.splits == 1 and c.bm * c.bn <= gemm_w4.LIGHT:
-                yield case(" low rank, GELU, gate", plain | y | AFTER_TYPES, constants | tile | {"GELU": True})
+                yield case(" last block of 64", plain | y, constants | tile | BRANCH | {"TAIL": 64})
+                yield case(" in plain Triton", plain | y, constants | tile | BRANCH | {"ASM": False})
+            if x == "i8" and (name, group) == ("int4", 64) and c.splits == 1 and c.bm * c.bn <= gemm_packed.LIGHT:
+                yield case(" low rank", plain | y | BRANCH_TYPES, constants | tile)
 
 
 def sum_cases(arch: int) -> Iterator[Case]:
     """Every number of splits, of either type."""
-    every = {c.splits for configs in (gemm_w4.CONFIGS_A8, gemm_w4.CONFIGS_A16) for c in configs[arch] if c.splits > 1}
+    every = {c.splits for configs in (gemm_packed.CONFIGS_A8, gemm_packed.CONFIGS_A16) for c in configs[arch] if c.splits > 1}
     for splits in sorted(every):
         for sums in ("i32", "fp32"):
             types = {"sums_ptr": f"*{sums}", "y_ptr": "*bf16", "scale_ptr": "*fp32", "bias_ptr": "*bf16"}
-            types |= dict.fromkeys(("M", "N", "rank", "tokens_per_image"), "i32")
-            constants = AFTER | {"SPLITS": splits, "BM": 16, "BN": 64, "GELU": False}
+            types |= dict.fromkeys(("M", "N", "rank"), "i32")
+            constants = BRANCH | {"SPLITS": splits, "BM": 16, "BN": 64}
             if sums == "i32":
                 types["token_scale_ptr"] = "*fp32"
             else:
@@ -331,22 +329,11 @@ def sum_cases(arch: int) -> Iterator[Case]:
             yield Case("sum_splits_kernel", f"{splits} of {sums}", arch, types, constants, 4, 3)
 
 
-def fp4_cases(arch: int) -> Iterator[Case]:
-    """Both formats, on the architectures whose tensor cores know them."""
-    for c in gemm_fp4.CONFIGS.get(arch, ()):
-        for format, scale in (("nvfp4", "fp8e4nv"), ("mxfp4", "u8")):
-            types = {"x_ptr": "*u8", "w_ptr": "*u8", "x_scale_ptr": f"*{scale}", "w_scale_ptr": f"*{scale}", "y_ptr": "*bf16"}
-            types |= dict.fromkeys(("M", "N", "K"), "i32")
-            constants = {"VECTOR": gemm_fp4.VECTOR[format], "BM": c.bm, "BN": c.bn, "BK": c.bk}
-            variant = f"{format}, {text(c)}"
-            yield Case("gemm_fp4_kernel", variant, arch, types, constants, c.warps, c.stages, "fp4", c.bm * c.bn * c.bk)
-
-
 def cases(arch: int) -> list[Case]:
     """Return everything that is shipped for an architecture."""
     return [
         c
-        for make in (quantize_cases, project_cases, decode_cases, trellis_cases, w8a8_cases, w4_cases, sum_cases, fp4_cases)
+        for make in (quantize_cases, project_cases, decode_cases, trellis_cases, w8a8_cases, packed_cases, sum_cases)
         for c in make(arch)
     ]
 

@@ -44,14 +44,14 @@ def seconds(run: Callable[[], object]) -> float:
 def of_format(name: str) -> dict:
     """Return error and speeds of one format."""
     f, generator = FORMATS[name], torch.Generator().manual_seed(SEED)
-    weight = torch.randn(OUT, COLUMNS[f.window], generator=generator)
-    unit = SPREAD[f.code_bits] * trellis.unit(f.window)
+    weight = torch.randn(OUT, COLUMNS[f.state_bits], generator=generator)
+    unit = SPREAD[f.code_bits] * trellis.unit(f.state_bits)
     viterbi.encode(weight[:64, :1], f)  # compiled, table made
     codes = []
     encoding = seconds(lambda: codes.append(viterbi.encode(weight / unit, f)))
     error = (trellis.decode(codes[0], f) * unit - weight).square().sum() / weight.square().sum()
     spec = QSpec(name, OUT, OUT, OUT)
-    data = f.pack(f, torch.randint(f.levels, (OUT, OUT), generator=generator).to(torch.uint8))
+    data = f.pack(f, torch.randint(f.code_count, (OUT, OUT), generator=generator).to(torch.uint8))
     decoding = min(seconds(lambda: f.decode8(f, spec, {"data": data})) for _ in range(DECODED))
     return {
         "format": name,
@@ -113,7 +113,7 @@ def main() -> None:
         "numba": version("numba"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
-    rows = [of_format(name) for name, f in FORMATS.items() if f.window]
+    rows = [of_format(name) for name, f in FORMATS.items() if f.state_bits]
     rows += [without_numba(name) for name in ("trellis2_l12", "trellis3_l12", "trellis4_l12")]
     rows += [of_layer(*layer) for layer in LAYERS]
     rows = [row | machine for row in rows]

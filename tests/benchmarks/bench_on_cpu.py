@@ -52,8 +52,8 @@ kernel_cases.gpu = lambda: torch.device("cpu")
 kernel_cases.ROUNDS, kernel_cases.FLUSH, kernel_cases.COPIED, kernel_cases.LARGE = 2, 16, 1024, 32
 kernel_report.MANY, kernel_report.FEW = (8, 24), (8, 16)
 _library = torch.library.Library("quantdit", "IMPL")
-for _name in ops.ON_CUDA:
-    _library.impl(_name, getattr(dispatch, _name), "CPU", allow_override=True)
+for _kernel in dispatch.KERNELS:
+    _library.impl(_kernel.__name__, ops.OPS[_kernel.__name__].of_leaves(_kernel), "CPU", allow_override=True)
 
 
 def _raises() -> tuple:

@@ -55,11 +55,11 @@ def test_rows_of_the_kernels_make_a_table() -> None:
     rows = [{"what": "ceiling copy", "value": 3000.0} | origin]
     shape = {"task": "many", "m": 1, "n": 2, "k": 3, "us_median": 4.0, "us_fastest": 3.0, "us_host": 9.0} | origin
     rows += [shape | {"what": "quantize_tokens", "gb_s": 2400.0, "of_copy": 0.8}]
-    rows += [shape | {"what": "gemm_w4a8", "top_s": 900.0, "of_bfloat16": 1.5, "times_bf16": 1.5}]
+    rows += [shape | {"what": "gemm_packed_a8", "top_s": 900.0, "of_bfloat16": 1.5, "times_bf16": 1.5}]
     lines = kernel_report.markdown(rows).splitlines()
     assert lines[-2:] == [
         "| many | 1, 2, 3 | quantize_tokens | 4.0 | 3.0 | 9.0 | 2400.0 (80%) |  |",
-        "| many | 1, 2, 3 | gemm_w4a8 | 4.0 | 3.0 | 9.0 | 900.0 (150%) | 1.5 |",
+        "| many | 1, 2, 3 | gemm_packed_a8 | 4.0 | 3.0 | 9.0 | 900.0 (150%) | 1.5 |",
     ]
     assert "The run has not ended." in lines
 

@@ -192,7 +192,7 @@ def test_crossover_points_are_of_the_least_time():
     few = [
         timed("ways of few", x, 8, 64, what, t)
         for x in kernel_report.FEW
-        for what, t in (("gemm_w4a16", x), ("decode8 + gemm_w8a16", 40))
+        for what, t in (("gemm_packed_a16", x), ("decode8 + gemm_w8a16", 40))
     ]
     assert kernel_report.crossovers(few) == {"w4a16_up_to_m": 32}
     assert kernel_report.crossovers([row | {"us_median": 1.0} for row in few]) == {"w4a16_up_to_m": kernel_report.FEW[-1]}

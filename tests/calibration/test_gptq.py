@@ -270,7 +270,7 @@ def test_any_group_size(group: int, method: str):
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
-@pytest.mark.parametrize("name", [name for name in SCALAR if not FORMATS[name].window])
+@pytest.mark.parametrize("name", [name for name in SCALAR if not FORMATS[name].state_bits])
 def test_values_stay_legal_for_hostile_weights(name: str, method: str):
     """Outliers, one-sided rows, a single weight, equal weights: what is stored decodes, and to something near."""
     W = random(8, 128, seed=8)

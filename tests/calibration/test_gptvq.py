@@ -12,7 +12,7 @@ from quantdit.calibration.gptq import factor
 from quantdit.calibration.gptvq import descend, feedback, fit_codebook, nearest, sign_codes, signed_errors
 from quantdit.calibration.quantize import WeightOptions, quantize_weight
 from quantdit.formats import FORMATS
-from quantdit.formats.codebook import words
+from quantdit.formats.codebook import entries_of
 
 VECTORS = [name for name, f in FORMATS.items() if f.dim > 1]
 SIGNED = [name for name in VECTORS if FORMATS[name].sign_split]
@@ -130,7 +130,7 @@ def test_feedback_and_descent_lower_the_output_error(name: str):
 def test_signed_codewords_are_those_of_a_search_among_the_targets_signs(d: int):
     targets, codebook, metric = random(60, d), random(9, d, seed=1).abs(), random(d, d, seed=2)
     codes = nearest(targets, codebook, metric, sign_split=True)
-    found = words(codebook, codes, True)
+    found = entries_of(codebook, codes, True)
     signs = torch.where(targets < 0, -1.0, 1.0)
     assert bool((found * signs >= 0).all())
     tried = ((targets[:, None] - signs[:, None] * codebook).double() @ metric.double()).square().sum(-1)
@@ -151,7 +151,7 @@ def test_descent_with_signs_never_raises_the_error(d: int):
     codes = feedback(W, H, codebook, sign_split=True)
     errors = []
     for _ in range(8):
-        errors.append(energy((words(codebook, codes, True).flatten(1) - W).double(), H))
+        errors.append(energy((entries_of(codebook, codes, True).flatten(1) - W).double(), H))
         codes = descend(codes, W, H, codebook, 1, sign_split=True)
     assert errors[1] < 0.999 * errors[0] and all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(errors))
 
@@ -161,7 +161,7 @@ def test_a_codebook_of_magnitudes_is_fitted_too():
     codes, row_weight = feedback(W, H, codebook, sign_split=True), random(16, seed=15).abs() + 0.1
 
     def weighted(c: torch.Tensor) -> torch.Tensor:
-        D = (words(c, codes, True).flatten(1) - W.double()) * row_weight.double().sqrt()[:, None]
+        D = (entries_of(c, codes, True).flatten(1) - W.double()) * row_weight.double().sqrt()[:, None]
         return (D @ H.double() * D).sum()
 
     fitted = fit_codebook(codebook, codes, W, H, row_weight, 200, sign_split=True)

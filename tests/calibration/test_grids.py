@@ -55,7 +55,7 @@ def test_tables(format: str, table: str, rows: str):
     w = random(40, 1000) * torch.logspace(-2, 2, 40)[:, None]
     q = rounded(w, torch.ones(1000), format, table=table, rows=rows)
     f = FORMATS[format]
-    assert q.codebook.shape == (40 if rows == "channel" else 1, f.levels)
+    assert q.codebook.shape == (40 if rows == "channel" else 1, f.code_count)
     codes = f.unpack(f, q.data, 1000)
     entries = q.codebook.float()
     assert bool((entries.diff(dim=1) >= 0).all())
@@ -64,7 +64,7 @@ def test_tables(format: str, table: str, rows: str):
         assert not bool(unsafe_rows(q.decode8()).any())
     if f.code_bits < 6:  # of 64 levels on 8-bit entries, the innermost may share one
         assert bool((entries.diff(dim=1) > 0).all())
-        assert len(codes.unique()) == f.levels
+        assert len(codes.unique()) == f.code_count
 
 
 @pytest.mark.parametrize("format", TABLE_FORMATS)

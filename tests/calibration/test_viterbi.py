@@ -17,7 +17,7 @@ from quantdit.formats import FORMATS, trellis
 
 pytest.importorskip("numba")
 pytestmark = pytest.mark.filterwarnings("ignore:trellis codes take")
-TRELLIS = [name for name, f in FORMATS.items() if f.window]
+TRELLIS = [name for name, f in FORMATS.items() if f.state_bits]
 # NMSE of Gaussian rows with the table in random order, L = 12 (the figures of QTIP's construction as we measured it).
 RANDOM_ORDER = {4: 0.0051, 3: 0.0194, 2: 0.0723}
 
@@ -35,7 +35,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 def nmse(name: str, out: int, columns: int) -> float:
     """Of Gaussian weights of variance 1, without feedback, in the unit that the grid takes for them."""
     f, W = FORMATS[name], random(out, columns, seed=3)
-    unit = SPREAD[f.code_bits] * trellis.unit(f.window)
+    unit = SPREAD[f.code_bits] * trellis.unit(f.state_bits)
     values = trellis.decode(viterbi.encode(W / unit, f), f)
     assert int(values.abs().max()) <= trellis.PEAK
     return float((values * unit - W).square().sum() / W.square().sum())
@@ -46,7 +46,7 @@ def nmse(name: str, out: int, columns: int) -> float:
 def test_no_other_sequence_is_nearer(way: str, bits: int, length: int, ends: tuple):
     """Of all codes, from all pasts or one, to all or one: 2^(bits length) of them, times the pasts."""
     window = 10
-    entries = trellis.table(window, bits).float()
+    entries = trellis.codebook(window, bits).float()
     pasts = 2 ** (window - bits)
     x = 20 * random(3, length, seed=bits)
     first, last = (None if end is None else torch.full((3,), end) for end in ends)

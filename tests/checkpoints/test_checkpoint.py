@@ -55,7 +55,7 @@ def output(model: torch.nn.Module, sample: dict) -> torch.Tensor:
 
 def test_fixture_holds_every_format(everything):
     layers = quant_layers(everything.transformer)
-    others = {"vq256x2", "vq256x8", *(name for name, f in FORMATS.items() if f.window)}  # tests/test_trellis.py has those
+    others = {"vq256x2", "vq256x8", *(name for name, f in FORMATS.items() if f.state_bits)}  # tests/test_trellis.py has those
     assert {layer.spec.format for layer in layers.values()} == set(FORMATS) - others
     specs = [layer.layer_spec for layer in layers.values()]
     assert {spec.activation.bits for spec in specs} == {4, 6, 8, 16}

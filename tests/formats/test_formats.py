@@ -19,6 +19,7 @@ from hypothesis.extra.numpy import arrays
 
 from laws import LAW
 from quantdit.formats import FORMATS, Format, QSpec, trellis
+from quantdit.formats.format import KINDS
 from quantdit.formats.packing import pack_codes, packed_bytes, unpack_codes
 from quantdit.tensors.qtensor import QTensor, check_values, spec_fields
 
@@ -41,7 +42,7 @@ def every_code_everywhere(levels: int, width: int) -> torch.Tensor:
 
 
 def random_codes(f: Format, rows: int, width: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(f.levels, (rows, width), generator=torch.Generator().manual_seed(seed)).to(f.code_dtype)
+    return torch.randint(f.code_count, (rows, width), generator=torch.Generator().manual_seed(seed)).to(f.code_dtype)
 
 
 def slow_pack(row: list[int], bits: int) -> list[int]:
@@ -74,6 +75,20 @@ def slow_e4m3(code: int) -> float:
     return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_kind_of_a_format_is_what_it_stores(name: str):
+    f = FORMATS[name]
+    stored = set(spec_fields(QSpec(name, 8, 64, 64)))
+    kind = {
+        "whole": stored == {"data", "scale"} and not f.state_bits,
+        "affine": "multiplier" in stored,
+        "codebook": "codebook" in stored and f.dim == 1,
+        "vectors": "codebook" in stored and f.dim > 1,
+        "trellis": f.state_bits > 0,
+    }
+    assert [k for k, holds in kind.items() if holds] == [f.kind] and tuple(kind) == KINDS
+
+
 def test_the_lists_here_cover_the_table():
     """A new format lands in the generic tests by itself; this says that it also needs a slow definition of its decode."""
     assert {*AFFINE, *TABLES, *TABLES_E4M3, *VECTORS, *SIGN_SPLIT, *TRELLIS, "int8", "fp8_e4m3"} == set(FORMATS)
@@ -85,7 +100,7 @@ def test_unpack_inverts_pack(name: str):
     """Rows shorter and longer than a block of 128, that do and do not fill their last byte."""
     f = FORMATS[name]
     for width in (1, 100, 136):
-        codes = every_code_everywhere(f.levels, width)
+        codes = every_code_everywhere(f.code_count, width)
         data = f.pack(f, codes)
         unpacked = f.unpack(f, data, width)
         assert unpacked.dtype == codes.dtype == f.code_dtype
@@ -97,8 +112,8 @@ def test_unpack_inverts_pack(name: str):
 @pytest.mark.parametrize("name", [name for name, f in FORMATS.items() if f.code_bits != 8])
 def test_every_format_refuses_the_code_after_its_last(name: str):
     f = FORMATS[name]
-    with pytest.raises(ValueError, match=f"{f.levels} does not fit {f.code_bits} bits"):
-        f.pack(f, torch.full((2, 8), f.levels, dtype=f.code_dtype))
+    with pytest.raises(ValueError, match=f"{f.code_count} does not fit {f.code_bits} bits"):
+        f.pack(f, torch.full((2, 8), f.code_count, dtype=f.code_dtype))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -173,15 +188,15 @@ def test_element_0_lies_in_the_low_bits(bits: int):
 def test_affine_decode_of_every_legal_code_multiplier_and_offset(name: str):
     """I = code * multiplier + offset, nothing left out: one row per (multiplier, offset), its group holds every code."""
     f = FORMATS[name]
-    legal = int8_range(f.levels - 1)
+    legal = int8_range(f.code_count - 1)
     multiplier, offset = (torch.tensor(column)[:, None] for column in zip(*legal, strict=True))
-    codes = torch.arange(f.levels, dtype=torch.uint8).repeat(len(legal), 1)
-    spec = QSpec(name, len(legal), f.levels, f.levels)
+    codes = torch.arange(f.code_count, dtype=torch.uint8).repeat(len(legal), 1)
+    spec = QSpec(name, len(legal), f.code_count, f.code_count)
     stored = {"data": f.pack(f, codes), "multiplier": multiplier.to(torch.uint8), "offset": offset.to(torch.int8)}
     assert f.check(f, spec, stored) is None
     integers = f.decode8(f, spec, stored)
     assert integers.dtype == torch.int8
-    assert integers.tolist() == [[code * m + o for code in range(f.levels)] for m, o in legal]
+    assert integers.tolist() == [[code * m + o for code in range(f.code_count)] for m, o in legal]
     assert (int(integers.min()), int(integers.max())) == (-128, 127)
 
 
@@ -190,7 +205,7 @@ def test_affine_decode_of_every_legal_code_multiplier_and_offset(name: str):
 def test_affine_groups_run_along_the_input(name: str, width: int, group: int):
     """Groups that end inside, at and beyond a packed block of 128."""
     f = FORMATS[name]
-    legal, rows, groups = int8_range(f.levels - 1), 5, width // group
+    legal, rows, groups = int8_range(f.code_count - 1), 5, width // group
     pick = torch.randint(len(legal), (rows, groups), generator=torch.Generator().manual_seed(width)).tolist()
     parameters = [[legal[i] for i in row] for row in pick]
     codes = random_codes(f, rows, width)
@@ -211,7 +226,7 @@ def test_affine_groups_run_along_the_input(name: str, width: int, group: int):
 def test_affine_groups_that_leave_int8_are_refused(name: str):
     """One group of many, by one, even if no stored code reaches it: the largest code could."""
     f = FORMATS[name]
-    top = f.levels - 1
+    top = f.code_count - 1
     spec = QSpec(name, 3, 3 * 8, 8)
     for m in {1, 2, 255 // top, 255}:
         multiplier = torch.ones(3, 3, dtype=torch.uint8)
@@ -236,9 +251,9 @@ def test_affine_groups_that_leave_int8_are_refused(name: str):
 def test_table_decode(name: str, per_channel: bool, width: int):
     """I[o, i] = codebook[o or 0, code]: every code, entries at both ends of int8, tables that differ by row."""
     f = FORMATS[name]
-    rows = f.levels
-    codes = every_code_everywhere(f.levels, width)
-    table = torch.randint(-128, 128, (rows if per_channel else 1, f.levels), generator=torch.Generator().manual_seed(1))
+    rows = f.code_count
+    codes = every_code_everywhere(f.code_count, width)
+    table = torch.randint(-128, 128, (rows if per_channel else 1, f.code_count), generator=torch.Generator().manual_seed(1))
     table[:, 0], table[:, -1] = -128, 127
     spec = QSpec(name, rows, width, width, codebook_rows=len(table))
     integers = f.decode8(f, spec, {"data": f.pack(f, codes), "codebook": table.to(torch.int8)})
@@ -253,13 +268,13 @@ def test_table_decode(name: str, per_channel: bool, width: int):
 def test_e4m3_table_decode(name: str, per_channel: bool, width: int):
     """As above with every number of e4m3 for an entry in turn, zeros of both signs and subnormals included."""
     f = FORMATS[name]
-    rows = f.levels
-    codes = every_code_everywhere(f.levels, width)
+    rows = f.code_count
+    codes = every_code_everywhere(f.code_count, width)
     numbers = [code for code in range(256) if code % 128 != 127]
-    for start in range(0, len(numbers), f.levels * (rows if per_channel else 1)):
-        count = (rows if per_channel else 1) * f.levels
+    for start in range(0, len(numbers), f.code_count * (rows if per_channel else 1)):
+        count = (rows if per_channel else 1) * f.code_count
         entries = torch.tensor([numbers[(start + i) % len(numbers)] for i in range(count)], dtype=torch.uint8).reshape(
-            -1, f.levels
+            -1, f.code_count
         )
         spec = QSpec(name, rows, width, width, codebook_rows=len(entries))
         stored = {"data": f.pack(f, codes), "codebook": entries.view(torch.float8_e4m3fn)}
@@ -279,7 +294,7 @@ def test_nan_in_a_codebook_is_refused(name: str, rows: int, nan: int):
     """Even if no stored code points at it."""
     f = FORMATS[name]
     spec = QSpec(name, 3, 8, 8, codebook_rows=rows)
-    codebook = torch.zeros(rows, f.levels, dtype=torch.uint8)
+    codebook = torch.zeros(rows, f.code_count, dtype=torch.uint8)
     codebook[-1, -1] = nan
     stored = {"data": f.pack(f, torch.zeros(3, 8, dtype=torch.uint8)), "codebook": codebook.view(torch.float8_e4m3fn)}
     assert "1 codebook entries are NaN" in f.check(f, spec, stored)
@@ -291,10 +306,10 @@ def test_nan_in_a_codebook_is_refused(name: str, rows: int, nan: int):
 def test_vector_decode(name: str, count: int):
     """I[o, i d : (i + 1) d] = codebook[assignment[o, i]] for every assignment at every place."""
     f = FORMATS[name]
-    codes = every_code_everywhere(f.levels, count)
-    codebook = torch.randint(-128, 128, (f.levels, f.dim), generator=torch.Generator().manual_seed(2))
+    codes = every_code_everywhere(f.code_count, count)
+    codebook = torch.randint(-128, 128, (f.code_count, f.dim), generator=torch.Generator().manual_seed(2))
     codebook[0], codebook[-1] = -128, 127
-    spec = QSpec(name, f.levels, count * f.dim, count * f.dim)
+    spec = QSpec(name, f.code_count, count * f.dim, count * f.dim)
     integers = f.decode8(f, spec, {"data": f.pack(f, codes), "codebook": codebook.to(torch.int8)})
     assert integers.dtype == torch.int8
     entries = codebook.tolist()
@@ -307,7 +322,7 @@ def test_sign_split_decode(name: str, count: int):
     """The low 8 bits choose magnitudes; bit 8 + j negates number j."""
     f = FORMATS[name]
     assert (f.codewords, f.code_bits) == (256, 8 + f.dim)
-    codes = torch.cat([every_code_everywhere(f.levels, count), torch.full((1, count), f.levels - 1, dtype=torch.int32)])
+    codes = torch.cat([every_code_everywhere(f.code_count, count), torch.full((1, count), f.code_count - 1, dtype=torch.int32)])
     codebook = torch.randint(0, 128, (256, f.dim), generator=torch.Generator().manual_seed(2))
     codebook[0], codebook[-1] = 0, 127
     spec = QSpec(name, len(codes), count * f.dim, count * f.dim)
@@ -369,9 +384,9 @@ def test_trellis_decode_of_any_bytes(name: str, out: int):
     data = torch.randint(256, fields["data"].shape, generator=torch.Generator().manual_seed(out)).to(torch.uint8)
     integers = f.decode8(f, spec, {"data": data})
     assert integers.dtype == torch.int8
-    entries = trellis.table(f.window, f.code_bits).tolist()
+    entries = trellis.codebook(f.state_bits, f.code_bits).tolist()
     columns = f.unpack(f, data, 40).T.tolist()
-    expected = [[entries[state] for state in slow_states(column, f.window, f.code_bits)] for column in columns]
+    expected = [[entries[state] for state in slow_states(column, f.state_bits, f.code_bits)] for column in columns]
     assert integers.T.tolist() == expected
     assert f.check(f, spec, {"data": data}) is None
 
@@ -385,7 +400,7 @@ def test_every_state_of_a_trellis_is_reached(window: int, bits: int):
     padded = states << (pieces * bits - window)  # the oldest piece may be cut
     codes = torch.stack([(padded >> (bits * j)) & (2**bits - 1) for j in range(pieces)]).to(torch.uint8)  # oldest first
     decoded = trellis.decode(codes, f)
-    assert torch.equal(decoded[-1], trellis.table(window, bits))
+    assert torch.equal(decoded[-1], trellis.codebook(window, bits))
 
 
 def test_parts_that_are_decoded_at_once_do_not_show(monkeypatch: pytest.MonkeyPatch):
@@ -401,15 +416,15 @@ def test_parts_that_are_decoded_at_once_do_not_show(monkeypatch: pytest.MonkeyPa
 def test_trellis_tables_are_spread_gaussians(name: str):
     """Each past leaves one value of each 2^k-th of the quantiles, at one place in it; symmetric, and safe pairs (PEAK)."""
     f = FORMATS[name]
-    table = trellis.table(f.window, f.code_bits)
+    table = trellis.codebook(f.state_bits, f.code_bits)
     assert torch.equal(table.sort().values, -table.sort().values.flip(0)) and int(table.max()) == trellis.PEAK
-    quantile = torch.distributions.Normal(0, 1).icdf((torch.arange(2**f.window) + 0.5).double() / 2**f.window)
-    assert float((table.sort().values - quantile / trellis.unit(f.window)).abs().max()) < 0.5 + 1e-4
+    quantile = torch.distributions.Normal(0, 1).icdf((torch.arange(2**f.state_bits) + 0.5).double() / 2**f.state_bits)
+    assert float((table.sort().values - quantile / trellis.unit(f.state_bits)).abs().max()) < 0.5 + 1e-4
     options = table.reshape(2**f.code_bits, -1).sort(dim=0).values  # [own code in order, past]
     strata = table.sort().values.reshape(2**f.code_bits, -1)
     assert torch.equal(options.sort(dim=1).values, strata)
     # No rounding is near a tie: nothing but a wrong table differs on another machine.
-    scaled = (quantile / trellis.unit(f.window)).abs()
+    scaled = (quantile / trellis.unit(f.state_bits)).abs()
     assert float(((scaled % 1) - 0.5).abs().min()) > 1e-7
 
 

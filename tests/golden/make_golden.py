@@ -30,11 +30,11 @@ def digests() -> dict[str, str]:
         width = f.code_dtype.itemsize
         noise = hashlib.shake_256(f"quantdit {name}".encode()).digest(ROWS * CODES * width)
         numbers = [int.from_bytes(noise[i : i + width], "little") for i in range(0, len(noise), width)]
-        codes = torch.tensor([number % f.levels for number in numbers], dtype=f.code_dtype).reshape(ROWS, CODES)
+        codes = torch.tensor([number % f.code_count for number in numbers], dtype=f.code_dtype).reshape(ROWS, CODES)
         packed = f.pack(f, codes).contiguous().view(torch.uint8)
         result[name] = hashlib.sha256(packed.numpy().tobytes()).hexdigest()
-        if f.window:
-            entries = trellis.table(f.window, f.code_bits)
+        if f.state_bits:
+            entries = trellis.codebook(f.state_bits, f.code_bits)
             result[f"{name} table"] = hashlib.sha256(entries.numpy().tobytes()).hexdigest()
     return result
 
@@ -47,7 +47,7 @@ def errors() -> dict[str, float]:
     noise = torch.tensor(list(hashlib.shake_256(b"quantdit weight").digest(OUT * IN * 12)), dtype=torch.float32)
     weight = (noise.reshape(OUT, IN, 12) - 127.5).sum(dim=-1) / 256  # variance 1, exact in float32
     importance = torch.ones(IN)
-    cases, tall = {}, {name: grid for name, grid in GRIDS.items() if FORMATS[name].window}
+    cases, tall = {}, {name: grid for name, grid in GRIDS.items() if FORMATS[name].state_bits}
     for name, grid in GRIDS.items():
         if name in tall:
             continue

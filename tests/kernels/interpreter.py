@@ -4,8 +4,7 @@
 2. int8 products go through float64, which is exact and has BLAS.
 3. float32 -> e4m3 loses the carry into the exponent (31.8 -> 16): cast by torch, saturating as the GPU does.
 4. `tl.inline_asm_elementwise` is not implemented: a small emulator of 32-bit PTX instructions.
-5. `tl.dot_scaled` takes every scale for e8m0: e4m3 scales (nvfp4) are decoded as such.
-6. triton 3.6 with numpy 2.4 cannot make an index of a one-element array.
+5. triton 3.6 with numpy 2.4 cannot make an index of a one-element array.
 
 `install()` once, before the first launch; TRITON_INTERPRET=1 must be set before a kernel is decorated. `launched` collects the
 names of the kernels that ran.
@@ -175,20 +174,8 @@ def install() -> None:
     builder.create_fp_to_fp, builder.create_dot, builder.create_inline_asm = create_fp_to_fp, create_dot, _inline_asm
     if not hasattr(builder, "get_bf16"):
         builder.get_bf16 = lambda self, v: Handle(rounded(np.array([v], dtype=np.float32)), tl.bfloat16)
-    _repair_scales()
     _repair_index()
     _record_launches()
-
-
-def _repair_scales() -> None:
-    original = getattr(interpreter, "_dot_scaled_scale_to_f32", None)
-
-    def scales(handle: Handle, compute_type) -> np.ndarray:
-        if handle.dtype.scalar != tl.float8e4nv:
-            return original(handle, compute_type)
-        return torch.from_numpy(handle.data.copy()).view(torch.float8_e4m3fn).float().numpy()
-
-    interpreter._dot_scaled_scale_to_f32 = scales
 
 
 def _repair_index() -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from quantdit.kernels import cpu
-from quantdit.kernels.ops import gemm_w8a8_reference
+from quantdit.kernels.ops import Epilogue, gemm_w8a8_reference
+from quantdit.kernels.schema import flat
 
 U32 = 2.0**-24  # unit roundoff of float32
 
@@ -209,10 +210,11 @@ def test_gemm_w8a8_is_the_reference(m: int, n: int, k: int, dtype: torch.dtype, 
     weight = torch.randint(-limit, limit + 1, (n, k), generator=generator, dtype=torch.int8)
     token_scale, scale = torch.rand(m, generator=generator) / 50, torch.rand(n, generator=generator) / 500
     b = torch.randn(n, generator=generator) if bias else None
-    arguments = (codes, token_scale, weight, scale, b, dtype)
-    y, reference = torch.ops.quantdit.gemm_w8a8(*arguments), gemm_w8a8_reference(*arguments)
+    after = Epilogue(dtype, token_scale, b)
+    y = torch.ops.quantdit.gemm_w8a8(codes, weight, scale, *flat(after))
+    reference = gemm_w8a8_reference(codes, weight, scale, after)
     assert (y.dtype, y.shape) == (dtype, (m, n))
-    magnitude = gemm_w8a8_reference(codes, token_scale, weight, scale, None, torch.float32).double().abs()
+    magnitude = gemm_w8a8_reference(codes, weight, scale, Epilogue(torch.float32, token_scale)).double().abs()
     magnitude = magnitude + (0 if b is None else b.double().abs())
     narrow = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
     bound = 8 * U32 * magnitude + narrow * reference.double().abs()
@@ -224,7 +226,8 @@ def test_gemm_w8a8_with_fp8_weights_is_the_reference():
     k = 300
     codes = extreme_codes(6, k)
     weight = (torch.randn(9, k, generator=torch.Generator().manual_seed(0)) * 100).to(torch.float8_e4m3fn)
-    ones = torch.ones(6), weight, torch.ones(9), None, torch.float32
-    y, reference = torch.ops.quantdit.gemm_w8a8(codes, *ones), gemm_w8a8_reference(codes, *ones)
+    after = Epilogue(torch.float32, torch.ones(6))
+    y = torch.ops.quantdit.gemm_w8a8(codes, weight, torch.ones(9), *flat(after))
+    reference = gemm_w8a8_reference(codes, weight, torch.ones(9), after)
     bound = k * U32 * (codes.double().abs() @ weight.float().double().abs().T)
     assert bool(((y.double() - reference.double()).abs() <= bound).all())

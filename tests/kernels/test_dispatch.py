@@ -10,59 +10,52 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantdit.formats import QSpec
+from quantdit.formats import FORMATS
 from quantdit.kernels import ops
 from quantdit.kernels.triton_ops import dispatch
-from quantdit.tensors.layer_spec import ActivationSpec, LayerSpec
 
-
-def spec(format: str, bits: int, rotation: str = "hadamard", rank: int = 0, activation: str = "int") -> LayerSpec:
-    block = {"hadamard": 128, "outlier": 64, "none": 1}[rotation]
-    return LayerSpec(QSpec(format, 256, 256, 256), ActivationSpec(bits, activation), rotation, block, False, rank)
-
-
-WAYS = [
-    # m, layer, dtype, capability, prepare, product
-    (2, spec("table4", 16), torch.bfloat16, 90, "separate", "w4a16"),
-    (64, spec("int8", 16), torch.float16, 80, "separate", "w4a16"),
-    (65, spec("table4", 16), torch.bfloat16, 90, "separate", "dense"),
-    (2, spec("table4", 16), torch.float32, 90, "separate", "dense"),
-    (2, spec("ssvq256x8", 16), torch.bfloat16, 90, "separate", "dense"),
-    (2, spec("trellis2_l12", 16), torch.bfloat16, 90, "separate", "dense"),
-    (2, spec("trellis4_l12", 8), torch.bfloat16, 86, "fused", "decode"),
-    (2, spec("int8", 8), torch.bfloat16, 90, "fused", "w8a8"),
-    (2, spec("int4", 8), torch.bfloat16, 90, "fused", "w4a8"),
-    (100000, spec("int4", 8), torch.bfloat16, 90, "fused", "decode"),
-    (100000, spec("int4", 8), torch.bfloat16, 86, "fused", "w4a8"),
-    (100000, spec("int4", 8), torch.bfloat16, 103, "fused", "decode"),
-    (2, spec("int4", 8, rank=dispatch.LARGEST_RANK), torch.bfloat16, 90, "fused", "w4a8"),
-    (2, spec("int4", 8, rank=dispatch.LARGEST_RANK + 1), torch.bfloat16, 90, "separate", "w4a8"),
-    (2, spec("int4", 8, "outlier"), torch.bfloat16, 90, "separate", "w4a8"),
-    (2, spec("int4", 8, "none"), torch.bfloat16, 90, "separate", "w4a8"),
-    (2, spec("table4_e4m3", 8, activation="fp8"), torch.bfloat16, 90, "fused", "decode"),
-    (2, spec("fp8_e4m3", 8, activation="fp8"), torch.bfloat16, 90, "fused", "w8a8"),
+I8, E4M3, BF16 = torch.int8, torch.float8_e4m3fn, torch.bfloat16
+ROUTES = [
+    # m, format, what is multiplied, capability, decoded first
+    (2, "table4", BF16, 90, False),
+    (64, "int8", torch.float16, 80, False),
+    (65, "table4", BF16, 90, True),
+    (2, "table4", torch.float32, 90, True),
+    (2, "ssvq256x8", BF16, 90, True),
+    (2, "ssvq256x8", I8, 90, False),
+    (2, "trellis2_l12", BF16, 90, True),
+    (2, "trellis4_l12", I8, 86, True),
+    (2, "int4", I8, 90, False),
+    (100000, "int4", I8, 90, True),
+    (100000, "int4", I8, 86, False),
+    (100000, "int4", I8, 103, True),
+    (2, "table4_e4m3", E4M3, 90, True),
+    (2, "table4_e4m3", I8, 90, False),
 ]
 
 
-@pytest.mark.parametrize(("m", "layer", "dtype", "capability", "prepare", "product"), WAYS)
-def test_the_table(m: int, layer: LayerSpec, dtype: torch.dtype, capability: int, prepare: str, product: str):
-    assert dispatch.choose(m, layer, dtype, capability) == dispatch.Way(prepare, product)
+@pytest.mark.parametrize(("m", "format", "x", "capability", "first"), ROUTES)
+def test_the_route_of_a_packed_weight(m: int, format: str, x: torch.dtype, capability: int, first: bool):
+    assert dispatch.decodes_first(m, FORMATS[format], x, capability) == first
 
 
 def test_crossover_points_decide():
     start = dispatch.CROSSOVER["decode_from_m"]["90"]
-    layer = spec("int4", 8)
-    assert dispatch.choose(start - 1, layer, torch.bfloat16, 90).product == "w4a8"
-    assert dispatch.choose(start, layer, torch.bfloat16, 90).product == "decode"
+    assert not dispatch.decodes_first(start - 1, FORMATS["int4"], I8, 90)
+    assert dispatch.decodes_first(start, FORMATS["int4"], I8, 90)
     assert set(dispatch.CROSSOVER["decode_from_m"]) == set(map(str, dispatch.ARCHITECTURES))
 
 
 def test_a_mode_overrides_and_ends_with_its_context():
-    layer = spec("int4", 8)
-    for mode, product in (("packed", "w4a8"), ("decode", "decode"), ("torch", "decode")):
+    def routes(x: torch.dtype) -> set[bool]:
+        return {dispatch.decodes_first(m, FORMATS["int4"], x, 90) for m in (2, 100000)}
+
+    for mode, first in (("packed", False), ("decode", True)):
         with dispatch.using(mode):
-            assert {dispatch.choose(m, layer, torch.bfloat16, 90).product for m in (2, 100000)} == {product}
-    assert dispatch.mode == "auto"
+            assert routes(I8) == routes(BF16) == {first}
+    with dispatch.using("torch"):
+        assert routes(I8) == {True}
+    assert dispatch.MODE.get() == "auto" and routes(I8) == routes(BF16) == {False, True}
     with pytest.raises(ValueError, match=r"'fast' is unknown; known: auto, packed"), dispatch.using("fast"):
         pass
 
@@ -76,9 +69,9 @@ def test_an_unknown_mode_of_the_environment_is_refused():
 
 
 def test_every_op_of_a_layer_has_a_kernel_on_cuda():
-    for name in ops.ON_CUDA:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"quantdit::{name}", "CUDA")
-        assert callable(getattr(dispatch, name))
+    run = {kernel.__name__ for kernel in dispatch.KERNELS}
+    assert set(ops.OPS) - run == {"gemm_w8a16", "straight_through", "input_gradient"}  # torch's products
+    assert all(torch._C._dispatch_has_kernel_for_dispatch_key(f"quantdit::{name}", "CUDA") for name in run)
 
 
 def test_the_table_needs_no_triton():

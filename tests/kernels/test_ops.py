@@ -8,12 +8,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quantdit.formats import FORMATS, QSpec
 from quantdit.kernels import ops
+from quantdit.kernels.ops import Epilogue
+from quantdit.kernels.schema import flat
 from quantdit.tensors import transform
 from quantdit.tensors.hadamard import random_sign
-from quantdit.tensors.qtensor import spec_fields
+from quantdit.tensors.qtensor import QTensor, spec_fields
+from quantdit.tensors.transform import Transform
 from some_formats import EACH_KIND, SOME
 
 QUANTDIT = torch.ops.quantdit
+F32 = torch.float32
 U32 = 2.0**-24  # unit roundoff of float32
 OUTPUT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # unit roundoff of each output dtype
 
@@ -26,36 +30,40 @@ def random_int8(*shape: int, seed: int = 0, low: int = -127) -> torch.Tensor:
     return torch.randint(low, 128, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
 
 
-def stored_weight(name: str, rows: int, width: int, group: int, codebook_rows: int = 1) -> tuple:
-    """The arguments of `decode8` for random codes and values that keep inside int8."""
+def stored_weight(name: str, rows: int, width: int, group: int, codebook_rows: int = 1) -> QTensor:
+    """A weight of random codes and values that keep inside int8."""
     f = FORMATS[name]
     spec = QSpec(name, rows, width, group, codebook_rows)
     generator = torch.Generator().manual_seed(3)
-    codes = torch.randint(f.levels, (rows, width // f.dim), generator=generator).to(f.code_dtype)
+    codes = torch.randint(f.code_count, (rows, width // f.dim), generator=generator).to(f.code_dtype)
     if name == "fp8_e4m3":
         codes[codes % 128 == 127] = 0
-    tensors: dict[str, torch.Tensor | None] = dict.fromkeys(("multiplier", "offset", "codebook"))
+    tensors = {"data": f.pack(f, codes), "scale": random(rows).abs()}
     for key, field in spec_fields(spec).items():
-        if key in tensors:
+        if key not in tensors:
             low, high = {
-                "multiplier": (0, 127 // f.levels + 1),
+                "multiplier": (0, 127 // f.code_count + 1),
                 "offset": (-128, 1),
                 "codebook": (0 if f.sign_split else -128, 128),
             }[key]
             tensors[key] = torch.randint(low, high, field.shape, generator=generator).to(field.dtype)
-    return f.pack(f, codes), *tensors.values(), name, width, group
+    return QTensor(spec, **tensors)
+
+
+def after(dtype: torch.dtype, *rest: torch.Tensor | None) -> list:
+    return flat(Epilogue(dtype, *rest))
 
 
 def opcheck_samples() -> dict[str, list[tuple]]:
     """Arguments of every op: each dtype and optional argument at least once, strides that are not the contiguous ones."""
     codes, weight, scale, token_scale = random_int8(5, 24), random_int8(7, 24, seed=1), random(7).abs(), random(5).abs()
     fp8 = random(7, 24, seed=2).to(torch.float8_e4m3fn)
-    packed = stored_weight("int4", 7, 24, 8)
-    packed, group = packed[:5], packed[6]
+    packed = flat(stored_weight("int4", 7, 24, 8))
     low = (random(5, 3), random(7, 3).bfloat16())
     branch = (random(7, 3).bfloat16(), random(3, 24).bfloat16())
     blocks = torch.linalg.qr(random(3, 8, 8)).Q.contiguous()
-    outlier = (None, 1, blocks, torch.arange(24, dtype=torch.int32).flip(0), blocks)
+    outlier = flat(Transform(None, 1, blocks, torch.arange(24, dtype=torch.int32).flip(0), blocks))
+    rotated = flat(Transform(random_sign(24, 0), 8))
     return {
         "rotate": [
             (random(3, 24), random_sign(24, 0), 8),
@@ -80,26 +88,25 @@ def opcheck_samples() -> dict[str, list[tuple]]:
             (random(3, 24), random_sign(24, 0), 8, "int", 8, 0, torch.tensor([0.02])),
             (random(3, 24).bfloat16(), random_sign(24, 0), 8, "int", 8, 0, None, random(5, 24)),
         ],
-        "modulate_quantize": [
-            (random(4, 24), random(2, 24), random(2, 24), 1e-6, random_sign(24, 0), 8, "int", 8),
-            (random(4, 24).bfloat16(), random(1, 24), random(1, 24), 1e-6, random_sign(24, 0), 8, "affine", 4, 8),
+        "decode8": [
+            *(tuple(flat(stored_weight(name, 5, 48, 16))) for name in EACH_KIND),
+            tuple(flat(stored_weight("table4", 5, 48, 48, codebook_rows=5))),
         ],
-        "decode8": [stored_weight(name, 5, 48, 16) for name in EACH_KIND] + [stored_weight("table4", 5, 48, 48, codebook_rows=5)],
         "gemm_w8a8": [
-            (codes, token_scale, weight, scale, random(7), torch.float32),
-            (codes, token_scale, weight, scale, None, torch.bfloat16),
-            (codes, token_scale, weight, scale, None, torch.float32, *low, "gelu_tanh", random(1, 7), random(5, 7)),
-            (codes, token_scale, fp8, scale, random(7).half(), torch.float16),
-            (random(5, 24, seed=4).to(torch.float8_e4m3fn), token_scale, fp8, scale, random(7), torch.float32),
-            (random_int8(24, 5).T, token_scale, random_int8(24, 7).T, scale, None, torch.float32),
+            (codes, weight, scale, *after(torch.float32, token_scale, random(7))),
+            (codes, weight, scale, *after(torch.bfloat16, token_scale)),
+            (codes, weight, scale, *after(torch.float32, token_scale, None, *low)),
+            (codes, fp8, scale, *after(torch.float16, token_scale, random(7).half())),
+            (random(5, 24, seed=4).to(torch.float8_e4m3fn), fp8, scale, *after(torch.float32, token_scale, random(7))),
+            (random_int8(24, 5).T, random_int8(24, 7).T, scale, *after(torch.float32, token_scale)),
         ],
-        "gemm_w4a8": [
-            (codes, token_scale, *packed, group, scale, random(7), torch.float32),
-            (codes, token_scale, *packed, group, scale, None, torch.bfloat16, *low, "gelu_tanh", random(1, 7), random(5, 7)),
+        "gemm_packed_a8": [
+            (codes, *packed, *after(torch.float32, token_scale, random(7))),
+            (codes, *packed, *after(torch.bfloat16, token_scale, None, *low)),
         ],
-        "gemm_w4a16": [
-            (random(5, 24), *packed, group, scale, random(7)),
-            (random(24, 5).half().T, *packed, group, scale, None, *low, "gelu_tanh", random(5, 7), random(5, 7)),
+        "gemm_packed_a16": [
+            (random(5, 24), *packed, *after(torch.float32, None, random(7))),
+            (random(24, 5).half().T, *packed, *after(torch.float16, None, None, *low)),
         ],
         "gemm_w8a16": [
             (random(5, 24), weight, scale, random(7)),
@@ -107,12 +114,12 @@ def opcheck_samples() -> dict[str, list[tuple]]:
             (random(24, 5).T, fp8, scale, random(7)),
         ],
         "straight_through": [
-            (random(5, 7), trained(5, 24), None, *packed, group, scale, None, None, random_sign(24, 0), 8, None, None, None),
-            (random(5, 7).bfloat16(), trained(24, 5).T, random(7), *packed, group, scale, *branch, *outlier),
+            (random(5, 7), trained(5, 24), None, *packed, None, None, *rotated),
+            (random(5, 7).bfloat16(), trained(24, 5).T, random(7), *packed, *branch, *outlier),
         ],
         "input_gradient": [
-            (random(5, 7).half(), 24, *packed, group, scale, None, None, random_sign(24, 0), 8, None, None, None),
-            (random(7, 5).T, 24, *packed, group, scale, *branch, *outlier),
+            (random(5, 7).half(), *packed, None, None, *rotated),
+            (random(7, 5).T, *packed, *branch, *outlier),
         ],
     }
 
@@ -153,46 +160,53 @@ def test_opcheck(op: str, sample: int):
 @pytest.mark.parametrize("name", ["int8", "fp8_e4m3"])
 def test_decode8_neither_returns_nor_changes_what_is_stored(name: str):
     """The two formats whose stored data already is I."""
-    data, *rest = stored_weight(name, 5, 48, 16)
+    weight = stored_weight(name, 5, 48, 16)
+    data = weight.data
     before = data.view(torch.uint8).clone()
-    decoded = QUANTDIT.decode8(data, *rest)
+    decoded = QUANTDIT.decode8(*flat(weight))
     assert torch.equal(decoded.view(torch.uint8), before)
     decoded.view(torch.uint8).zero_()
     assert torch.equal(data.view(torch.uint8), before)
 
 
 def test_fused_ops_are_their_parts():
-    """Layer norm, modulation, rotation and codes one by one; products of decoded weights, and what follows them."""
+    """Rotation and codes one by one; products of decoded weights, and what follows them."""
     x, signs = random(6, 48), random_sign(48, 0)
-    shift, modulation = random(2, 48, seed=1), random(2, 48, seed=2)
-    normed = torch.nn.functional.layer_norm(x, (48,), eps=1e-6).unflatten(0, (2, 3))
-    modulated = (normed * (1 + modulation[:, None]) + shift[:, None]).flatten(0, 1)
-    codes, scale = QUANTDIT.quantize_tokens(QUANTDIT.rotate(modulated, signs, 16), 8)
-    for fused in (
-        QUANTDIT.modulate_quantize(x, shift, modulation, 1e-6, signs, 16, "int", 8),
-        QUANTDIT.rotate_quantize(modulated, signs, 16, "int", 8),
-    ):
-        assert torch.equal(fused[0], codes) and torch.equal(fused[1], scale)
+    codes, scale = QUANTDIT.quantize_tokens(QUANTDIT.rotate(x, signs, 16), 8)
+    fused = QUANTDIT.rotate_quantize(x, signs, 16, "int", 8)
+    assert torch.equal(fused[0], codes) and torch.equal(fused[1], scale) and fused[2].shape == (6, 0)
     down = random(3, 48).bfloat16()
-    assert QUANTDIT.rotate_quantize(modulated, signs, 16, "int", 8)[2].shape == (6, 0)
-    for y in (modulated, modulated.half()):
-        codes16, scale16, thin = QUANTDIT.rotate_quantize(y, signs, 16, "int", 8, 0, None, down)
+    for y in (x, x.half()):
+        codes16, scale16, hidden = QUANTDIT.rotate_quantize(y, signs, 16, "int", 8, 0, None, down)
         rotated = QUANTDIT.rotate(y, signs, 16)
-        assert torch.equal(thin, torch.nn.functional.linear(rotated, down.to(rotated.dtype)))
-        assert rotated.dtype == thin.dtype == torch.float32
+        assert torch.equal(hidden, torch.nn.functional.linear(rotated, down.to(rotated.dtype)))
+        assert rotated.dtype == hidden.dtype == torch.float32
         assert all(map(torch.equal, (codes16, scale16), QUANTDIT.quantize_tokens(rotated, 8)))
 
-    data = stored_weight("int4", 7, 48, 16)
-    weight, stored = QUANTDIT.decode8(*data), (*data[:5], data[6])
-    thin, up, gate, residual = random(6, 3), random(7, 3, seed=1), random(2, 7), random(6, 7, seed=2)
-    out_scale, bias = random(7).abs(), random(7)
-    y = QUANTDIT.gemm_w8a8(codes, scale, weight, out_scale, bias, torch.float32) + thin @ up.T
-    y = torch.nn.functional.gelu(y, approximate="tanh") * gate.repeat_interleave(3, dim=0) + residual
-    after = (thin, up, "gelu_tanh", gate, residual)
-    assert torch.allclose(QUANTDIT.gemm_w8a8(codes, scale, weight, out_scale, bias, torch.float32, *after), y, atol=1e-5)
-    assert torch.allclose(QUANTDIT.gemm_w4a8(codes, scale, *stored, out_scale, bias, torch.float32, *after), y, atol=1e-5)
-    z = QUANTDIT.gemm_w8a16(x, weight, out_scale, bias)
-    assert torch.allclose(QUANTDIT.gemm_w4a16(x, *stored, out_scale, bias), z, atol=1e-4 * float(z.abs().max()))
+    stored = stored_weight("int4", 7, 48, 16)
+    decoded = QUANTDIT.decode8(*flat(stored))
+    low, bias = (random(6, 3), random(7, 3, seed=1)), random(7)
+    y = QUANTDIT.gemm_w8a8(codes, decoded, stored.scale, *after(torch.float32, scale, bias)) + low[0] @ low[1].T
+    branched = after(torch.float32, scale, bias, *low)
+    assert torch.allclose(QUANTDIT.gemm_w8a8(codes, decoded, stored.scale, *branched), y, atol=1e-5)
+    assert torch.allclose(QUANTDIT.gemm_packed_a8(codes, *flat(stored), *branched), y, atol=1e-5)
+    z = QUANTDIT.gemm_w8a16(x, decoded, stored.scale, bias)
+    packed = QUANTDIT.gemm_packed_a16(x, *flat(stored), *after(torch.float32, None, bias))
+    assert torch.allclose(packed, z, atol=1e-4 * float(z.abs().max()))
+
+
+def test_a_signature_is_that_of_the_definition():
+    """Parts are their fields in the schema, in their order; an op is called with `flat` of them."""
+    schema = str(QUANTDIT.gemm_packed_a16.default._schema)
+    assert schema == (
+        "quantdit::gemm_packed_a16(Tensor x, str format, int out_features, int in_features, int group_size, int codebook_rows,"
+        " Tensor data, Tensor scale, Tensor? multiplier, Tensor? offset, Tensor? codebook, ScalarType dtype, Tensor? token_scale,"
+        " Tensor? bias, Tensor? low_rank_hidden, Tensor? up) -> Tensor"
+    )
+    assert str(QUANTDIT.quantize_tokens.default._schema) == (
+        "quantdit::quantize_tokens(Tensor x, int bits, int group_size=0, bool affine=False, Tensor? static_scale=None)"
+        " -> (Tensor, Tensor)"
+    )
 
 
 REFUSED = {
@@ -211,23 +225,32 @@ REFUSED = {
         (random(3, 8), random_sign(8, 0), 8, "int", 8, 0, None, random(2, 4)),
     ),
     "quantize_tokens_fp8, 3-D": ("quantize_tokens_fp8", (random(3, 8, 4),)),
-    "decode8, unknown format": ("decode8", (torch.zeros(3, 8, dtype=torch.uint8), None, None, None, "int5", 16, 16)),
-    "gemm_w8a8, float codes": ("gemm_w8a8", (random(5, 8), torch.ones(5), random_int8(7, 8), torch.ones(7), None, torch.float32)),
+    "gemm_w8a8, float codes": ("gemm_w8a8", (random(5, 8), random_int8(7, 8), torch.ones(7), *after(F32, torch.ones(5)))),
     "gemm_w8a8, uint8 codes": (
         "gemm_w8a8",
-        (random_int8(5, 8).view(torch.uint8), torch.ones(5), random_int8(7, 8) // 2, torch.ones(7), None, torch.float32),
+        (random_int8(5, 8).view(torch.uint8), random_int8(7, 8) // 2, torch.ones(7), *after(F32, torch.ones(5))),
     ),
     "gemm_w8a8, one token_scale for all": (
         "gemm_w8a8",
-        (random_int8(5, 8), torch.ones(1), random_int8(7, 8), torch.ones(7), None, torch.float32),
+        (random_int8(5, 8), random_int8(7, 8), torch.ones(7), *after(F32, torch.ones(1))),
     ),
+    "gemm_w8a8, no token_scale": ("gemm_w8a8", (random_int8(5, 8), random_int8(7, 8), torch.ones(7), *after(F32))),
     "gemm_w8a8, one scale for all": (
         "gemm_w8a8",
-        (random_int8(5, 8), torch.ones(5), random_int8(7, 8), torch.ones(1), None, torch.float32),
+        (random_int8(5, 8), random_int8(7, 8), torch.ones(1), *after(F32, torch.ones(5))),
     ),
-    "gemm_w8a8, another k": (
+    "gemm_w8a8, another k": ("gemm_w8a8", (random_int8(5, 8), random_int8(7, 12), torch.ones(7), *after(F32, torch.ones(5)))),
+    "gemm_w8a8, up of another rank": (
         "gemm_w8a8",
-        (random_int8(5, 8), torch.ones(5), random_int8(7, 12), torch.ones(7), None, torch.float32),
+        (random_int8(5, 8), random_int8(7, 8), torch.ones(7), *after(F32, torch.ones(5), None, random(5, 3), random(7, 2))),
+    ),
+    "gemm_packed_a8, another k": (
+        "gemm_packed_a8",
+        (random_int8(5, 16), *flat(stored_weight("int8", 7, 8, 8)), *after(F32, torch.ones(5))),
+    ),
+    "gemm_packed_a16, up alone": (
+        "gemm_packed_a16",
+        (random(5, 8), *flat(stored_weight("int8", 7, 8, 8)), *after(F32, None, None, None, random(7, 2))),
     ),
     "gemm_w8a16, one scale for all": ("gemm_w8a16", (random(5, 8), random_int8(7, 8), torch.ones(1), None)),
     "gemm_w8a16, another k": ("gemm_w8a16", (random(5, 8), random_int8(7, 12), torch.ones(7), None)),
@@ -252,6 +275,13 @@ def test_what_the_fake_refuses_the_op_refuses(case: str):
         getattr(QUANTDIT, op)(*arguments)
 
 
+@pytest.mark.parametrize(("format", "message"), [("int5", "unknown weight format 'int5'"), ("table4", "table4 stores")])
+def test_a_weight_that_is_none_is_refused(format: str, message: str):
+    stored = flat(stored_weight("int4", 3, 16, 16))
+    with pytest.raises(ValueError, match=message):
+        QUANTDIT.decode8(format, *stored[1:])
+
+
 def test_rotate_is_that_of_transform():
     x, sign = random(2, 3, 48), random_sign(48, 1)
     assert torch.equal(QUANTDIT.rotate(x, sign, 16), transform.apply(transform.Transform(sign, 16), x))
@@ -269,10 +299,9 @@ def test_rotate_takes_smoothing_in_the_same_tensor():
 @pytest.mark.parametrize("name", SOME)
 def test_decode8_is_that_of_the_format(name: str):
     f = FORMATS[name]
-    data, multiplier, offset, codebook, *rest = stored_weight(name, 5, 96, 32)
-    stored = {"data": data, "multiplier": multiplier, "offset": offset, "codebook": codebook}
-    expected = f.decode8(f, QSpec(name, 5, 96, 32), stored)
-    decoded = QUANTDIT.decode8(data, multiplier, offset, codebook, *rest)
+    weight = stored_weight(name, 5, 96, 32)
+    expected = f.decode8(f, weight.spec, weight.tensors())
+    decoded = QUANTDIT.decode8(*flat(weight))
     assert decoded.dtype == expected.dtype
     assert torch.equal(decoded.view(torch.uint8), expected.view(torch.uint8))
 
@@ -550,7 +579,7 @@ def test_reference_gemm_w8a8_is_the_dense_product(m: int, n: int, k: int, dtype:
     codes, weight = random_int8(m, k), random_int8(n, k, seed=1, low=-128)
     token_scale, scale, b = random(m).abs() / 100, random(n).abs() / 100, random(n) if bias else None
     product, _ = dense_product(codes * token_scale.double()[:, None], weight, scale)
-    y = ops.gemm_w8a8_reference(codes, token_scale, weight, scale, b, dtype)
+    y = ops.gemm_w8a8_reference(codes, weight, scale, Epilogue(dtype, token_scale, b))
     assert (y.dtype, y.shape) == (dtype, (m, n))
     expected = product if b is None else product + b.double()
     # Rounding to float16 below its smallest normal number, 2^-14, is off by half of 2^-24.

@@ -11,9 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from quantdit.formats import FORMATS, QSpec
+from quantdit.formats import FORMATS
 from quantdit.kernels.triton_ops import dispatch
-from quantdit.tensors.layer_spec import ActivationSpec, LayerSpec
 
 triton = pytest.importorskip("triton")
 
@@ -42,19 +41,17 @@ def test_the_table_covers_every_kernel_configuration_and_architecture(launched: 
 
 
 def test_every_format_that_dispatch_lets_in_has_a_row_on_every_architecture():
-    """By asking dispatch itself, format by format, which product it takes."""
+    """By asking dispatch itself, format by format, which route it takes."""
     missing = []
     for arch in static.NAMES:
         labels = [
-            row["variant"].split(",")[0].split() for row in ROWS if (row["kernel"], row["arch"]) == ("gemm_w4_kernel", arch)
+            row["variant"].split(",")[0].split() for row in ROWS if (row["kernel"], row["arch"]) == ("gemm_packed_kernel", arch)
         ]
         there = {(label[0], x) for label in labels for x in ("i8", "bf16") if x in label}
         for name in FORMATS:
-            weight = QSpec(name, 256, 256, 64 if name.startswith("int") else 256)
-            for bits, x, packed in ((8, "i8", "w4a8"), (16, "bf16", "w4a16")):
-                layer = LayerSpec(weight, ActivationSpec(bits), "hadamard", 128)
-                taken = dispatch.choose(2, layer, torch.bfloat16, arch).product
-                if taken == packed and (name, x) not in there:
+            for dtype, x in ((torch.int8, "i8"), (torch.bfloat16, "bf16")):
+                whole = FORMATS[name].kind == "whole" and x == "i8"  # which gemm_w8a8 multiplies
+                if not whole and not dispatch.decodes_first(2, FORMATS[name], dtype, arch) and (name, x) not in there:
                     missing.append((arch, name, x))
     assert not missing
 
@@ -72,9 +69,9 @@ def test_no_row_is_wrong():
 AGAIN = [
     ("gemm_w8a8_kernel", "int8, 128x256x128 w8 s3", 90),
     ("gemm_w8a8_kernel", "e4m3, 128x128x64 w8 s3", 89),
-    ("gemm_w4_kernel", "int4 g64 i8, 128x128x128 w8 s4", 90),
-    ("gemm_w4_kernel", "table4 i8, 128x128x128 w8 s3", 80),
-    ("gemm_w4_kernel", "table4 bf16, 16x64x128 w4 s4 k8", 120),
+    ("gemm_packed_kernel", "int4 g64 i8, 128x128x128 w8 s4", 90),
+    ("gemm_packed_kernel", "table4 i8, 128x128x128 w8 s3", 80),
+    ("gemm_packed_kernel", "table4 bf16, 16x64x128 w4 s4 k8", 120),
     ("quantize_tokens_kernel", "int rotated, k=1536", 90),
     ("decode8_kernel", "int3, block of 128", 80),
     ("sum_splits_kernel", "8 of i32", 100),

@@ -20,21 +20,20 @@ FILES = {
     "test_quantize_tokens.py": {"quantize_tokens_kernel", "quantize_project_kernel"},
     "test_decode8.py": {"decode8_kernel", "decode_trellis_kernel"},
     "test_gemm_w8a8.py": {"gemm_w8a8_kernel"},
-    "test_gemm_w4.py": {"gemm_w4_kernel", "sum_splits_kernel"},
-    "test_gemm_fp4.py": {"gemm_fp4_kernel"},
-    "test_checkpoint.py": {"quantize_tokens_kernel", "gemm_w4_kernel", "sum_splits_kernel"},
+    "test_gemm_packed.py": {"gemm_packed_kernel", "sum_splits_kernel"},
+    "test_checkpoint.py": {"quantize_tokens_kernel", "gemm_packed_kernel", "sum_splits_kernel"},
     "test_linear.py": {
         "quantize_tokens_kernel",
         "quantize_project_kernel",
         "decode8_kernel",
         "decode_trellis_kernel",
         "gemm_w8a8_kernel",
-        "gemm_w4_kernel",
+        "gemm_packed_kernel",
         "sum_splits_kernel",
     },
 }
 # Two that take long, and the others together: a process takes seconds to begin.
-RUNS = (["test_gemm_w4.py"], ["test_linear.py"], sorted(FILES.keys() - {"test_gemm_w4.py", "test_linear.py"}))
+RUNS = (["test_gemm_packed.py"], ["test_linear.py"], sorted(FILES.keys() - {"test_gemm_packed.py", "test_linear.py"}))
 
 
 def kernels() -> set[str]:

@@ -33,14 +33,14 @@ def random_qtensor(name: str, out: int = OUT, width: int = WIDTH, seed: int = 0)
     f = FORMATS[name]
     spec = QSpec(name, out, width, 32 if name in ("int2", "int3", "int4", "int6") else width)
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(f.levels, (out, width // f.dim), generator=generator).to(f.code_dtype)
+    codes = torch.randint(f.code_count, (out, width // f.dim), generator=generator).to(f.code_dtype)
     if name == "fp8_e4m3":
         codes[codes % 128 == 127] = 0
     tensors = {"data": f.pack(f, codes), "scale": torch.rand(out, generator=generator) / 500 + 1e-4}
     for key, field in spec_fields(spec).items():
         if key not in tensors:
             low, high = {
-                "multiplier": (1, 127 // f.levels + 1),
+                "multiplier": (1, 127 // f.code_count + 1),
                 "offset": (-128, 1),
                 "codebook": (0 if f.sign_split else -128, 128),
             }[key]

@@ -19,13 +19,13 @@ def random_tensors(spec: QSpec, seed: int = 0) -> dict[str, torch.Tensor]:
     """Stored tensors with values that `check_values` accepts."""
     generator = torch.Generator().manual_seed(seed)
     f = FORMATS[spec.format]
-    codes = torch.randint(f.levels, (spec.out_features, spec.in_features // f.dim), generator=generator).to(f.code_dtype)
+    codes = torch.randint(f.code_count, (spec.out_features, spec.in_features // f.dim), generator=generator).to(f.code_dtype)
     if spec.format == "fp8_e4m3":
         codes[codes % 128 == 127] = 0
     tensors = {"data": f.pack(f, codes), "scale": torch.rand(spec.out_features, generator=generator) + 0.1}
     fields = spec_fields(spec)
     if "multiplier" in fields:
-        top = f.levels - 1
+        top = f.code_count - 1
         tensors["multiplier"] = torch.randint(1, 127 // top + 1, fields["multiplier"].shape, generator=generator).to(torch.uint8)
         tensors["offset"] = torch.randint(-128, 1, fields["offset"].shape, generator=generator).to(torch.int8)
     if "codebook" in fields:

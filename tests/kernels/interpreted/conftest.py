@@ -50,7 +50,7 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
-    """Let CPU tensors go the ways of a GPU of a compute capability, and meet the ops that a CUDA tensor would."""
+    """Let CPU tensors go the way of a GPU of a compute capability, and meet the ops that a CUDA tensor would."""
     from quantdit.kernels import ops
     from quantdit.kernels.triton_ops import dispatch
 
@@ -59,8 +59,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     def pretend(capability: int) -> None:
         monkeypatch.setattr(dispatch, "on_gpu", lambda tokens: True)
         monkeypatch.setattr(dispatch, "capability_of", lambda device: capability)
-        for name in ops.ON_CUDA:
-            library.impl(name, getattr(dispatch, name), "CPU", allow_override=True)
+        for kernel in dispatch.KERNELS:
+            name = kernel.__name__
+            library.impl(name, ops.OPS[name].of_leaves(kernel), "CPU", allow_override=True)
 
     yield pretend
     library._destroy()
@@ -74,16 +75,16 @@ def weight() -> Callable[..., QTensor]:
         f = FORMATS[name]
         spec = QSpec(name, n, k, group or k, codebook_rows)
         generator = torch.Generator().manual_seed(3)
-        codes = torch.randint(f.levels, (n, k // f.dim), generator=generator).to(f.code_dtype)
+        codes = torch.randint(f.code_count, (n, k // f.dim), generator=generator).to(f.code_dtype)
         if name == "fp8_e4m3":
             codes[codes % 128 == 127] = 0
         tensors = {"data": f.pack(f, codes), "scale": torch.rand(n, generator=generator) / 100}
         for key, field in spec_fields(spec).items():
             if key in ("multiplier", "offset"):
                 # As large as they may be: every carry of the packed arithmetic is met.
-                top = 255 // (f.levels - 1)
+                top = 255 // (f.code_count - 1)
                 multiplier = torch.randint(0, top + 1, field.shape, generator=generator)
-                offset = -128 + (torch.rand(field.shape, generator=generator) * (256 - (f.levels - 1) * multiplier)).long()
+                offset = -128 + (torch.rand(field.shape, generator=generator) * (256 - (f.code_count - 1) * multiplier)).long()
                 tensors["multiplier"], tensors["offset"] = multiplier.to(torch.uint8), offset.to(torch.int8)
             elif key == "codebook":
                 entries = torch.randint(0, 256, field.shape, generator=generator).to(torch.uint8)

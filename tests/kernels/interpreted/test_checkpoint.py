@@ -10,6 +10,7 @@ import torch
 
 from quantdit.compiling.compile import compile
 from quantdit.compiling.plan import Plan
+from quantdit.formats import Format
 from quantdit.kernels.triton_ops import dispatch
 from quantdit.layers.quant_linear import QuantLinear
 from quantdit.pipelines.pipeline import load_pipeline
@@ -31,14 +32,14 @@ def test_a_checkpoint_runs_on_a_gpu_as_it_is(pixel_dit: Path, tmp_path: Path, gp
 
     expected = output()
     gpu(90)
-    taken: list[str] = []
-    choose = dispatch.choose
+    first = dispatch.decodes_first
+    taken: list[tuple[torch.dtype, bool]] = []
 
-    def spy(*arguments: object) -> dispatch.Way:
-        taken.append(choose(*arguments).product)
-        return choose(*arguments)
+    def spy(m: int, format: Format, x: torch.dtype, capability: int) -> bool:
+        taken.append((x, first(m, format, x, capability)))
+        return taken[-1][1]
 
-    monkeypatch.setattr(dispatch, "choose", spy)
+    monkeypatch.setattr(dispatch, "decodes_first", spy)
     y = output()
-    assert len(taken) >= len(layers) and set(taken) == {"w4a8", "w4a16"}
+    assert len(taken) >= len(layers) and set(taken) == {(torch.int8, False), (torch.bfloat16, False)}
     assert float((y - expected).float().norm() / expected.float().norm()) < 2e-2  # bfloat16's roundings fall otherwise

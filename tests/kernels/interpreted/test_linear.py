@@ -126,40 +126,42 @@ def test_float16_is_finite_where_the_dense_layer_is(name: str, mode: str, layer:
 
 
 def test_every_way_is_taken(layer: Callable, gpu: Callable, monkeypatch: pytest.MonkeyPatch):
-    """The table of dispatch.py, way by way: which ops run."""
-    gpu(90)
+    """The table of dispatch.py, way by way: which of its functions run, one within another."""
     called: list[str] = []
+    for kernel in dispatch.KERNELS:
+
+        def spy(*args: object, kernel: Callable = kernel) -> object:
+            called.append(kernel.__name__)
+            return kernel(*args)
+
+        spy.__name__ = kernel.__name__
+        monkeypatch.setattr(dispatch, kernel.__name__, spy)
+    monkeypatch.setattr(dispatch, "KERNELS", [getattr(dispatch, kernel.__name__) for kernel in dispatch.KERNELS])
+    gpu(90)
     e4m3 = layer("table4_e4m3", ActivationSpec(8, "fp8"))
-    for name in ops.ON_CUDA:
-        original = getattr(torch.ops.quantdit, name)
 
-        def spy(*args, name: str = name, original: Callable = original, **kwargs):
-            called.append(name)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(torch.ops.quantdit, name, spy, raising=False)
-
-    def ops_of(made: QuantLinear, m: int, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+    def ways(made: QuantLinear, m: int, dtype: torch.dtype = torch.bfloat16) -> list[str]:
         called.clear()
-        made.forget()
         made(torch.randn(m, K).to(dtype))
         return list(called)
 
     monkeypatch.setitem(dispatch.CROSSOVER["decode_from_m"], "90", 100)
     w4a8 = layer("int4", A8)
-    assert ops_of(w4a8, 99) == ["rotate_quantize", "gemm_w4a8"]
-    assert ops_of(w4a8, 100) == ["rotate_quantize", "decode8", "gemm_w8a8"]
-    assert ops_of(layer("int8", A8), 2) == ["rotate_quantize", "gemm_w8a8"]
-    assert ops_of(layer("int4", A8, "hadamard", 4), 2) == ["rotate_quantize", "gemm_w4a8"]
+    assert ways(w4a8, 99) == ["rotate_quantize", "gemm_packed_a8"]
+    assert ways(w4a8, 100) == ["rotate_quantize", "gemm_packed_a8", "decode8", "gemm_w8a8"]
+    assert ways(layer("int8", A8), 2) == ["rotate_quantize", "gemm_packed_a8", "gemm_w8a8"]
+    assert ways(layer("int4", A8, "hadamard", 4), 2) == ["rotate_quantize", "gemm_packed_a8"]
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "LARGEST_RANK", 3)
-        assert ops_of(layer("int4", A8, "hadamard", 4), 2) == ["rotate", "quantize_tokens", "gemm_w4a8"]
-    assert ops_of(layer("fp8_e4m3", ActivationSpec(8, "fp8"), "none"), 2) == ["quantize_tokens_fp8", "gemm_w8a8"]
-    assert ops_of(e4m3, 2) == ["rotate_quantize", "decode8", "gemm_w8a8"]
+        apart = ["rotate_quantize", "rotate", "quantize_tokens", "gemm_packed_a8"]
+        assert ways(layer("int4", A8, "hadamard", 4), 2) == apart
+    whole = layer("fp8_e4m3", ActivationSpec(8, "fp8"), "none")
+    assert ways(whole, 2) == ["quantize_tokens_fp8", "gemm_packed_a8", "gemm_w8a8"]
+    assert ways(e4m3, 2) == ["rotate_quantize", "gemm_packed_a8", "decode8", "gemm_w8a8"]
     w4a16 = layer("table4", A16)
-    assert ops_of(w4a16, 64) == ["rotate", "gemm_w4a16"]
-    assert ops_of(w4a16, 65) == ["rotate", "decode8"]
-    assert ops_of(w4a16, 2, torch.float32) == ["rotate", "decode8"]
+    assert ways(w4a16, 64) == ["rotate", "gemm_packed_a16"]
+    assert ways(w4a16, 65) == ["rotate", "gemm_packed_a16", "decode8"]
+    assert ways(w4a16, 2, torch.float32) == ["rotate", "gemm_packed_a16", "decode8"]
 
 
 @pytest.mark.parametrize("capability", [75, 80, 86])

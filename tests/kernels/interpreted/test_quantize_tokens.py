@@ -100,18 +100,12 @@ def test_rotation_is_as_exact_as_the_float64_product(m: int, k: int, dtype: torc
 
 
 @pytest.mark.parametrize("format", ["int", "affine", "fp8"])
-@pytest.mark.parametrize("modulated", [False, True])
-def test_transform_and_codes_in_one_pass(format: str, modulated: bool):
+def test_transform_and_codes_in_one_pass(format: str):
     """One step of the scale, at most, and in few places: a sum of another order turns a tie in bfloat16."""
     m, k = 24, 384
     x, signs = tokens(m, k, torch.bfloat16) + 0.5, random_sign(k, 0)
-    if modulated:
-        shift, modulation = tokens(4, k, torch.bfloat16), tokens(4, k, torch.bfloat16) / 50
-        codes, scale = quantize_tokens(x, signs, 128, format, 8, 0, None, shift, modulation, 1e-6)
-        expected, expected_scale = ops.modulate_quantize_reference(x, shift, modulation, 1e-6, signs, 128, format, 8)
-    else:
-        codes, scale = quantize_tokens(x, signs, 128, format, 8)
-        expected, expected_scale, _ = ops.rotate_quantize_reference(x, signs, 128, format, 8)
+    codes, scale = quantize_tokens(x, signs, 128, format, 8)
+    expected, expected_scale, _ = ops.rotate_quantize_reference(x, signs, 128, format, 8)
     assert torch.allclose(scale, expected_scale, rtol=2**-8, atol=0)
     different = codes.float() != expected.float()
     assert float(different.float().mean()) < 0.01
@@ -140,36 +134,36 @@ KINDS = [("int", 8, 0), ("int", 4, 64), ("affine", 8, 0), ("affine", 4, 32), ("f
 
 @pytest.mark.parametrize(("m", "k", "block", "rank"), [(1, 48, 16, 1), (63, 192, 64, 32), (37, 320, 16, 40)])
 @pytest.mark.parametrize(("format", "bits", "group"), KINDS)
-def test_thin_and_codes_of_rotated_integers(format: str, bits: int, group: int, m: int, k: int, block: int, rank: int):
-    """The rotation of small integers is exact, so codes and scales are to the bit; thin is one rounding of float32 sums."""
+def test_low_rank_hidden_and_codes_of_rotated_integers(format: str, bits: int, group: int, m: int, k: int, block: int, rank: int):
+    """The rotation of small integers is exact, so codes and scales are to the bit; hidden is one rounding of float32 sums."""
     group, dtype = group if k % max(group, 1) == 0 else 0, torch.bfloat16
     generator = torch.Generator().manual_seed(k)
     x = torch.randint(-3, 4, (m, k), generator=generator).to(dtype)
     down = torch.randn(rank, k, generator=generator).bfloat16()
     signs = random_sign(k, 0)
-    codes, scale, thin = module.quantize_project(x, signs, block, format, bits, group, None, down)
+    codes, scale, hidden = module.quantize_project(x, signs, block, format, bits, group, None, down)
     expected, expected_scale, _ = ops.rotate_quantize_reference(x, signs, block, format, bits, group)
     assert codes.dtype == expected.dtype and torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
     assert torch.equal(scale, expected_scale)
     rotated, narrow = ops.rotate_reference(x, signs, block).double(), down.to(dtype).double()
     exact, magnitude = rotated @ narrow.T, rotated.abs() @ narrow.abs().T
-    assert thin.dtype == dtype and thin.shape == (m, rank)
+    assert hidden.dtype == dtype and hidden.shape == (m, rank)
     bound = torch.finfo(dtype).eps / 2 * exact.abs() + 2 * (k + 2) * 2.0**-24 * magnitude + 2.0**-25
-    assert bool(((thin.double() - exact).abs() <= bound).all())
+    assert bool(((hidden.double() - exact).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("static", [None, torch.tensor([0.5])])
-def test_thin_of_smoothed_tokens(static: torch.Tensor | None):
+def test_low_rank_hidden_of_smoothed_tokens(static: torch.Tensor | None):
     """What the other kernel makes of the same tokens: two parts of each are rotated, in the same order."""
     dtype = torch.bfloat16
     x, down = tokens(20, 320, dtype), torch.randn(64, 320, generator=torch.Generator().manual_seed(2)).bfloat16()
     premultiplier = random_sign(320, 0) * (torch.rand(320, generator=torch.Generator().manual_seed(1)) + 0.3)
-    codes, scale, thin = module.quantize_project(x, premultiplier, 64, "int", 8, 0, static, down)
+    codes, scale, hidden = module.quantize_project(x, premultiplier, 64, "int", 8, 0, static, down)
     expected, expected_scale = quantize_tokens(x, premultiplier, 64, "int", 8, 0, static)
     assert float((codes != expected).float().mean()) < 0.01 and int((codes.int() - expected.int()).abs().max()) <= 1
     assert torch.allclose(scale, expected_scale, rtol=2**-8, atol=0)
     reference = ops.rotate_quantize_reference(x, premultiplier, 64, "int", 8, 0, static, down)[2].float()
-    assert float((thin.float() - reference).norm() / reference.norm()) < 2 * torch.finfo(dtype).eps
+    assert float((hidden.float() - reference).norm() / reference.norm()) < 2 * torch.finfo(dtype).eps
 
 
 def test_no_tokens_and_wide_tokens():

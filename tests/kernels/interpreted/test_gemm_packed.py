@@ -1,4 +1,4 @@
-"""gemm_w4_kernel and sum_splits_kernel: every stored format, decoded in registers, by inline PTX and in plain Triton."""
+"""gemm_packed_kernel and sum_splits_kernel: every stored format, decoded in registers, by inline PTX and in plain Triton."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ import torch
 
 from quantdit.formats import FORMATS
 from quantdit.kernels import ops
-from quantdit.kernels.triton_ops.gemm_w4 import CONFIGS_A8, CONFIGS_A16, gemm_w4
+from quantdit.kernels.ops import Epilogue
+from quantdit.kernels.triton_ops.gemm_packed import CONFIGS_A8, CONFIGS_A16, gemm_packed
 from quantdit.kernels.triton_ops.tuning import Config
-from quantdit.tensors.qtensor import QTensor
 
 TILE = Config(32, 32, 128, 4, 2)
 SPLIT = Config(16, 32, 128, 4, 2, 3)
-
-
-def stored(q: QTensor) -> tuple:
-    return q.data, q.multiplier, q.offset, q.codebook, q.spec.format, q.spec.group_size, q.scale
 
 
 def codes(m: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,8 +56,8 @@ def test_a8_is_exact(name: str, group: int, rows: int, asm: bool, config: Config
     q = weight(name, n, k, group, rows)
     x, token_scale = codes(m, k)
     bias = torch.randn(n)
-    y = gemm_w4(x, token_scale, *stored(q), bias, torch.float32, capability=90, config=config, asm=asm)
-    assert torch.equal(y, ops.gemm_w4a8_reference(x, token_scale, *stored(q), bias, torch.float32))
+    y = gemm_packed(x, q, Epilogue(torch.float32, token_scale, bias), capability=90, config=config, asm=asm)
+    assert torch.equal(y, ops.gemm_packed_a8_reference(x, q, Epilogue(torch.float32, token_scale, bias)))
 
 
 @pytest.mark.parametrize(
@@ -72,8 +68,8 @@ def test_a8_is_exact(name: str, group: int, rows: int, asm: bool, config: Config
 def test_ragged_sizes(name: str, k: int, config: Config, m: int, weight: Callable):
     q = weight(name, 45, k)
     x, token_scale = codes(m, k)
-    y = gemm_w4(x, token_scale, *stored(q), None, torch.float32, capability=80, config=config)
-    assert torch.equal(y, ops.gemm_w4a8_reference(x, token_scale, *stored(q), None, torch.float32))
+    y = gemm_packed(x, q, Epilogue(torch.float32, token_scale), capability=80, config=config)
+    assert torch.equal(y, ops.gemm_packed_a8_reference(x, q, Epilogue(torch.float32, token_scale)))
 
 
 @pytest.mark.parametrize("name", ["table4_e4m3", "table3_e4m3", "fp8_e4m3"])
@@ -81,14 +77,14 @@ def test_e4m3_weights(name: str, weight: Callable):
     m, n, k = 20, 33, 256
     q = weight(name, n, k)
     x, token_scale = codes(m, k)
-    y = gemm_w4(x, token_scale, *stored(q), None, torch.float32, capability=90, config=TILE)
-    expected = ops.gemm_w4a8_reference(x, token_scale, *stored(q), None, torch.float32)
+    y = gemm_packed(x, q, Epilogue(torch.float32, token_scale), capability=90, config=TILE)
+    expected = ops.gemm_packed_a8_reference(x, q, Epilogue(torch.float32, token_scale))
     magnitude = token_scale.double()[:, None] * q.scale.double() * (x.double().abs() @ q.decode8().double().abs().T)
     assert bool(((y.double() - expected.double()).abs() <= k * 2.0**-24 * magnitude).all())
 
 
 # test_a16_by_ptx_and_in_plain_triton has the others in float16.
-WIDE = [(name, torch.bfloat16) for name, f in FORMATS.items() if not f.window]
+WIDE = [(name, torch.bfloat16) for name, f in FORMATS.items() if not f.state_bits]
 WIDE += [(name, torch.float16) for name in ("int8", "fp8_e4m3", "table4_e4m3", "table3_e4m3")]
 
 
@@ -101,7 +97,7 @@ def test_a16(name: str, dtype: torch.dtype, weight: Callable):
     exact = x.double() @ q.decode8().double().T * q.scale.double()
     magnitude = x.double().abs() @ q.decode8().double().abs().T * q.scale.double()
     for config in (SPLIT, TILE):
-        y = gemm_w4(x, None, *stored(q), None, dtype, capability=80, config=config)
+        y = gemm_packed(x, q, Epilogue(dtype), capability=80, config=config)
         assert y.dtype == dtype
         bound = (k + 4) * 2.0**-24 * magnitude + torch.finfo(dtype).eps / 2 * exact.abs() + 2.0**-25
         assert bool(((y.double() - exact).abs() <= bound).all())
@@ -112,11 +108,11 @@ def test_the_tiles_that_are_shipped(capability: int, weight: Callable):
     q = weight("table4", 70, 256)
     for m in (1, 20, 40):
         x = torch.randint(-8, 9, (m, 256), generator=torch.Generator().manual_seed(m)).bfloat16()
-        y = gemm_w4(x, None, *stored(q), None, torch.bfloat16, capability=capability)
-        assert torch.equal(y, ops.gemm_w4a16_reference(x, *stored(q), None))  # integers: sums below 2^24
+        y = gemm_packed(x, q, Epilogue(torch.bfloat16), capability=capability)
+        assert torch.equal(y, ops.gemm_packed_a16_reference(x, q, Epilogue(x.dtype)))  # integers: sums below 2^24
         eight, token_scale = codes(m, 256)
-        y = gemm_w4(eight, token_scale, *stored(q), None, torch.float32, capability=capability)
-        assert torch.equal(y, ops.gemm_w4a8_reference(eight, token_scale, *stored(q), None, torch.float32))
+        y = gemm_packed(eight, q, Epilogue(torch.float32, token_scale), capability=capability)
+        assert torch.equal(y, ops.gemm_packed_a8_reference(eight, q, Epilogue(torch.float32, token_scale)))
     assert CONFIGS_A8.keys() == CONFIGS_A16.keys()
 
 
@@ -125,9 +121,9 @@ def test_a16_by_ptx_and_in_plain_triton(name: str, group: int, rows: int, weight
     """Both decode to the same numbers, which are then added in the same order."""
     q = weight(name, 40, 256, group, rows)
     x = torch.randint(-8, 9, (5, 256), generator=torch.Generator().manual_seed(0)).half()
-    expected = ops.gemm_w4a16_reference(x, *stored(q), None)
+    expected = ops.gemm_packed_a16_reference(x, q, Epilogue(x.dtype))
     for asm in (True, False):
-        assert torch.equal(gemm_w4(x, None, *stored(q), None, x.dtype, capability=80, config=TILE, asm=asm), expected)
+        assert torch.equal(gemm_packed(x, q, Epilogue(x.dtype), capability=80, config=TILE, asm=asm), expected)
 
 
 @pytest.mark.parametrize("config", [TILE, SPLIT], ids=["whole", "split"])
@@ -136,9 +132,8 @@ def test_what_follows_the_product(config: Config, weight: Callable):
     q = weight("int4", n, k, 64)
     g = torch.Generator().manual_seed(0)
     x, token_scale = codes(m, k)
-    thin, up = torch.randn(m, 8, generator=g), torch.randn(n, 8, generator=g).bfloat16()
-    gate, residual = torch.randn(2, n, generator=g), torch.randn(m, n, generator=g)
-    rest = (torch.randn(n, generator=g), torch.float32, thin, up, "gelu_tanh", gate, residual)
-    y = gemm_w4(x, token_scale, *stored(q), *rest, capability=90, config=config)
-    expected = ops.gemm_w4a8_reference(x, token_scale, *stored(q), *rest)
+    low = torch.randn(m, 8, generator=g), torch.randn(n, 8, generator=g).bfloat16()
+    after = Epilogue(torch.float32, token_scale, torch.randn(n, generator=g), *low)
+    y = gemm_packed(x, q, after, capability=90, config=config)
+    expected = ops.gemm_packed_a8_reference(x, q, after)
     assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))

@@ -1,9 +1,9 @@
 """Codes or 16-bit activations times a weight as it is stored, decoded in registers: W4A8 for medium m, W4A16 for few tokens.
 
-References: `gemm_w4a8`, `gemm_w4a16` in kernels/ops.py. The weight is the left operand, Y^T = W X^T, so that decoded registers go
-straight to the tensor core. Full blocks of 4-bit codes come as two halves of 64 inputs, one for the low and one for the high
-nibbles; every other format, and the last, shorter block of a row, through decode8.stored_tile. With `splits`, programs share
-the k of one tile, leave float32 or int32 sums in a scratch matrix, and a second kernel adds them up.
+References: `gemm_packed_a8`, `gemm_packed_a16` in kernels/ops.py. The weight is the left operand, Y^T = W X^T, so that decoded
+registers go straight to the tensor core. Full blocks of 4-bit codes come as two halves of 64 inputs, one for the low and one for
+the high nibbles; every other format, and the last, shorter block of a row, through decode8.stored_tile. With `splits`, programs
+share the k of one tile, leave float32 or int32 sums in a scratch matrix, and a second kernel adds them up.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from quantdit.formats.packing import BLOCK
+from quantdit.kernels.ops import Epilogue
 from quantdit.kernels.triton_ops.decode8 import full_tiles, layout_of, packed_row, stored_tile
-from quantdit.kernels.triton_ops.epilogue import arguments, as_bytes, contiguous, finish, swizzled
+from quantdit.kernels.triton_ops.epilogue import as_bytes, contiguous, finish, swizzled
 from quantdit.kernels.triton_ops.gemm_w8a8 import candidates
 from quantdit.kernels.triton_ops.ptx import affine_nibbles, e4m3_to_float, table_nibbles
 from quantdit.kernels.triton_ops.tuning import Config, chosen
+from quantdit.tensors.qtensor import QTensor
 
 # bk is 128 everywhere: a block of codes.
 LIGHT = 4096  # largest tile for more than a bias after the product
@@ -56,7 +58,7 @@ def _add(w, x, acc, DOT: tl.constexpr):
 
 
 @triton.jit
-def gemm_w4_kernel(
+def gemm_packed_kernel(
     x_ptr,
     data_ptr,
     multiplier_ptr,
@@ -66,10 +68,8 @@ def gemm_w4_kernel(
     token_scale_ptr,
     scale_ptr,
     bias_ptr,
-    thin_ptr,
+    hidden_ptr,
     up_ptr,
-    gate_ptr,
-    residual_ptr,
     M,
     N,
     K,
@@ -77,14 +77,12 @@ def gemm_w4_kernel(
     tiles,
     tail_tiles,
     rank,
-    tokens_per_image,
-    GELU: tl.constexpr,
     DOT: tl.constexpr,  # int8, bf16 (int8 codes times e4m3) or none (x is 16-bit)
     E4M3: tl.constexpr,
     KIND: tl.constexpr,
     BITS: tl.constexpr,
     DIM: tl.constexpr,
-    LEVELS: tl.constexpr,
+    ENTRIES: tl.constexpr,
     GROUP: tl.constexpr,
     PER_ROW: tl.constexpr,
     TAIL: tl.constexpr,
@@ -94,8 +92,8 @@ def gemm_w4_kernel(
     BN: tl.constexpr,
 ):
     EIGHT: tl.constexpr = DOT == "int8"
-    # A register of a 16-bit operand holds two neighbours along k: too few for tables of a row.
-    HALVES: tl.constexpr = BITS == 4 and (KIND == "affine" or (KIND == "table" and (EIGHT or not PER_ROW)))
+    # A register of a 16-bit operand holds two neighbours along k: too few for codebooks of a row.
+    HALVES: tl.constexpr = BITS == 4 and (KIND == "affine" or (KIND == "codebook" and (EIGHT or not PER_ROW)))
     FLOAT: tl.constexpr = tl.bfloat16 if DOT == "bf16" else x_ptr.dtype.element_ty
     pm, pn = swizzled(tl.program_id(0), M, N, BM, BN)
     split = tl.program_id(1)
@@ -105,7 +103,7 @@ def gemm_w4_kernel(
     lane = tl.arange(0, 128)
     x_at = x_ptr + row[None, :] * K
     acc = tl.zeros((BN, BM), tl.int32 if DOT == "int8" else tl.float32)
-    if HALVES and KIND == "table":
+    if HALVES and KIND == "codebook":
         words = codebook_ptr.to(tl.pointer_type(tl.int32)) + (column * 4 if PER_ROW else column * 0)[:, None]
         t0, t1, t2, t3 = tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
         t0, t1 = tl.broadcast_to(t0, (BN, 64)), tl.broadcast_to(t1, (BN, 64))
@@ -139,7 +137,7 @@ def gemm_w4_kernel(
         else:
             w = stored_tile(
                 data_ptr, multiplier_ptr, offset_ptr, codebook_ptr, column, columns < N, tile, K, row_bytes,
-                KIND, BITS, DIM, LEVELS, GROUP, PER_ROW, 128,
+                KIND, BITS, DIM, ENTRIES, GROUP, PER_ROW, 128,
             )  # fmt: skip
             x = tl.load(x_at + (tile * 128 + lane)[:, None])
             acc = _add(_activation_bits(w, DOT, E4M3, FLOAT), x, acc, DOT)
@@ -148,7 +146,7 @@ def gemm_w4_kernel(
             for tile in range(tiles, tiles + tail_tiles):
                 w = stored_tile(
                     data_ptr, multiplier_ptr, offset_ptr, codebook_ptr, column, columns < N, tile, K, row_bytes,
-                    KIND, BITS, DIM, LEVELS, GROUP, PER_ROW, TAIL,
+                    KIND, BITS, DIM, ENTRIES, GROUP, PER_ROW, TAIL,
                 )  # fmt: skip
                 x = tl.load(x_at + (tile * 128 + lane)[:, None], mask=(tile * 128 + lane < K)[:, None], other=0)
                 acc = _add(_activation_bits(w, DOT, E4M3, FLOAT), x, acc, DOT)
@@ -158,8 +156,7 @@ def gemm_w4_kernel(
         tl.store(at, sums, mask=(rows < M)[:, None] & (columns < N)[None, :])
     else:
         finish(
-            sums, rows, columns, y_ptr, token_scale_ptr, scale_ptr, bias_ptr, thin_ptr, up_ptr, gate_ptr, residual_ptr,
-            M, N, rank, tokens_per_image, GELU, BM, BN,
+            sums, rows, columns, y_ptr, token_scale_ptr, scale_ptr, bias_ptr, hidden_ptr, up_ptr, M, N, rank, BM, BN,
         )  # fmt: skip
 
 
@@ -170,15 +167,11 @@ def sum_splits_kernel(
     token_scale_ptr,
     scale_ptr,
     bias_ptr,
-    thin_ptr,
+    hidden_ptr,
     up_ptr,
-    gate_ptr,
-    residual_ptr,
     M,
     N,
     rank,
-    tokens_per_image,
-    GELU: tl.constexpr,
     SPLITS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -191,50 +184,29 @@ def sum_splits_kernel(
     for split in tl.static_range(1, SPLITS):
         acc += tl.load(at + split * (M * N), mask=ok, other=0)
     finish(
-        acc, rows, columns, y_ptr, token_scale_ptr, scale_ptr, bias_ptr, thin_ptr, up_ptr, gate_ptr, residual_ptr,
-        M, N, rank, tokens_per_image, GELU, BM, BN,
+        acc, rows, columns, y_ptr, token_scale_ptr, scale_ptr, bias_ptr, hidden_ptr, up_ptr, M, N, rank, BM, BN,
     )  # fmt: skip
 
 
-def gemm_w4(
-    x: Tensor,
-    token_scale: Tensor | None,
-    data: Tensor,
-    multiplier: Tensor | None,
-    offset: Tensor | None,
-    codebook: Tensor | None,
-    format: str,
-    group_size: int,
-    scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    thin: Tensor | None = None,
-    up: Tensor | None = None,
-    activation: str = "none",
-    gate: Tensor | None = None,
-    residual: Tensor | None = None,
-    *,
-    capability: int,
-    config: Config | None = None,
-    asm: bool = True,
+def gemm_packed(
+    x: Tensor, weight: QTensor, after: Epilogue, *, capability: int, config: Config | None = None, asm: bool = True
 ) -> Tensor:
     """Return `[m, n]` of x `[m, k]`: int8 codes with a `token_scale` `[m]`, or float16 or bfloat16 without one.
 
-    The stored tensors are those of `decode8`, scale `[n]` and what follows those of `gemm_w8a8`. `asm` false decodes in plain
-    Triton.
+    `asm` false decodes in plain Triton.
     """
-    m, k, n = *x.shape, data.shape[0]
-    y = torch.empty((m, n), dtype=dtype, device=x.device)
+    (m, k), spec = x.shape, weight.spec
+    n = spec.out_features
+    y = torch.empty((m, n), dtype=after.dtype, device=x.device)
     if not m:
         return y
-    layout = layout_of(format, k, group_size, codebook)
-    (x, data, multiplier, offset, codebook) = contiguous(x, data, multiplier, offset, codebook)
-    (thin, up, gate, residual) = contiguous(thin, up, gate, residual)
-    data, multiplier, offset, codebook = (as_bytes(t) for t in (data, multiplier, offset, codebook))
+    layout = layout_of(spec)
+    (x, hidden, up) = contiguous(x, after.low_rank_hidden, after.up)
+    stored = tuple(as_bytes(t) for t in contiguous(weight.data, weight.multiplier, weight.offset, weight.codebook))
     tiles = full_tiles(k, layout.dim)
     constants = layout.constants() | {"E4M3": layout.e4m3, "DOT": dot_of(x.dtype, layout.e4m3), "ASM": asm}
-    rest = (token_scale, scale, bias, thin, up, gate, residual)
-    last = arguments(m, thin, activation, gate)
+    rest = (after.token_scale, weight.scale, after.bias, hidden, up)
+    rank = 0 if hidden is None else hidden.shape[1]
 
     def run(c: Config) -> None:
         splits = min(c.splits, max(tiles, 1))
@@ -242,21 +214,20 @@ def gemm_w4(
         if splits > 1:
             target = x.new_empty((splits, m, n), dtype=torch.int32 if constants["DOT"] == "int8" else torch.float32)
         grid = (triton.cdiv(m, c.bm) * triton.cdiv(n, c.bn), splits)
-        gemm_w4_kernel[grid](
-            x, data, multiplier, offset, codebook, target, *rest, m, n, k, packed_row(format, k), tiles,
-            -(-(k - tiles * BLOCK) // BLOCK), **last, **constants, SPLITS=splits, BM=c.bm, BN=c.bn,
-            num_warps=c.warps, num_stages=c.stages,
+        gemm_packed_kernel[grid](
+            x, *stored, target, *rest, m, n, k, packed_row(spec), tiles, -(-(k - tiles * BLOCK) // BLOCK), rank,
+            **constants, SPLITS=splits, BM=c.bm, BN=c.bn, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
         if splits > 1:
             sum_splits_kernel[(triton.cdiv(m, 16), triton.cdiv(n, 64))](
-                target, y, *rest, m, n, **last, SPLITS=splits, BM=16, BN=64, num_warps=4
+                target, y, *rest, m, n, rank, SPLITS=splits, BM=16, BN=64, num_warps=4
             )
 
-    configs = candidates(CONFIGS_A16 if token_scale is None else CONFIGS_A8, capability, m)
-    plain = thin is None and gate is None and residual is None
+    configs = candidates(CONFIGS_A16 if after.token_scale is None else CONFIGS_A8, capability, m)
+    plain = hidden is None
     if not plain:
         configs = tuple(c for c in configs if c.bm * c.bn <= LIGHT)
-    run(config or chosen("gemm_w4", (m, n, k, format, str(x.dtype), plain), configs, run))
+    run(config or chosen("gemm_packed", (m, n, k, spec.format, str(x.dtype), plain), configs, run))
     return y
 
 
