@@ -26,6 +26,7 @@ __all__ = [
     "QuantDiTConfig",
     "Recipe",
     "Rule",
+    "calibrate",
     "evaluate",
     "export",
     "gate",
@@ -37,6 +38,7 @@ __all__ = [
 
 # Imported when they are asked for: they bring diffusers along.
 _LATER = {
+    "calibrate": "quantdit.compiling.compile",
     "QuantDiTConfig": "quantdit.integrations.diffusers_quantizer",
     "evaluate": "quantdit.evaluation.run",
     "export": "quantdit.api",

@@ -45,7 +45,7 @@ ORDER = (
 )
 
 # Imported when they are asked for.
-LATER = {"QuantDiTConfig", "evaluate", "export", "gate", "generate", "inspect", "load", "quantize"}
+LATER = {"QuantDiTConfig", "calibrate", "evaluate", "export", "gate", "generate", "inspect", "load", "quantize"}
 PUBLIC = sorted({"FORMATS", "Format", "QSpec", "QTensor", "Recipe", "Rule"} | LATER)
 HEAVY = (
     "diffusers",

@@ -116,11 +116,8 @@ def _add_samples(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from quantdit.compiling import work_folder
     from quantdit.compiling.compile import FINETUNING, LOADING, SAMPLING, calibrate
-    from quantdit.compiling.plan import Target
     from quantdit.inspection import allocation
 
-    has_target = args.size_budget is not None or args.max_output_error is not None
-    target = Target(args.size_budget, args.max_output_error) if has_target else None
     named = from_bits(args.bits, args.method).name.replace(" ", "-") if args.bits is not None else args.recipe.stem
     output = args.output or Path(f"{Path(args.model).resolve().name}-{named}")
     given = {key: getattr(args, key) for key in (*SAMPLING, "weight_format", *FINETUNING, *LOADING)}
@@ -133,7 +130,8 @@ def run(args: argparse.Namespace) -> int:
             args.recipe or args.bits,
             output,
             method=args.method,
-            target=target,
+            size_budget=args.size_budget,
+            max_output_error=args.max_output_error,
             resume=args.resume,
             overwrite=args.overwrite,
             **given,

@@ -50,7 +50,8 @@ def calibrate(
     output: str | Path,
     *,
     method: str = BEST,
-    target: Target | None = None,
+    size_budget: float | None = None,
+    max_output_error: float | None = None,
     resume: bool = False,
     overwrite: bool = False,
     **options: object,
@@ -62,7 +63,8 @@ def calibrate(
         recipe: bits such as `w4a8`, the path of a TOML file, a dictionary or a Recipe.
         output: folder to write.
         method: with bits, whose: `best`, today's presets, or a paper's of presets.METHODS.
-        target: a size or an error that each layer's weight bits are chosen for.
+        size_budget: choose each layer's weight bits so that all take this part of their size in 16 bits; 0.25 is 4 bits a weight.
+        max_output_error: choose them for the smallest size whose model_rel_rmse is at most this; 0.05 is 5 %.
         resume: go on with an interrupted run of the same settings.
         overwrite: replace an output that quantdit wrote, unless it holds files of yours.
         options: what is sampled (fields of SamplingPlan: samples, steps, seed, guidance, height, width, frames, prompts,
@@ -75,10 +77,12 @@ def calibrate(
         ValueError: an option that there is not, a model that cannot be loaded, or as `compile`.
         OSError: the output cannot be written.
     """
-    own = ("model", "recipe", "output", "method", "target", "resume", "overwrite")
+    own = ("model", "recipe", "output", "method", "size_budget", "max_output_error", "resume", "overwrite")
     check_options("calibrate", options, (*own, *SAMPLING, "weight_format", *FINETUNING, *LOADING))
     given = {key: value for key, value in options.items() if value is not None}
     model = str(files.check_path("model", model, MODEL))
+    has_target = size_budget is not None or max_output_error is not None
+    target = Target(size_budget, max_output_error) if has_target else None
     chosen = recipe_for(recipe, method, target, given.get("weight_format"))
     output = Path(files.check_path("output", output))
     if method != BEST and given.get("samples") == 0:

@@ -28,7 +28,7 @@ CONFIG = {
 CHILD = """
 import gc, json, sys, torch, quantdit
 from diffusers import WanTransformer3DModel
-from quantdit import memory
+from quantdit.system import memory
 def resident():
     gc.collect()
     return int(open("/proc/self/statm").read().split()[1]) * 4096
