@@ -203,7 +203,8 @@ def narrow_weights(graph: ir.Graph) -> None:
         tensor = value.const_value
         if tensor is None or isinstance(tensor, ir.LazyTensor) or value.dtype != ir.DataType.FLOAT or tensor.size < NARROW_FROM:
             continue
-        array, shape = tensor.numpy(), ir.Shape(tensor.shape)
+        array = tensor.numpy()
+        shape = ir.Shape(array.shape)
         for dtype, kind in ((np.float16, ir.DataType.FLOAT16), (ml_dtypes.bfloat16, ir.DataType.BFLOAT16)):
             with np.errstate(over="ignore"):
                 narrow: Any = array.astype(dtype)

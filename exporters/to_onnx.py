@@ -285,9 +285,9 @@ def _dynamic(transformer: nn.Module, adapter: Adapter, arguments: dict[str, obje
         return dims[name]
 
     def doubled(path: KeyPath, value: object) -> object:
-        # A size of one would be taken for fixed.
-        batch = isinstance(value, Tensor) and specs.get(name_of(path), {}).get(0) == "batch" and len(value) == 1
-        return torch.cat([value, value]) if batch else value
+        if not isinstance(value, Tensor) or specs.get(name_of(path), {}).get(0) != "batch" or len(value) != 1:
+            return value
+        return torch.cat([value, value])  # a size of one would be taken for fixed
 
     def varying(path: KeyPath, value: object) -> dict[int, object] | None:
         if not isinstance(value, Tensor):
