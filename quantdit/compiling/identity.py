@@ -31,7 +31,8 @@ def identity_of(pipeline: object, source: Source, plan: Plan) -> dict:
         provenance["target"] = asdict(plan.target)
     if plan.finetuning is not None:
         provenance["training"] = asdict(plan.finetuning)
-    return {"recipe": plan.recipe.to_dict(), "provenance": provenance, "source_config_sha256": _config_digest(source)}
+    whole = {"recipe": plan.recipe.to_dict(), "provenance": provenance, "source_config_sha256": _config_digest(source)}
+    return json.loads(json.dumps(whole))  # as the report that is read gives it: no tuples
 
 
 def run_of(identity: dict) -> str:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -61,7 +61,7 @@ class SoftLinear(nn.Module):
         self.static = tensors.get("static_scale")
         self.branch = _branch(tensors)
         f, self.candidates = FORMATS[spec.weight.format], candidates
-        if candidates is None:
+        if candidates is None or logits is None:
             self.logits = self.codebook = None
             self.integers = f.decode8(f, spec.weight, tensors)
             scale = tensors["scale"].clone()
@@ -87,11 +87,12 @@ class SoftLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """Return the weight `[out, in]` in the transformed space."""
-        if self.candidates is None:
+        if self.candidates is None or self.codebook is None:
+            assert self.integers is not None
             return self.integers * self.scale[:, None]
         f = FORMATS[self.spec.weight.format]
         found = [entries_of(self.codebook, part.int(), f.sign_split) for part in self.candidates]
-        soft = found[0] if len(found) == 1 else sum(r[..., None] * word for r, word in zip(self.ratios, found, strict=True))
+        soft = found[0] if len(found) == 1 else _sum([r[..., None] * word for r, word in zip(self.ratios, found, strict=True)])
         return soft.flatten(1) * self.scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,11 +120,13 @@ class SoftLinear(nn.Module):
     @property
     def ratios(self) -> Tensor:
         """Return `[n, out, in / d]`."""
+        assert self.logits is not None, "codes that stay as they are have no ratios"
         return self.logits.softmax(dim=0)
 
     @torch.no_grad()
     def freeze(self, least: float = FROZEN) -> float:
         """Decide every sub-vector one of whose ratios is above `least`; returns the part that is decided."""
+        assert self.logits is not None, "codes that stay as they are have nothing to decide"
         best = self.ratios.max(dim=0)
         decided = best.values > least
         winner = torch.arange(len(self.logits))[:, None, None] == best.indices
@@ -143,12 +146,16 @@ class SoftLinear(nn.Module):
             "weight_histogram": histogram(W, stored["scale"]),
             "codebook_rounding": float(f"{rounding:.3g}"),
         }
-        mended = None if bias is None else as_stored(self.output - dense @ self.centre, bias)
+        if bias is None or self.output is None or self.centre is None:
+            mended = None
+        else:
+            mended = as_stored(self.output - dense @ self.centre, bias)
         return replace(made, tensors=made.tensors | stored, bias=mended, report=made.report | report)
 
     def _stored(self) -> tuple[dict[str, Tensor], Tensor, float]:
         """Return what changed as it is stored, `I` float32, and the relative error of rounding the codebook."""
-        if self.candidates is None:
+        if self.candidates is None or self.logits is None or self.codebook is None:
+            assert self.integers is not None
             return {"scale": gptvq.in_16_bits(self.scale.abs())}, self.integers.float(), 0.0
         f = FORMATS[self.spec.weight.format]
         winner = self.logits.argmax(dim=0, keepdim=True)
@@ -199,7 +206,7 @@ def soft_linear(made: Quantized, weight: Tensor, bias: Tensor | None, stats: Sta
         candidates, logits = _choices(made, _beside_branch(t, weight, branch), gram, finetuning)
     centre = None if bias is None else transform.apply(t, stats.mean)
     output = None if bias is None else bias.detach().float() + weight.detach().float() @ stats.mean
-    if centre is not None and branch is not None:
+    if output is not None and centre is not None and branch is not None:
         output = output - branch[0] @ (branch[1] @ centre)
     return SoftLinear(spec, made.tensors, centre, output, candidates, logits, in_units=finetuning.optimizer == "adam")
 
@@ -265,4 +272,13 @@ def best_codes(
         chosen = others.topk(count - 1, dim=1, largest=False)
         found.append(torch.cat([has, chosen.indices + flips], dim=1))
         errors.append(torch.cat([own, chosen.values.clamp_min(0)], dim=1))
-    return tuple(torch.stack(parts, 2).transpose(0, 1).contiguous() for parts in (found, errors))
+    return _stacked(found), _stacked(errors)
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """Return `[count, out, in / d]` of a group's `[out, count]` each."""
+    return torch.stack(parts, 2).transpose(0, 1).contiguous()
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    return sum(terms[1:], terms[0])

@@ -31,7 +31,7 @@ COLUMNS = {10: 64, 12: 64, 14: 24, 16: 12}  # encoded, by L
 TORCH_COLUMNS = 4
 DECODED = 25  # times, of which the fastest counts
 FEEDBACK = {"act_order": True}
-LAYERS = ((OUT, "rtn", {}), (WIDE, "rtn", {}), (OUT, "gptq", FEEDBACK), (OUT, "gptq", FEEDBACK | {"descent": 2}))
+LAYERS = ((OUT, "rtn", {}), (WIDE, "rtn", {}), (OUT, "gptq", FEEDBACK), (OUT, "gptq", FEEDBACK | {"cd_passes": 2}))
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -99,7 +99,7 @@ def markdown(rows: list[dict]) -> str:
     for row in rows:
         if "layer" in row:
             words = [row["method"], *(["act-order"] if row.get("act_order") else [])]
-            words += [f"{row['descent']} passes of descent"] if "descent" in row else []
+            words += [f"{row['cd_passes']} passes of descent"] if "cd_passes" in row else []
             lines.append(f"| {row['layer']} | {', '.join(words)} | {row['seconds']} |")
     return "\n".join(lines) + "\n"
 

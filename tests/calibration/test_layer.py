@@ -153,7 +153,7 @@ def test_every_combination_survives_its_checkpoint(
     layers = {}
     for number, (smooth, rank) in enumerate(itertools.product(SMOOTHINGS, (0, 8))):
         kind = kinds[(number + place * 2) % len(kinds)]
-        fields = {"smooth": smooth, "low_rank": rank, "method": method, "descent": number % 3, **KINDS[kind]}
+        fields = {"smooth": smooth, "low_rank": rank, "method": method, "cd_passes": number % 3, **KINDS[kind]}
         rule = Rule("*", WEIGHTS[method][kind == "a8 fp8"], rotation=rotation, **fields)
         bias = random(OUT, seed=number) if number % 4 > 1 else None
         made = quantize_layer(layer_weight(), bias, stats, plan_of(rule), number)

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from quantdit.checkpoints import random_weights
 from quantdit.checkpoints.random_weights import OUTLIER_EVERY, OUTLIER_SCALE, write_random_transformer
+from quantdit.compiling import compile as compile_module
 from quantdit.compiling.report import RANDOM_WARNING, REPORT
 from quantdit.models import known_models
+from quantdit.recipes.sampling_plan import SamplingPlan
 from quantdit.system import files
 from quantdit.system.files import WEIGHTS
 
@@ -46,8 +48,8 @@ def calibrate(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`quantdit calibrate --random-weights` of the tiny shapes under a known name; quick unless a test says otherwise."""
     from quantdit.recipes.sampling_plan import Size
 
-    monkeypatch.setattr(known_models, "transformer_config", lambda alias: TINY)
-    small = known_models.Capture(2, 3.0, 1, 64, 64, 9, Size(1, 3, 4, 4, 8))
+    monkeypatch.setattr(compile_module, "transformer_config", lambda name: TINY)
+    small = SamplingPlan(1, 2, guidance=3.0, height=64, width=64, frames=9, latent=Size(1, 3, 4, 4, 8))
     for name in (ALIAS, "wan-14b", "wan2.2-a14b"):
         monkeypatch.setitem(known_models.KNOWN_MODELS, name, replace(known_models.KNOWN_MODELS[name], cpu=small))
 
@@ -214,7 +216,7 @@ def test_folder_of_the_user_is_never_deleted(calibrate, tmp_path: Path, more: tu
 def test_output_that_is_there_is_refused_before_weights_are_made(calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
-    monkeypatch.setattr(random_weights, "write_random_transformer", lambda *a: pytest.fail("weights were made"))
+    monkeypatch.setattr(compile_module, "write_random_transformer", lambda *a: pytest.fail("weights were made"))
     ran = calibrate()
     assert ran.code == 1 and "not empty" in ran.error and "--overwrite" in ran.error
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -279,9 +279,9 @@ def test_streamed_and_resident_give_the_same_bytes(calibrate, heavy, pixel_dit: 
 def test_sizes(heavy, pixel_dit: Path, cli, tmp_path: Path, text: str, size: int):
     """A budget of the size just does; of a byte less it would not."""
     where = ("--model", pixel_dit, "--recipe", tmp_path / "missing.toml", "--output", tmp_path / "out")
-    from quantdit import cli as command_line
+    from quantdit.cli import command_line
 
-    args = command_line._parser().parse_args(["calibrate", *map(str, where), "--memory-budget", text])
+    args = command_line.command_parser().parse_args(["calibrate", *map(str, where), "--memory-budget", text])
     assert args.memory_budget == size
     heavy(size, size)
     load_pipeline(str(pixel_dit), memory_budget=size)

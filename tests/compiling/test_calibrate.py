@@ -9,7 +9,6 @@ import torch
 
 import quantdit
 from quantdit.compiling.compile import calibrate
-from quantdit.compiling.plan import Target
 from quantdit.compiling.report import REPORT, from_json, read, to_json
 from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.recipes.finetuning import FineTuning
@@ -56,7 +55,7 @@ def test_known_models_have_their_own_sampling_and_what_is_given_replaces_it(tmp_
         ("w5a8", {}, "unknown bits 'w5a8'"),
         (ONE, {"weight_format": "vq"}, "--weight-format goes with --bits"),
         (ONE, {"method": "vq4dit"}, "leave out --recipe"),
-        (ONE, {"target": Target(size_budget=0.5)}, "fixes the weight of every layer"),
+        (ONE, {"size_budget": 0.5}, "fixes the weight of every layer"),
         ("auto", {}, "--size-budget 0.25, or how good with --max-output-error 0.05"),
     ],
 )

@@ -40,7 +40,7 @@ def inputs(rows: int = 512, seed: int = 1) -> Tensor:
 
 def made_of(linear: nn.Linear, **rule: object) -> tuple[Quantized, Stats]:
     seen = statistics.update(statistics.init(WIDTH, 1), inputs(), 0)
-    plan = LayerPlan(Rule("*", **{"weight": "vq256x4", "descent": 1, **rule}), linear.in_features, 0)
+    plan = LayerPlan(Rule("*", **{"weight": "vq256x4", "cd_passes": 1, **rule}), linear.in_features, 0)
     return quantize_layer(linear.weight, linear.bias, seen, plan, 0), seen
 
 

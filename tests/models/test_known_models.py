@@ -115,5 +115,5 @@ def test_latent_sizes_are_those_of_the_samples(name: str) -> None:
         size = capture.latent
         assert (size.height * cell, size.width * cell) == (capture.height, capture.width)
         assert (size.frames - 1) * step + 1 == capture.frames
-        assert capture.steps > 0 and capture.prompts > 0
+        assert capture.steps > 0 and capture.samples > 0
     assert alias.cpu.latent.height * alias.cpu.latent.width <= alias.gpu.latent.height * alias.gpu.latent.width

@@ -64,11 +64,11 @@ def calibrate(cli, tmp_path: Path):
 
 
 @pytest.fixture
-def small_alias(monkeypatch: pytest.MonkeyPatch) -> known_models.Capture:
+def small_alias(monkeypatch: pytest.MonkeyPatch) -> SamplingPlan:
     """Let wan-1.3b be calibrated on little."""
     import dataclasses
 
-    known = known_models.Capture(3, 4.5, 2, 64, 80, 9, LATENT)
+    known = SamplingPlan(2, 3, guidance=4.5, height=64, width=80, frames=9, latent=LATENT)
     monkeypatch.setitem(
         known_models.KNOWN_MODELS, "wan-1.3b", dataclasses.replace(known_models.KNOWN_MODELS["wan-1.3b"], cpu=known)
     )
@@ -146,7 +146,9 @@ def test_weights_of_each_layout(calibrate, pixel_dit: Path, tmp_path: Path, layo
         patch.setitem(
             known_models.KNOWN_MODELS,
             known,
-            dataclasses.replace(known_models.KNOWN_MODELS[known], cpu=known_models.Capture(2, 2.0, 1, 8, 8, 1, size)),
+            dataclasses.replace(
+                known_models.KNOWN_MODELS[known], cpu=SamplingPlan(1, 2, guidance=2.0, height=8, width=8, frames=1, latent=size)
+            ),
         )
         ran = calibrate(known, "--weights", weights)
     assert ran.code == 0, ran.err
