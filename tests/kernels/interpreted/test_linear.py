@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from quantdit.formats import FORMATS
 from quantdit.kernels import ops
 from quantdit.kernels.triton_ops import dispatch
 from quantdit.layers.quant_linear import QuantLinear
@@ -90,7 +91,7 @@ def ways(name: str) -> tuple[str, ...]:
     weight, activation, *_ = LAYERS[name]
     if activation.bits == 16:
         return "auto", "reference"
-    if weight in dispatch.WHOLE or activation.format == "fp8" or "trellis" in weight:
+    if FORMATS[weight].kind == "whole" or activation.format == "fp8" or "trellis" in weight:
         return "auto", "torch", "reference"
     return "packed", "decode", "torch", "reference"
 
