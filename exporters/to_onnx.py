@@ -303,7 +303,7 @@ def _opaque(layers: Mapping[str, QuantLinear]) -> Iterator[None]:
     """Let each layer be one operator of its name while the body runs."""
 
     def forward(name: str, layer: QuantLinear):
-        return lambda x: torch.ops.quantdit_onnx.layer(x, name, layer.out_features)
+        return lambda input: torch.ops.quantdit_onnx.layer(input, name, layer.out_features)
 
     for name, layer in layers.items():
         layer.forward = forward(name, layer)

@@ -14,7 +14,7 @@ both choose weights that give 39.0 dB within 0.1, where one width for all gives 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class MeasuredBlock:
     stats: Mapping[str, Stats]
 
 
-def few(calls: list[Call]) -> list[Call]:
+def few(calls: Sequence[Call]) -> list[Call]:
     """Return about STATISTICS_CALLS of a transformer's calls, evenly spread, each cut down to ROWS of its images.
 
     The images differ from call to call. Calls are left whole where the first argument's rows are not those of the output.
@@ -62,7 +62,7 @@ def few(calls: list[Call]) -> list[Call]:
     return [_thin(call, number) for number, call in enumerate(calls[::stride])]
 
 
-def measured(calls: list) -> list:
+def measured(calls: Sequence[Call]) -> Sequence[Call]:
     """Return the MEASURED_CALLS of `few` calls, or of what belongs to them, that errors are measured on."""
     stride = max(1, len(calls) // MEASURED_CALLS) | 1
     return calls[min(stride // 2, len(calls) - 1) :: stride]

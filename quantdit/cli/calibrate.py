@@ -118,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
     from quantdit.compiling.compile import FINETUNING, LOADING, SAMPLING, calibrate
     from quantdit.inspection import allocation
 
+    recipe = args.recipe or args.bits
     named = from_bits(args.bits, args.method).name.replace(" ", "-") if args.bits is not None else args.recipe.stem
     output = args.output or Path(f"{Path(args.model).resolve().name}-{named}")
     given = {key: getattr(args, key) for key in (*SAMPLING, "weight_format", *FINETUNING, *LOADING)}
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
             given["prompts"] = options.read_prompts(args.prompts)
         result = calibrate(
             args.model,
-            args.recipe or args.bits,
+            recipe,
             output,
             method=args.method,
             size_budget=args.size_budget,

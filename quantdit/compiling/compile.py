@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -139,7 +140,7 @@ def _scratch(model: str, output: Path, stack: ExitStack) -> Path:
     return scratch
 
 
-def _open(model: str, given: Mapping[str, object], scratch: Path | None) -> tuple[object, Source]:
+def _open(model: str, given: Mapping[str, Any], scratch: Path | None) -> tuple[object, Source]:
     """Return the pipeline to calibrate, or its bare transformer, and its source."""
     from diffusers.utils import logging
 

@@ -316,8 +316,11 @@ def _tables(layers: Sequence[SoftLinear], finetuning: FineTuning) -> tuple[list[
     `rmsprop` has one rate in units of weights; codebooks are in units of their channels' scales, which then stay as they are.
     """
     if finetuning.optimizer == "rmsprop":
-        coded = [layer for layer in layers if layer.codebook is not None]
-        parts = [(layer.codebook, 1 / float(layer.scale.detach().mean().clamp_min(1e-30))) for layer in coded]
+        parts = [
+            (layer.codebook, 1 / float(layer.scale.detach().mean().clamp_min(1e-30)))
+            for layer in layers
+            if layer.codebook is not None
+        ]
         parts += [(layer.level, 1.0) for layer in layers if layer.level is not None]
     else:
         tables = [p for layer in layers for p in (layer.codebook, layer.gain, layer.level) if p is not None]
@@ -335,15 +338,16 @@ def _optimizer(tables: Sequence[Tensor], rates: Sequence[float], finetuning: Fin
 @torch.no_grad()
 def _keep_if_better(layers: Sequence[SoftLinear], run: Run, examples: Examples) -> dict:
     """Go back to the codes that the layers had where those that were found are no better on held-out samples."""
-    found = [layer.logits.clone() for layer in layers]
+    soft = [layer.logits for layer in layers if layer.logits is not None]
+    found = [logits.clone() for logits in soft]
     after = held_out_error(run, examples)
-    for layer in layers:
-        layer.logits.fill_(-CERTAIN)
-        layer.logits[0] = CERTAIN
+    for logits in soft:
+        logits.fill_(-CERTAIN)
+        logits[0] = CERTAIN
     before = held_out_error(run, examples)
     if after < before:
-        for layer, logits in zip(layers, found, strict=True):
-            layer.logits.copy_(logits)
+        for logits, better in zip(soft, found, strict=True):
+            logits.copy_(better)
     return {"held_out_found": after, "held_out_had": before, "assignments_kept": after < before}
 
 

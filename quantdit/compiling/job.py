@@ -62,7 +62,7 @@ class Job:
         try:
             yield
         finally:
-            self.seconds[stage] += time.perf_counter() - began
+            self.seconds[stage] += time.perf_counter() - began  # pyright: ignore[reportArgumentType] - counters take floats too
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ def quantize(job: Job, plans: Mapping[str, LayerPlan], folder: Path) -> Quantize
         text = f"no call reached {idle[0]}{more}, which are quantized from their weights alone; more samples may reach them"
         warnings.warn(files.Advice(text), stacklevel=2)
     if end_to_end:
+        assert finetuning is not None
         with job.timed("assignments"):
             _finetune_end_to_end(job, finetuning, linears, reports)
     layers = checkpoint.quant_layers(job.transformer)
@@ -159,6 +160,7 @@ def _sharing(
 def _without_data(job: Job, segment: Segment, linear: nn.Linear, plan: LayerPlan) -> Quantized:
     """Quantize a layer from its weights; if there are calls and none reached it, its report says so."""
     seed, buckets = job.seed_of(segment), job.plan.sampling.buckets
+    assert segment.calls is not None, "a finished block is not quantized again"
     if not len(segment.calls):
         return quantize_without_data(linear.weight, linear.bias, plan, seed, buckets)
     made = quantize_without_data(linear.weight, linear.bias, layer_without_data(plan), seed, buckets)
@@ -199,6 +201,7 @@ def statistics_of(job: Job, segment: Segment) -> dict[str, Stats]:
     Raises:
         ValueError: inputs that overflow.
     """
+    assert segment.calls is not None, "a finished block is not observed again"
     stats: dict[str, Stats] = {}
     with capture.collecting(segment.linears, job.plan.sampling.buckets, stats, job.plan.sampling.tokens) as set_bucket:
         for call in segment.calls:

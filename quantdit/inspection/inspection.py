@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from quantdit.checkpoints import checkpoint
-from quantdit.compiling.report import REPORT, added, size_of
+from quantdit.compiling.report import REPORT, Size, added, size_of
 from quantdit.inspection import allocation, plot
 from quantdit.inspection.inspected_layer import InspectedLayer, describe_layer, roles_of
 from quantdit.inspection.layer_tables import candidate_tables, group_table, layer_table
@@ -43,7 +43,7 @@ class Inspection:
     modules: dict[str, QuantLinear]
     report: dict[str, dict]
     allocation: dict | None
-    size: dict
+    size: Size
     edges: dict[str, tuple[float, float]]
 
     def __repr__(self) -> str:

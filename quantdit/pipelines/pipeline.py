@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 MODEL = "the name of a model, a hub id or a folder; a pipeline's save_pretrained writes one"
 SEEDS = 2**31
 # The numbers that functions take, with the least and the largest of each; None: any.
-NUMBERS: dict[str, tuple[type[numbers.Real], int | None, int | None]] = {
+NUMBERS: dict[str, tuple[type, int | None, int | None]] = {
     **dict.fromkeys(("samples", "steps", "batch", "columns", "seeds", "probes", "threads", *SIZES), (numbers.Integral, 1, None)),
     **dict.fromkeys(("tokens", "finetune_steps"), (numbers.Integral, 0, None)),
     "seed": (numbers.Integral, 0, SEEDS - 1),
@@ -110,7 +110,7 @@ class Sampling:
     seed: int = 0
     steps: int = 20
     guidance: float | None = None
-    prompts: tuple[str, ...] | None = None
+    prompts: Sequence[str] | None = None
     batch: int = 32
     classes: tuple[int | str, ...] | None = None
     negative_prompt: str | None = None
@@ -129,7 +129,7 @@ class Sampling:
             given = as_list(getattr(self, name))
             if given is None:
                 continue
-            found = tuple(given) if isinstance(given, Iterable) else (None,)
+            found: tuple[Any, ...] = tuple(given) if isinstance(given, Iterable) else (None,)
             if not all(isinstance(each, kinds) for each in found):
                 raise ValueError(f"{name} is {given!r:.60}, expected a list of {expected}")
             object.__setattr__(self, name, tuple(each if isinstance(each, str) else int(each) for each in found))
@@ -139,7 +139,7 @@ class Sampling:
         object.__setattr__(self, "dtype", str(dtype_of(self.dtype)).removeprefix("torch."))
 
 
-def checked_numbers(given: Mapping[str, object], optional: Collection[str] = ()) -> dict[str, int | float | None]:
+def checked_numbers(given: Mapping[str, Any], optional: Collection[str] = ()) -> dict[str, int | float | None]:
     """Return what was given for some of NUMBERS as Python's own numbers.
 
     Args:
@@ -151,7 +151,7 @@ def checked_numbers(given: Mapping[str, object], optional: Collection[str] = ())
     """
     found: dict[str, int | float | None] = {}
     for name, value in given.items():
-        if value is None and name in optional:
+        if name in optional and given[name] is None:
             found[name] = None
             continue
         kind, least, largest = NUMBERS[name]
@@ -208,7 +208,7 @@ def guesses_options(function: Callable[Given, Made]) -> Callable[Given, Made]:
     known = inspect.signature(function).parameters
 
     @functools.wraps(function)
-    def call(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+    def call(*args: Any, **kwargs: Any) -> Made:
         named = {FORMER.get(key, key): value for key, value in kwargs.items()}
         check_options(function.__name__, named, known)
         return function(*args, **named)
@@ -244,7 +244,7 @@ class BareTransformer:
 def load_pipeline(
     model: str,
     dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     weights: Path | None = None,
     memory_budget: int | None = None,
     accept_config: bool = False,
@@ -449,7 +449,7 @@ def _as_diffusers_would(transformer: nn.Module, folder: Path) -> nn.Module:
 
 
 def sampling_arguments(
-    pipeline: object, count: int, prompts: Sequence[str] | None = None, classes: Sequence[int | str] | None = None
+    pipeline: Any, count: int, prompts: Sequence[str] | None = None, classes: Sequence[int | str] | None = None
 ) -> dict:
     """Return the `prompt` or `class_labels` argument for `count` images or clips: the given ones in turn, or a spread of our own.
 
@@ -507,12 +507,19 @@ def sample_seed(seed: int, number: int) -> int:
     return seed * 2**20 + number
 
 
-def call_options(pipeline: object, asked: object) -> dict[str, object]:
+class Asked(Protocol):
+    """What a pipeline is asked for: `steps`, and any of OPTIONS, as a Sampling and a SamplingPlan are."""
+
+    @property
+    def steps(self) -> int: ...
+
+
+def call_options(pipeline: object, asked: Asked) -> dict[str, object]:
     """Return what a pipeline is called with besides prompts and noise: the steps, and what is asked for of OPTIONS.
 
     Args:
         pipeline: a `sizes` of its own, where it has one, are the only ones it takes.
-        asked: a Sampling or calibration's Settings: `steps`, and any of OPTIONS; None keeps the pipeline's default.
+        asked: a Sampling or a SamplingPlan; None for one of OPTIONS keeps the pipeline's default.
 
     Raises:
         ValueError: the pipeline does not take one of them.
@@ -532,7 +539,7 @@ def call_options(pipeline: object, asked: object) -> dict[str, object]:
     return found
 
 
-def samples_of(output: object) -> Tensor:
+def samples_of(output: Any) -> Tensor:
     """Return what a pipeline made, its output left as numpy floats, as `[n, ..., c, h, w]` float32 in [-1, 1]."""
     pixels = torch.from_numpy(output.frames if hasattr(output, "frames") else output.images)
     return pixels.movedim(-1, -3).float() * 2 - 1
@@ -590,8 +597,9 @@ def _check_device(device: str | torch.device) -> None:
 
 
 def _pipeline_class(name: str, folder: Path) -> type:
+    # The module of DiffusionPipeline brings our classes along (quantdit.integrations.diffusers_classes).
     import diffusers
-    from diffusers import DiffusionPipeline  # its module brings ours along (quantdit.integrations.diffusers_classes)
+    from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage] - exported lazily
 
     cls = getattr(diffusers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, DiffusionPipeline)):

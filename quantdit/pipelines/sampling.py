@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,18 @@ from quantdit.system import files, progress
 
 # Images of a pipeline without an autoencoder are small; latents of one at a time are large enough.
 BATCH = 32
+PREDICTION_TYPES: dict[str, Literal["epsilon", "v_prediction"]] = {"epsilon": "epsilon", "v": "v_prediction"}
+
+
+class Scheduler(Protocol):
+    """What is used of diffusers' schedulers, whose own annotations know no fields of `config` and no `timesteps`."""
+
+    config: Any
+    timesteps: Tensor
+
+    def set_timesteps(self, num_inference_steps: int) -> object: ...
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> Any: ...
 
 
 def takes(pipeline: object, size: str) -> bool:
@@ -81,7 +93,7 @@ def conditions(pipeline: object, plan: SamplingPlan) -> dict[str, list]:
     return {}
 
 
-def sample(pipeline: object, plan: SamplingPlan, adapters: Mapping[str, Adapter]) -> None:
+def sample(pipeline: Any, plan: SamplingPlan, adapters: Mapping[str, Adapter]) -> None:
     """Let the transformers be called as they are when `plan.samples` images or clips are made; nothing is returned."""
     if isinstance(pipeline, BareTransformer):
         with progress.bar(plan.samples * len(adapters) * plan.steps, "sample the model", "step") as bar:
@@ -108,7 +120,8 @@ def sampled_times(pipeline: object, transformer: nn.Module, adapter: Adapter, st
         ValueError: the scheduler needs to know more, such as the size of the sample, or nothing is known of the class's time.
     """
     bare = isinstance(pipeline, BareTransformer)
-    scheduler = _scheduler(adapter.scheduler) if bare else copy.deepcopy(getattr(pipeline, "scheduler", None))
+    own: Scheduler | None = getattr(pipeline, "scheduler", None)
+    scheduler = _scheduler(adapter.scheduler) if bare else copy.deepcopy(own)
     remedy = "edge_steps needs the times of the sampling steps; calibrate with --samples of at least 1"
     if scheduler is None or getattr(scheduler.config, "use_dynamic_shifting", False):
         why = "has no scheduler" if scheduler is None else "shifts its times by the size of the sample"
@@ -164,12 +177,12 @@ def trajectory(
     return x
 
 
-def _scheduler(kind: str):
-    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+def _scheduler(kind: str) -> Scheduler:
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler  # pyright: ignore[reportPrivateImportUsage] - lazy exports
 
     if kind == "flow":
-        return FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return DDIMScheduler(prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[kind])
+        return cast(Scheduler, FlowMatchEulerDiscreteScheduler(shift=3.0))
+    return cast(Scheduler, DDIMScheduler(prediction_type=PREDICTION_TYPES[kind]))
 
 
 def _options(pipeline: object, plan: SamplingPlan) -> dict:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from quantdit.recipes.finetuning import FineTuning, chooses, trains
 from quantdit.recipes.rules import AUTO, DENSE, WEIGHTS, Recipe, Rule, from_dict, from_toml, near
@@ -29,10 +29,10 @@ WEIGHT_FORMATS = {
 PRESETS = WEIGHTS | {x: WEIGHT_FORMATS["trellis"][x] for x in (2, 3)}
 
 # Outliers are smoothed away, and what is left is rotated (reports/robust.md).
-ROBUST = {"rotation": "auto", "smooth": "auto"}
+ROBUST: dict[str, Any] = {"rotation": "auto", "smooth": "auto"}
 
 # Four bits spread over a whole token lose 3 dB to groups with an offset (reports/study); wider ones lose nothing.
-ACTIVATIONS = {4: {"activation_format": "affine", "activation_group_size": 32}}
+ACTIVATIONS: dict[int, dict[str, Any]] = {4: {"activation_format": "affine", "activation_group_size": 32}}
 
 
 def from_bits(bits: str, method: str = BEST) -> Recipe:
@@ -81,15 +81,16 @@ def from_any(given: Recipe | Mapping | str | Path, method: str = BEST) -> Recipe
         ) from error
 
 
-def is_bits(given: object) -> bool:
+def is_bits(given: object) -> TypeGuard[str]:
     """Return whether `from_any` takes it for bits such as `w4a8`: a text that is no TOML file's name."""
     return isinstance(given, str) and not given.endswith(".toml")
 
 
 def finetuning_of(bits: object, method: str = BEST) -> FineTuning | None:
     """Return how a method of METHODS fine-tunes what it makes of bits; None for not at all, as of a whole recipe."""
-    known = isinstance(bits, str) and bits in METHODS[method].bits and not bits.startswith(AUTO)
-    return METHODS[method].finetuning.get(_widths(bits)[0]) if known else None
+    if not isinstance(bits, str) or bits not in METHODS[method].bits or bits.startswith(AUTO):
+        return None
+    return METHODS[method].finetuning.get(_widths(bits)[0])
 
 
 def finetuning_for(recipe: Recipe, preset: FineTuning | None, with_data: bool = True, **given: Any) -> FineTuning | None:
@@ -179,7 +180,7 @@ def _preset(bits: str) -> Recipe:
 
 
 # Rounded to nearest, biases as they are: what papers without error feedback do.
-PLAIN = {"method": "rtn", "act_order": False, "cd_passes": 0, "bias_correction": False}
+PLAIN: dict[str, Any] = {"method": "rtn", "act_order": False, "cd_passes": 0, "bias_correction": False}
 
 
 def _lrq_dit(bits: str) -> Recipe:

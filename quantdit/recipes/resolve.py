@@ -72,7 +72,7 @@ def _plan(rule: Rule, number: int, layer: Layer, recipe: Recipe) -> LayerPlan:
         raise ValueError(
             f'{where} {width} inputs, which group_size = {rule.group_size} does not divide; use group_size = "auto" or "channel"'
         )
-    wanted = 0 if rule.activation_group_size == "token" else rule.activation_group_size
+    wanted = rule.activation_group_size if isinstance(rule.activation_group_size, int) else 0  # of "token"
     return LayerPlan(rule, _group_size(rule, width), _largest_group(wanted, width, 0))
 
 

@@ -126,7 +126,7 @@ class Rule:
             value = getattr(self, key)
             # 8.0 == 8 and True == 1 in Python, but a checkpoint's config distinguishes them.
             if not isinstance(value, int | str) or isinstance(value, bool) or value not in allowed:
-                hint = _unquoted(key, value) if value in map(str, allowed) else near(value, allowed)
+                hint = _unquoted(key, value) if value in [str(each) for each in allowed] else near(value, allowed)
                 raise ValueError(f"rule {self.match!r}: {key} = {value!r} is unknown{hint}")
         for key, low, high in (("low_rank", 0, LARGEST_RANK), ("cd_passes", 0, 100), ("edge_steps", 0, MOST_EDGE_STEPS)):
             value = getattr(self, key)
