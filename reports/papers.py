@@ -245,7 +245,7 @@ def _model(name: str, work: Path) -> str:
     """Return what `load_pipeline` takes; a planted model is written when it is asked for first."""
     folder = work / "planted"
     if name == PLANTED and not (folder / "model_index.json").exists():
-        from quantdit.models.planted import plant
+        from quantdit.models.planted_outliers import plant
 
         pipeline, _ = load_pipeline(TAME)
         plant(pipeline.transformer, "channels", size=SALIENT)

@@ -2,8 +2,8 @@
 
     python reports/robust.py [--work DIR] [--only "channels" "w4a8"] [--quick]
 
-MODELS are the embedded models and tiny ones of other classes, as they are ("tame") and planted (quantdit/models/planted.py).
-Each is calibrated to each preset with seed 0, as `quantdit calibrate` does it, and sampled with the seeds and the noise of its
+MODELS are the embedded models and tiny ones of other classes, as they are ("tame") and planted
+(quantdit/models/planted_outliers.py). Each is calibrated to each preset with seed 0, as `quantdit calibrate` does it, and sampled with the seeds and the noise of its
 full precision. A row is a model and a preset; rows that the file has are kept, so an interrupted run goes on; delete a line to
 repeat it. `--plant` only writes the planted models' folders (WORK/models); `--peers` collects what reports/study/peers.py
 made of them (WORK/peers/MODEL/PEER) into robust-peers.jsonl. Writes robust.md and pictures/robust.png.
@@ -32,7 +32,7 @@ from quantdit.compiling.report import REPORT
 from quantdit.evaluation.metrics.intervals import bootstrap
 from quantdit.evaluation.metrics.paired import capped, psnr
 from quantdit.models.adapter import adapter_for
-from quantdit.models.planted import plant
+from quantdit.models.planted_outliers import plant
 from quantdit.models.synthetic import synthetic_inputs
 from quantdit.pipelines.pipeline import generate, load_pipeline
 from quantdit.system import files
@@ -236,8 +236,8 @@ def markdown(rows: list[dict], peers: list[dict], picture: str) -> str:
     lines = [
         "# The presets on models with outliers",
         "",
-        "Copies of a model get activation outliers as large models have them (`quantdit/models/planted.py`), and keep its",
-        "function. Each copy is quantized by each preset and compared with its own full precision, sample by sample from the",
+        "Copies of a model get activation outliers as large models have them (`quantdit/models/planted_outliers.py`), and keep",
+        "its function. Each copy is quantized by each preset and compared with its own full precision, sample by sample from the",
         "same noise. `x 245`: 245 times as large as the channel was, or as the median hidden channel.",
         "",
         "- `tame`: the model as it is",

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from quantdit.system import files, sealed
+from quantdit.system import checksummed_json, files
 
 INDEX = "index.json"
 _CALL = "call"
@@ -208,7 +208,7 @@ def finish(folder: Path, content: dict, run: str = "") -> None:
     for path in sorted(folder.glob("*.safetensors")):
         files.fsync(path)
         sums[path.name] = files.sha256(path)
-    sealed.write(folder / INDEX, content | {_SUMS: sums}, run)
+    checksummed_json.write(folder / INDEX, content | {_SUMS: sums}, run)
 
 
 def index_of(folder: Path, run: str = "") -> dict | None:
@@ -218,7 +218,7 @@ def index_of(folder: Path, run: str = "") -> dict | None:
         ValueError: the mark is damaged, or of another run.
     """
     path = folder / INDEX
-    return sealed.read(path, run) if path.exists() else None
+    return checksummed_json.read(path, run) if path.exists() else None
 
 
 def sums_of(folder: Path, run: str = "") -> dict[Path, str]:
@@ -227,7 +227,7 @@ def sums_of(folder: Path, run: str = "") -> dict[Path, str]:
     Raises:
         ValueError: as `index_of`, or the folder is not whole.
     """
-    return {folder / name: found for name, found in sealed.read(folder / INDEX, run)[_SUMS].items()}
+    return {folder / name: found for name, found in checksummed_json.read(folder / INDEX, run)[_SUMS].items()}
 
 
 def _describe(value: object, tensors: dict[str, Tensor], numbers: dict[int, str]) -> list:
@@ -256,7 +256,7 @@ def _describe(value: object, tensors: dict[str, Tensor], numbers: dict[int, str]
 def _read(path: Path, sums: Sums) -> tuple[tuple, dict]:
     if path in sums:
         if not path.exists() or files.sha256(path) != sums[path]:
-            raise ValueError(f"{path} is not what the interrupted run wrote; {sealed.REMEDY}")
+            raise ValueError(f"{path} is not what the interrupted run wrote; {checksummed_json.REMEDY}")
         del sums[path]
     with safe_open(path, framework="pt") as file:
         # A copy: a mapped tensor would keep the pages of the file in memory.

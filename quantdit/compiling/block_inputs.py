@@ -14,7 +14,7 @@ from quantdit.calibration.observe import recorded_calls as call_files
 from quantdit.calibration.observe.block_order import BlockLink, BlocksNotSequential
 from quantdit.calibration.observe.recorded_calls import StoredCall, StoredCalls
 from quantdit.compiling.job import OUTSIDE, Job, Segment
-from quantdit.system import memory, sealed
+from quantdit.system import checksummed_json, memory
 
 MEASURED_CALLS = 8
 
@@ -168,8 +168,8 @@ def links_of(job: Job) -> list[BlockLink]:
                     " --memory-budget"
                 ) from error
             links = []
-        sealed.write(path, {"links": [link.to_dict() for link in links]}, job.run)
-    return [BlockLink.from_dict(content) for content in sealed.read(path, job.run)["links"]]
+        checksummed_json.write(path, {"links": [link.to_dict() for link in links]}, job.run)
+    return [BlockLink.from_dict(content) for content in checksummed_json.read(path, job.run)["links"]]
 
 
 def describe_chain(job: Job) -> dict | None:

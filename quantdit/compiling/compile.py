@@ -24,12 +24,12 @@ from quantdit.checkpoints.random_weights import open_scratch, write_random_trans
 from quantdit.checkpoints.streaming import Stream
 from quantdit.compiling import quantize_blocks, report, work_folder
 from quantdit.compiling.block_inputs import describe_chain, links_of
+from quantdit.compiling.choose_widths import quantize_to_target
 from quantdit.compiling.identity import identity_of, run_of
 from quantdit.compiling.job import Job
 from quantdit.compiling.plan import Component, Plan, Target, check, check_finite, check_full_precision, component
 from quantdit.compiling.quantize_blocks import QuantizedTransformer
 from quantdit.compiling.report import REPORT, CompileResult
-from quantdit.compiling.targets import quantize_to_target
 from quantdit.models.known_models import KNOWN_MODELS, locate, transformer_config
 from quantdit.pipelines.pipeline import MODEL, BareTransformer, Source, check_options, load_pipeline
 from quantdit.pipelines.sampling import sample, sampled_times, sampling_plan_for

@@ -31,7 +31,7 @@ from quantdit.models.call_view import view
 from quantdit.recipes.finetuning import FineTuning
 from quantdit.recipes.resolve import layer_without_data
 from quantdit.recipes.rules import LayerPlan
-from quantdit.system import files, progress, sealed
+from quantdit.system import checksummed_json, files, progress
 from quantdit.system.threads import one_thread
 from quantdit.tensors.layer_spec import LayerSpec
 from quantdit.tensors.timesteps import edges_of
@@ -90,7 +90,7 @@ def _quantize_segment(
         done(len(segment.names))
         return _install(job, tensors_path, report_path)
     if segment.calls is None:
-        raise ValueError(f"{folder} lacks the finished block {segment.path}; {sealed.REMEDY}")
+        raise ValueError(f"{folder} lacks the finished block {segment.path}; {checksummed_json.REMEDY}")
     with job.timed("statistics"):
         stats = statistics_of(job, segment) if len(segment.calls) else {}
     with job.timed("layers"):
@@ -141,7 +141,7 @@ def _write(job: Job, made: Mapping[str, Quantized], reports: dict[str, dict], te
     save_file(stored, part)
     files.fsync(part)
     os.replace(part, tensors_path)
-    sealed.write(report_path, {"sha256": files.sha256(tensors_path), "layers": reports}, job.run)
+    checksummed_json.write(report_path, {"sha256": files.sha256(tensors_path), "layers": reports}, job.run)
     if job.stream is not None:
         job.stream.adopt(tensors_path, list(stored))
 
@@ -181,9 +181,9 @@ def _finetune_end_to_end(job: Job, finetuning: FineTuning, linears: Mapping[str,
 
 def _install(job: Job, tensors_path: Path, report_path: Path) -> dict[str, dict]:
     """Put the layers of a finished block into the transformer."""
-    finished = sealed.read(report_path, job.run)
+    finished = checksummed_json.read(report_path, job.run)
     if not tensors_path.exists() or files.sha256(tensors_path) != finished["sha256"]:
-        raise ValueError(f"{tensors_path} is not what the interrupted run wrote; {sealed.REMEDY}")
+        raise ValueError(f"{tensors_path} is not what the interrupted run wrote; {checksummed_json.REMEDY}")
     stored, reports = load_file(tensors_path), finished["layers"]
     for name in reports:
         tensors = {k.removeprefix(f"{name}."): t for k, t in stored.items() if k.startswith(f"{name}.")}

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from quantdit.checkpoints import checkpoint
 from quantdit.pipelines.pipeline import PARTS
-from quantdit.system import files, sealed
+from quantdit.system import checksummed_json, files
 
 REPORT = "calibration_report.json"
 STATE = "identity.json"
@@ -249,7 +249,7 @@ def open_partial(output: Path, identity: dict, resume: bool, overwrite: bool) ->
             raise ValueError(f"{partial} holds an interrupted run; pass --resume to go on with it, or --overwrite to begin again")
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    sealed.write(state, stored, "")
+    checksummed_json.write(state, stored, "")
 
 
 def differences(before: dict, now: dict) -> str:
@@ -280,17 +280,17 @@ def is_finished(folder: Path, identity: dict) -> bool:
     state = folder / STATE
     if not state.exists():
         return False
-    content = sealed.read(state, "")
+    content = checksummed_json.read(state, "")
     finished = content.pop(FINISHED, None)
     if finished is None or content != json.loads(json.dumps(identity)):
         return False
     if finished != _result_digest(folder):
-        raise ValueError(f"{folder} is not what the interrupted run wrote; {sealed.REMEDY}")
+        raise ValueError(f"{folder} is not what the interrupted run wrote; {checksummed_json.REMEDY}")
     return True
 
 
 def _identity(state: Path) -> dict:
-    return {k: v for k, v in sealed.read(state, "").items() if k != FINISHED}
+    return {k: v for k, v in checksummed_json.read(state, "").items() if k != FINISHED}
 
 
 def _result_digest(folder: Path) -> str:
@@ -392,7 +392,7 @@ def publish(partial: Path, output: Path, identity: dict) -> None:
     place = place_of(output)
     grave = f".{place.name}.old-"
     if partial.exists():
-        sealed.write(partial / STATE, identity | {FINISHED: _result_digest(partial)}, "")
+        checksummed_json.write(partial / STATE, identity | {FINISHED: _result_digest(partial)}, "")
         shutil.rmtree(partial / WORK, ignore_errors=True)
         if place.exists():
             check_no_others(place)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from quantdit.checkpoints import checkpoint
 from quantdit.checkpoints.streaming import is_streamed
 from quantdit.compiling.report import size_of
-from quantdit.evaluation.kept_samples import folder_digest, versions
-from quantdit.evaluation.measures import (
+from quantdit.evaluation.apply_metrics import (
     alone_of,
     cmmd_of,
     distances_of,
@@ -25,6 +24,7 @@ from quantdit.evaluation.measures import (
     sets_of,
     six,
 )
+from quantdit.evaluation.kept_samples import folder_digest, versions
 from quantdit.evaluation.metrics import text_alignment
 from quantdit.evaluation.metrics.frechet import frechet_distance
 from quantdit.evaluation.metrics.table import FORMAT, meanings
@@ -32,7 +32,7 @@ from quantdit.evaluation.networks.backbone import Backbone
 from quantdit.evaluation.networks.clip import Clip
 from quantdit.evaluation.networks.efficientnet import EFFICIENTNET
 from quantdit.evaluation.probe import Probe, probe
-from quantdit.evaluation.real import load_real
+from quantdit.evaluation.real_images import load_real
 from quantdit.evaluation.samples import Samples, Sampling, batches, caller, prompts_of, sample
 from quantdit.layers.quant_linear import QuantLinear, weight_bits
 from quantdit.models.known_models import EMBEDDED

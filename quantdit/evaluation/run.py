@@ -23,7 +23,7 @@ from quantdit.evaluation.metrics.paired import SSIM_WINDOW
 from quantdit.evaluation.networks.clip import load_clip
 from quantdit.evaluation.networks.efficientnet import EFFICIENTNET
 from quantdit.evaluation.networks.inception import load_inception
-from quantdit.evaluation.real import read_images
+from quantdit.evaluation.real_images import read_images
 from quantdit.evaluation.report import page
 from quantdit.evaluation.report.picture import first_frames, side_by_side
 from quantdit.evaluation.report.summary import summary

@@ -13,10 +13,10 @@ from types import ModuleType
 REGISTER = {
     "diffusers.quantizers.auto": "quantdit.integrations.diffusers_quantizer",
     "transformers.quantizers.auto": "quantdit.integrations.transformers_quantizer",
-    "diffusers.models.modeling_utils": "quantdit.integrations.diffusers_classes",
-    "diffusers.pipelines.pipeline_utils": "quantdit.integrations.diffusers_classes",
+    "diffusers.models.modeling_utils": "quantdit.integrations.diffusers_saving",
+    "diffusers.pipelines.pipeline_utils": "quantdit.integrations.diffusers_saving",
     "diffusers.loaders.lora_pipeline": "quantdit.integrations.flux_lora",
-    "diffusers.loaders.peft": "quantdit.integrations.diffusers_classes",
+    "diffusers.loaders.peft": "quantdit.integrations.diffusers_saving",
     "peft.tuners.lora.model": "quantdit.integrations.peft_lora",
 }
 

@@ -597,7 +597,7 @@ def _check_device(device: str | torch.device) -> None:
 
 
 def _pipeline_class(name: str, folder: Path) -> type:
-    # The module of DiffusionPipeline brings our classes along (quantdit.integrations.diffusers_classes).
+    # The module of DiffusionPipeline brings our classes along (quantdit.integrations.diffusers_saving).
     import diffusers
     from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage] - exported lazily
 

@@ -17,7 +17,7 @@ import torch
 
 from quantdit.evaluation.metrics.frechet import frechet_distance, summarise
 from quantdit.evaluation.networks.efficientnet import WIDTH, efficientnet_lite0_features
-from quantdit.evaluation.real import REAL_SET, feature_definition, load_real
+from quantdit.evaluation.real_images import REAL_SET, feature_definition, load_real
 from train_fashion_dit import read_idx, save_atomic
 
 CLASSES = 10

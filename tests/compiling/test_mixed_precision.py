@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from quantdit.calibration.allocate import Option, allocate, total_error
 from quantdit.calibration.layer import quantize_layers
-from quantdit.compiling import quantize_blocks, targets
+from quantdit.compiling import choose_widths, quantize_blocks
 from quantdit.compiling.compile import compile
 from quantdit.compiling.plan import Plan, Target
 from quantdit.compiling.report import REPORT, to_json
@@ -254,7 +254,7 @@ def test_resumed_run_gives_the_bytes_of_an_uninterrupted_one(
 
     with monkeypatch.context() as patch:
         if stop == "sensitivity":
-            patch.setattr(targets.sensitivity, "sensitivity", broken(targets.sensitivity.sensitivity, 1))
+            patch.setattr(choose_widths.sensitivity, "sensitivity", broken(choose_widths.sensitivity.sensitivity, 1))
         else:
             patch.setattr(quantize_blocks, "quantize_layers", broken(quantize_layers, 6))
         assert run(*target).code == 130
@@ -263,8 +263,8 @@ def test_resumed_run_gives_the_bytes_of_an_uninterrupted_one(
     assert not (tmp_path / "out").exists()
 
     measured = []
-    real = targets.sensitivity.sensitivity
-    monkeypatch.setattr(targets.sensitivity, "sensitivity", lambda *a: measured.append(1) or real(*a))
+    real = choose_widths.sensitivity.sensitivity
+    monkeypatch.setattr(choose_widths.sensitivity, "sensitivity", lambda *a: measured.append(1) or real(*a))
     assert run("--size-budget", "0.3", "--resume").code == 1, "of another target"
     ran = run(*target, "--resume")
     assert ran.code == 0, ran.err

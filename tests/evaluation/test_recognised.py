@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fashion_classifier import recognised
-from quantdit.evaluation.real import load_real
+from quantdit.evaluation.real_images import load_real
 
 
 def test_real_images_are_recognised():

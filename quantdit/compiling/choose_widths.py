@@ -19,7 +19,7 @@ from quantdit.compiling.plan import Component, Target, check_budget
 from quantdit.compiling.quantize_blocks import QuantizedTransformer
 from quantdit.layers.quant_linear import QuantLinear
 from quantdit.recipes.rules import LayerPlan
-from quantdit.system import progress, sealed
+from quantdit.system import checksummed_json, progress
 from quantdit.tensors.layer_spec import stored_bytes
 
 Chosen = dict[str, Option]  # by layer
@@ -146,6 +146,6 @@ def _sensitivities(job: Job, options: Mapping[str, Mapping[str, LayerPlan]]) -> 
                     job.seed_of(segment),
                     bar.update,
                 )
-                sealed.write(path, result, job.run)
-            found |= sealed.read(path, job.run)
+                checksummed_json.write(path, result, job.run)
+            found |= checksummed_json.read(path, job.run)
     return {name: found[name] for name in options}

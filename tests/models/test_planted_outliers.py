@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantdit.models.adapter import adapter_for, blocks
-from quantdit.models.planted import SHAPES, plant
+from quantdit.models.planted_outliers import SHAPES, plant
 from quantdit.models.synthetic import synthetic_inputs
 from quantdit.recipes.sampling_plan import Size
 from tiny_models import TINY, tiny
