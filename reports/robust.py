@@ -3,10 +3,11 @@
     python reports/robust.py [--work DIR] [--only "channels" "w4a8"] [--quick]
 
 MODELS are the embedded models and tiny ones of other classes, as they are ("tame") and planted
-(quantdit/models/planted_outliers.py). Each is calibrated to each preset with seed 0, as `quantdit calibrate` does it, and sampled with the seeds and the noise of its
-full precision. A row is a model and a preset; rows that the file has are kept, so an interrupted run goes on; delete a line to
-repeat it. `--plant` only writes the planted models' folders (WORK/models); `--peers` collects what reports/study/peers.py
-made of them (WORK/peers/MODEL/PEER) into robust-peers.jsonl. Writes robust.md and pictures/robust.png.
+(quantdit/models/planted_outliers.py). Each is calibrated to each preset with seed 0, as `quantdit calibrate` does it, and
+sampled with the seeds and the noise of its full precision. A row is a model and a preset; rows that the file has are kept,
+so an interrupted run goes on; delete a line to repeat it. `--plant` only writes the planted models' folders (WORK/models);
+`--peers` collects what reports/study/peers.py made of them (WORK/peers/MODEL/PEER) into robust-peers.jsonl. Writes robust.md
+and pictures/robust.png.
 """
 
 from __future__ import annotations

@@ -134,7 +134,8 @@ def _sensitivities(job: Job, options: Mapping[str, Mapping[str, LayerPlan]]) -> 
             if path.exists():
                 bar.update(len(segment.names))
             else:
-                assert segment.calls is not None, "a finished block lacks its measurements"
+                if segment.calls is None:
+                    raise ValueError(f"{folder} lacks the finished block {segment.path}; {checksummed_json.REMEDY}")
                 stats = quantize_blocks.statistics_of(job, segment)
                 part = sensitivity.MeasuredBlock(segment.run, segment.linears, list(sensitivity.measured(segment.calls)), stats)
                 result = sensitivity.sensitivity(

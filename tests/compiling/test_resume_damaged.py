@@ -111,3 +111,12 @@ def test_changed_source_is_another_source(cli, run, pixel_dit: Path, folder: Pat
     shutil.copytree(begun, tmp_path / "z.partial")
     ran = run("../z", "--resume", "--model", source, "--output", tmp_path / "z")
     assert ran.code == 1 and "begun with another source, recipe or settings: source_config_sha256; --resume" in ran.error
+
+
+def test_measurements_that_are_gone_are_refused(run, folder: Path, begun: Path):
+    """The inputs of a block that is finished are gone, too, so that it cannot be measured again."""
+    partial = Path(shutil.copytree(begun, folder / "gone.partial"))
+    (first,) = (partial / "work" / "transformer" / "sensitivity").glob("*.0.json")
+    first.unlink()
+    ran = run("gone", "--resume")
+    assert ran.code == 1 and "lacks the finished block" in ran.error and "--overwrite" in ran.error

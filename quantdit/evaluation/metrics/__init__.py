@@ -1,1 +1,1 @@
-"""Measures of tensors. A new one is a function here, a row of table.py (label, unit, margin), and a call in ../apply_metrics.py."""
+"""Measures of tensors. A new one is a function here, a row of table.py (label, unit, margin), a call in ../apply_metrics.py."""
