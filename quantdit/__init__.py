@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 # In a clone the packages calibration, kernels and exporters lie beside this folder; an installation has them inside.
 if not _Path(__file__).with_name("kernels").is_dir():
@@ -16,6 +17,15 @@ from quantdit.formats import FORMATS, Format, QSpec
 from quantdit.integrations.import_hooks import watch as _watch
 from quantdit.recipes.rules import Recipe, Rule
 from quantdit.tensors.qtensor import QTensor
+
+if _TYPE_CHECKING:  # what _LATER imports
+    from quantdit.api import export, generate
+    from quantdit.compiling.compile import calibrate
+    from quantdit.compiling.in_memory import load, quantize
+    from quantdit.evaluation.gate.judge import gate
+    from quantdit.evaluation.run import evaluate
+    from quantdit.inspection.inspection import inspect
+    from quantdit.integrations.diffusers_quantizer import QuantDiTConfig
 
 __version__ = "0.1.0"
 __all__ = [
