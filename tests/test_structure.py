@@ -39,7 +39,7 @@ ORDER = (
     ("pipelines",),
     ("compiling",),
     ("inspection", "exporters", "evaluation"),
-    ("api", "benchmarks"),
+    ("api", "benchmarks", "checkpoint"),
     ("cli",),
     ("",),
 )
