@@ -19,18 +19,10 @@ from quantdit.checkpoints import streaming
 from quantdit.checkpoints.checkpoint import quant_layers
 from quantdit.system import files
 from quantdit.system.files import WEIGHTS, Advice, CheckpointError
+from tiny_models import TINY
 
 LAYER = "blocks.0.attn1.to_q"
-SIZES = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 48,
-    "freq_dim": 16,
-    "ffn_dim": 128,
-    "num_layers": 2,
-}
+SIZES = TINY["WanTransformer3DModel"][0]
 
 
 @pytest.fixture(scope="module")
