@@ -56,7 +56,7 @@ QUICK = Scale(16, measure.SEEDS[:1], {"samples": 8, "steps": 10}, (0,))
 
 @dataclass(frozen=True)
 class Part:
-    """A row: a method of recipe.METHODS with changes to its rules and `training.` fields, as in reports/study/methods.py."""
+    """A row: a method of presets.METHODS with changes to its rules and `training.` fields, as in reports/study/methods.py."""
 
     name: str
     changes: dict

@@ -39,6 +39,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _captured(known) -> str:
-    """Return what of a known model calibration samples: an aliases.Capture in words."""
+    """Return what of a known model calibration samples: a SamplingPlan in words."""
     frames = f"{known.frames} frames of " if known.frames > 1 else ""
     return f"{known.prompts} samples, {known.steps} steps, guidance {known.guidance:g}, {frames}{known.width}x{known.height}"

@@ -251,7 +251,7 @@ def best_codes(
 
     Both are `[count, out, in / d]`. With `sign_split` the others have the signs that are best for the group.
 
-    The error of codeword c at group g is `(t - c) H_gg (t - c)^T` with t the best real numbers for it (vectors.descend).
+    The error of codeword c at group g is `(t - c) H_gg (t - c)^T` with t the best real numbers for it (gptvq.descend).
     """
     (k, d), H = codebook.shape, H.float()
     D = entries_of(codebook, codes, sign_split).flatten(1) - W

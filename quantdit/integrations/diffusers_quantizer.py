@@ -50,7 +50,7 @@ class QuantDiTConfig(QuantizationConfigMixin):
         weight_format: with bits: a kind of recipe.WEIGHT_FORMATS, instead of what the preset has.
         modules_to_not_convert: parts of names of layers that are left alone.
         seed: of random signs and k-means.
-        method: with bits, `best`; those of papers (recipe.METHODS) calibrate, which loading cannot.
+        method: with bits, `best`; those of papers (presets.METHODS) calibrate, which loading cannot.
         state: of a quantized folder, its `quantization_config`.
 
     Loading needs no data: round to nearest, fixed rotations (`quantdit calibrate --samples 0`). For more, calibrate.

@@ -1,4 +1,4 @@
-"""`calibrate`, the library's one call behind the command line: what it takes, what it returns, and that both doors agree."""
+"""`calibrate`, the library's call behind the command line: what it takes and returns, and that both entry points agree."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_former_flags_are_still_taken(cli, pixel_dit: Path, tmp_path: Path):
     assert not {"--max-drift", "--calibration-steps", "--calibration-mode"} & set(cli("calibrate", "--help").out.split())
 
 
-def test_steps_outside_the_presets_choose_among_two_candidates_through_both_doors(pixel_dit: Path, tmp_path: Path):
+def test_steps_outside_the_presets_choose_among_two_candidates_through_both_entry_points(pixel_dit: Path, tmp_path: Path):
     """`quantdit calibrate --finetune-steps` and quantize(finetune_steps=) are of one function."""
     recipe = Recipe("one", (Rule("*.0.attn1.to_q", "vq256x4"), Rule("*", "dense")))
     made = calibrate(pixel_dit, recipe, tmp_path / "out", finetune_steps=1, **FEW)

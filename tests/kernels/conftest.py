@@ -12,7 +12,7 @@ ROOM = Path(__file__).parents[2] / "kernels" / "triton_ops"
 
 @pytest.fixture(scope="session")
 def launched() -> set[str]:
-    """Return the names of the kernels that are launched on a grid, `name[grid](...)`, anywhere in the room."""
+    """Return the names of the kernels that are launched on a grid, `name[grid](...)`, anywhere in the package."""
     found = set()
     for path in ROOM.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -37,7 +37,7 @@ RUNS = (["test_gemm_packed.py"], ["test_linear.py"], sorted(FILES.keys() - {"tes
 
 
 def kernels() -> set[str]:
-    """Return the functions of the room that are launched on a grid: jitted, named `_kernel`."""
+    """Return the functions of the package that are launched on a grid: jitted, named `_kernel`."""
     found = set()
     for path in ROOM.glob("*.py"):
         for node in ast.parse(path.read_text()).body:
