@@ -59,7 +59,8 @@ def check(path: Path) -> dict:
     except (DecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no ONNX graph, or a damaged one ({error}); copy it or export it again") from error
     for name in external:
-        if Path(name).name != name or not name:
+        # protobuf gives a string that is no UTF-8 as bytes.
+        if not isinstance(name, str) or Path(name).name != name or not name:
             raise CheckpointError(f"{path} names weights in {name!r}, outside of its folder; export it again")
     found = {entry.key: entry.value for entry in stored.metadata_props}
     # Either may be what was damaged.
