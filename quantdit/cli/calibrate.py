@@ -107,6 +107,9 @@ def _add_samples(sub: argparse.ArgumentParser) -> None:
     data.add_argument("--timesteps", type=options.count, default=0, help="of the steps, how many to keep; 0: all")
     data.add_argument("--timestep-choice", choices=("even", "salience"), default="even", help="which to keep (%(default)s)")
     data.add_argument("--tokens", type=options.count, default=0, help="tokens of each call to make statistics of; 0: all")
+    data.add_argument(
+        "--threads", type=options.positive, default=1, help="of the CPU to sample with; bytes depend on it (%(default)s)"
+    )
     data.add_argument("--prompts", type=options.path, metavar="FILE", help="text file, one prompt a line (the built-in list)")
     data.add_argument("--height", type=options.positive, help="of a sample, in pixels")
     data.add_argument("--width", type=options.positive, help="of a sample, in pixels")

@@ -37,6 +37,7 @@ from quantdit.recipes.presets import BEST, finetuning_for, finetuning_of, from_a
 from quantdit.recipes.rules import Recipe
 from quantdit.recipes.sampling_plan import SamplingPlan
 from quantdit.system import files, memory, progress
+from quantdit.system.threads import threads
 from quantdit.tensors.timesteps import buckets_of
 
 SAMPLING = tuple(field.name for field in fields(SamplingPlan) if field.name not in ("buckets", "latent"))
@@ -69,8 +70,8 @@ def calibrate(
         resume: go on with an interrupted run of the same settings.
         overwrite: replace an output that quantdit wrote, unless it holds files of yours.
         options: what is sampled (fields of SamplingPlan: samples, steps, seed, guidance, height, width, frames, prompts,
-            timesteps, timestep_choice, tokens; what is not given suits the model); `weight_format`, with bits: `table`, `vq`,
-            `ssvq` or `trellis`; fine-tuning (`finetune_steps`, `finetune_mode`, `candidates`, `initial_ratios`); `device`;
+            timesteps, timestep_choice, tokens, threads; what is not given suits the model); `weight_format`, with bits: `table`,
+            `vq`, `ssvq` or `trellis`; fine-tuning (`finetune_steps`, `finetune_mode`, `candidates`, `initial_ratios`); `device`;
             `weights`, the folder of a known model's weights; `memory_budget` in bytes; `random_weights`, made up in a known
             model's shapes.
 
@@ -199,14 +200,15 @@ def _compile(pipeline: object, source: Source, plan: Plan, output: Path, resume:
         return finished
 
     partial = work_folder.partial_of(output)
-    jobs = _captured(pipeline, source, components, plan, partial / work_folder.WORK, run_of(identity))
-    captured = time.perf_counter()
-    made, allocation = {}, None
-    for part, job in jobs.items():
-        if plan.target is None:
-            made[part] = quantize_blocks.quantize(job, components[part].plans, job.folder / "blocks")
-        else:
-            made[part], allocation = quantize_to_target(job, components[part], plan.target)
+    with threads(plan.sampling.threads):
+        jobs = _captured(pipeline, source, components, plan, partial / work_folder.WORK, run_of(identity))
+        captured = time.perf_counter()
+        made, allocation = {}, None
+        for part, job in jobs.items():
+            if plan.target is None:
+                made[part] = quantize_blocks.quantize(job, components[part].plans, job.folder / "blocks")
+            else:
+                made[part], allocation = quantize_to_target(job, components[part], plan.target)
     quantized = time.perf_counter()
     written = _write(source, jobs, partial, identity)
     seconds = {"sample": captured - began, "quantize": quantized - captured, "write": time.perf_counter() - quantized}

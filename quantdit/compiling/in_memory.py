@@ -27,6 +27,7 @@ from quantdit.recipes.resolve import without_data
 from quantdit.recipes.rules import AUTO, Recipe
 from quantdit.recipes.sampling_plan import SamplingPlan
 from quantdit.system import files
+from quantdit.system.threads import one_thread
 
 BUCKETS = SamplingPlan.buckets
 ERRORS = ("rel_rmse", "weight_only_rel_rmse", "rms", "weight_rel_rmse")  # of a layer's report, those that a folder keeps
@@ -118,7 +119,7 @@ def quantize(
     with _eager(), tempfile.TemporaryDirectory(prefix="quantdit-") as name:
         folder = Path(name)
         calls = StoredCalls(()) if inputs is None else _record(transformer, inputs, folder / "calls", chosen.edge_steps)
-        with torch.no_grad():
+        with torch.no_grad(), one_thread():
             made = quantize_blocks.quantize(Job(transformer, part.blocks, calls, plan, folder), part.plans, folder / "blocks")
     for name, layer in checkpoint.quant_layers(transformer).items():
         layer.weight_dtype = dtypes[name]

@@ -22,7 +22,7 @@ class Size:
 # Images of a pipeline without an autoencoder are small; latents of one at a time are large enough.
 SMALL = Size(1, 1, 16, 16, 32)
 # The least that a field may be, where it is a whole number.
-LEAST = {"samples": 0, "steps": 1, "seed": 0, "timesteps": 0, "tokens": 0, "height": 1, "width": 1, "frames": 1}
+LEAST = {"samples": 0, "steps": 1, "seed": 0, "timesteps": 0, "tokens": 0, "height": 1, "width": 1, "frames": 1, "threads": 1}
 OPTIONAL = ("height", "width", "frames")
 
 
@@ -44,6 +44,7 @@ class SamplingPlan:
         frames: of a clip.
         prompts: texts to sample in turn, or one alone; empty for the built-in list.
         latent: size of the inputs made up for a transformer without a pipeline, in latent cells.
+        threads: of the CPU that the model runs in; another number gives other last bits of its floats.
     """
 
     samples: int = 32
@@ -59,6 +60,7 @@ class SamplingPlan:
     frames: int | None = None
     prompts: tuple[str, ...] = ()
     latent: Size = SMALL
+    threads: int = 1
 
     def __post_init__(self) -> None:
         """Check what the command line does not.

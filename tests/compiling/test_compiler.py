@@ -265,6 +265,30 @@ def test_number_of_threads_changes_nothing(cli, pixel_dit: Path, tmp_path: Path,
     assert transformer_digests(tmp_path / "1") == transformer_digests(tmp_path / "2")
 
 
+def test_the_model_runs_in_as_many_threads_as_asked_for(cli, monkeypatch: pytest.MonkeyPatch, pixel_dit: Path, tmp_path: Path):
+    """Some processors multiply a few rows with other last bits in two threads; the tiny model is too narrow to show it."""
+    seen, forward = set(), torch.nn.Linear.forward
+
+    def seeing(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        seen.add(torch.get_num_threads())
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", seeing)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for more, expected in (((), {1}), (("--threads", "2"), {1, 2})):
+            seen.clear()
+            ran = cli("calibrate", "--model", pixel_dit, "--bits", "w8a8", "--output", tmp_path / str(len(more)), *ONCE, *more)
+            assert ran.code == 0 and seen == expected, ran.err
+        ran = cli(
+            "calibrate", "--model", pixel_dit, "--bits", "w8a8", "--output", tmp_path / "0", *ONCE, "--threads", 2, "--resume"
+        )
+        assert ran.code == 1 and "threads" in ran.error
+    finally:
+        torch.set_num_threads(before)
+
+
 # ---- interrupted runs
 
 
