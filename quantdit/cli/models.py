@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from quantdit.cli.parser import Commands, add_command
+from quantdit.recipes.sampling_plan import SamplingPlan
 
 
 def add(commands: Commands) -> None:
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _captured(known) -> str:
-    """Return what of a known model calibration samples: a SamplingPlan in words."""
-    frames = f"{known.frames} frames of " if known.frames > 1 else ""
-    return f"{known.prompts} samples, {known.steps} steps, guidance {known.guidance:g}, {frames}{known.width}x{known.height}"
+def _captured(known: SamplingPlan) -> str:
+    """Return what of a known model calibration samples: its plan in words."""
+    frames = f"{known.frames} frames of " if known.frames and known.frames > 1 else ""
+    return f"{known.samples} samples, {known.steps} steps, guidance {known.guidance:g}, {frames}{known.width}x{known.height}"
