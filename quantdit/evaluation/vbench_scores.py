@@ -22,6 +22,7 @@ from torch import Tensor
 from quantdit.evaluation.metrics.video import as_bytes, temporal_flickering
 from quantdit.evaluation.report.clips import FRAMES_A_SECOND
 from quantdit.evaluation.samples import Samples
+from quantdit.system import progress
 from quantdit.system.optional_import import require
 
 FLICKERING = "temporal_flickering"
@@ -142,8 +143,6 @@ def run(environment: Path, weights: Path | None, models: Mapping[str, Samples], 
     Raises:
         ValueError: the samples are no clips, or the package failed; with the last line it wrote.
     """
-    from tqdm import tqdm
-
     found = {}
     for name, samples in models.items():
         if samples.images.ndim != 5:
@@ -158,8 +157,10 @@ def run(environment: Path, weights: Path | None, models: Mapping[str, Samples], 
         scores = {FLICKERING: sum(temporal_flickering(c) for c in samples.images) / len(samples.images)}
         small = min(samples.images.shape[-2:]) < RAFT_SIDE
         asked = [d for d in dimensions(weights) if not (small and d == RAFT)]
-        for dimension in tqdm(asked, desc=f"VBench, {name}", unit="dimension", disable=None):
-            scores[dimension] = _score(environment, weights, dimension, place)
+        with progress.bar(len(asked), f"VBench, {name}", "dimension") as bar:
+            for dimension in asked:
+                scores[dimension] = _score(environment, weights, dimension, place)
+                bar.update(1)
         found[name] = {k: float(f"{v:.6g}") for k, v in (scores | totals(scores)).items()}
     return found
 

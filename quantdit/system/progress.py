@@ -1,25 +1,51 @@
-"""Progress bars on stderr; where that is no terminal there are none."""
+"""Progress on stderr: bars on a terminal, elsewhere (`2> log`) a line now and then."""
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
+SECONDS = 10  # between two lines of a bar where stderr is no terminal
+LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed} so far, {remaining} left"
+
 
 def bar(total: int, description: str, unit: str, leave: bool = True) -> tqdm:
-    """Return a tqdm bar to use in a `with`; `update(1)` moves it. It shows nothing where stderr is no terminal.
+    """Return a tqdm bar to use in a `with`; `update(1)` moves it.
+
+    Where stderr is no terminal it is lines: one when it begins, one at most every SECONDS, one at the end if there were such.
 
     Args:
         total: what it counts up to.
         description: what is being done.
         unit: of what is counted, in the singular.
-        leave: it stays on the screen when it is done.
+        leave: it stays on the screen when it is done; of one that does not, the first and the last line are left out.
     """
-    return tqdm(total=total, desc=description, unit=unit, leave=leave, disable=None, dynamic_ncols=True)
+    made = partial(tqdm, total=total, desc=description, unit=unit, leave=leave)
+    if sys.stderr is None or sys.stderr.isatty():
+        return made(disable=sys.stderr is None, dynamic_ncols=True)
+    if leave:
+        say(f"{description}: {total} {unit}{'s' if total != 1 else ''}")
+    # The delay has tqdm draw nothing before the first SECONDS are over, and nothing at the end if it ends before.
+    return made(file=_Lines(), mininterval=SECONDS, miniters=1, delay=SECONDS, ascii=True, bar_format=LINE)
+
+
+class _Lines(io.TextIOBase):
+    """A stream for a bar to draw on: each drawing that shows more done is a line of ours."""
+
+    _done = ""
+
+    def write(self, text: str) -> int:
+        done = text.strip().rsplit(",", 2)[0]
+        if done and done != self._done:
+            self._done = done
+            say(text.strip())
+        return len(text)
 
 
 def say(text: str) -> None:

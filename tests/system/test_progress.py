@@ -1,4 +1,4 @@
-"""Bars: each denoising step is a tick, a pipeline's results do not change, and without a terminal there is silence."""
+"""Bars: each denoising step is a tick, a pipeline's results do not change, and without a terminal there are lines."""
 
 from __future__ import annotations
 
@@ -67,8 +67,45 @@ def test_a_pipeline_that_had_a_bar_of_its_own_has_it_again_also_when_two_are_nes
     assert pipeline.progress_bar is print
 
 
-def test_no_terminal_no_bar(capsys: pytest.CaptureFixture[str]):
-    with progress.bar(3, "x", "step") as shown:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time in seconds that bars see, for a test to set."""
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(
+    ("leave", "counts"), [(True, ["7 steps", "3/7 steps", "6/7 steps", "7/7 steps"]), (False, ["3/7 steps", "6/7 steps"])]
+)
+def test_without_a_terminal_a_bar_is_a_line_every_ten_seconds(leave: bool, counts: list[str], clock, capsys):
+    with progress.bar(7, "sample", "step", leave) as shown:
+        for _ in range(7):
+            clock[0] += 4
+            shown.update(1)
+    lines = capsys.readouterr().err.split("\n")
+    assert [line.partition(",")[0] for line in lines] == [*(f"quantdit: sample: {count}" for count in counts), ""]
+    assert lines[-(3 if leave else 2)] == "quantdit: sample: 6/7 steps, 00:24 so far, 00:04 left"
+
+
+def test_without_a_terminal_a_slow_last_step_is_said_once_and_a_quick_bar_is_one_line(clock, capsys):
+    with progress.bar(1, "slow", "layer") as shown:
+        clock[0] += 60
         shown.update(1)
+    with progress.bar(2, "quick", "layer") as shown:
+        shown.update(2)
     progress.say("loading")
-    assert capsys.readouterr().err == "quantdit: loading\n"
+    assert capsys.readouterr().err.splitlines() == [
+        "quantdit: slow: 1 layer",
+        "quantdit: slow: 1/1 layers, 01:00 so far, 00:00 left",
+        "quantdit: quick: 2 layers",
+        "quantdit: loading",
+    ]
+
+
+def test_commands_say_each_phase_on_stderr_alone(cli, pixel_dit: Path, tmp_path: Path):
+    arguments = ("--bits", "w8a8", "--samples", "2", "--steps", "2", "--output", tmp_path / "out")
+    ran = cli("calibrate", "--model", pixel_dit, *arguments)
+    assert ran.code == 0 and "\r" not in ran.err + ran.out
+    assert all(f"quantdit: {phase}" in ran.err.split("\n") for phase in ("sample the model: 2 steps", "quantize: 18 layers"))
+    assert "sample the model" not in ran.out

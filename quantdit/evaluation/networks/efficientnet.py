@@ -18,6 +18,7 @@ import torch
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from quantdit.evaluation.networks.backbone import Backbone
+from quantdit.system import progress
 from quantdit.system.optional_import import require
 
 BACKBONE = "EffNetLite0"
@@ -62,15 +63,13 @@ def efficientnet_lite0_features(images: torch.Tensor, batch: int = 64) -> torch.
     if not torch.isfinite(images).all():
         bad = int((~torch.isfinite(images).flatten(1).all(dim=1)).sum())
         raise ValueError(f"{bad} of {len(images)} images contain NaN or inf: find the layer that overflowed before measuring")
-    from tqdm import tqdm
-
     model = _backbone()
     features = torch.empty(len(images), WIDTH)
-    with torch.inference_mode(), tqdm(total=len(images), desc=f"{BACKBONE} features", unit="image", disable=None) as progress:
+    with torch.inference_mode(), progress.bar(len(images), f"{BACKBONE} features", "image") as bar:
         for start in range(0, len(images), batch):
             x = _prepare(images[start : start + batch])
             features[start : start + batch] = model.extract_features(x).mean(dim=(2, 3))
-            progress.update(len(x))
+            bar.update(len(x))
     return features
 
 
