@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class Inspection:
         return f"<{self.folder}: {self._total()}>"
 
     def __str__(self) -> str:
-        """Return `text` as wide as the terminal."""
+        """Return `text` as wide as the terminal, or as it takes where there is none."""
         return self.text()
 
     def text(self, width: int | None = None, every: bool = False, by: str = GROUPS[0]) -> str:
@@ -61,7 +62,7 @@ class Inspection:
         chose the weight formats, a last one has the error of each and what came of the choice.
 
         Args:
-            width: of the longest line, in characters; None: of the terminal.
+            width: of the longest line, in characters; None: of the terminal, or no limit where there is none.
             every: list all layers in their order, instead of the worst alone.
             by: what to group by, one of GROUPS.
 
@@ -70,7 +71,7 @@ class Inspection:
         """
         if by not in GROUPS:
             raise ValueError(f"cannot group layers by {by!r}; use {' or '.join(GROUPS)}")
-        width = shutil.get_terminal_size().columns if width is None else width
+        width = shutil.get_terminal_size((sys.maxsize, 0)).columns if width is None else width
         layers = list(self.layers.values())
         errors = {layer.name: layer.error for layer in layers if layer.error is not None}
         worst = sorted(errors, key=lambda name: errors[name], reverse=True)[:WORST]

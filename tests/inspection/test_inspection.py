@@ -37,3 +37,35 @@ def test_what_cannot_be_inspected_or_shown_is_a_value_error(everything, pixel_di
         found.text(by="size")
     with pytest.raises(ValueError, match=r"plots are written as \.png; call it x\.png"):
         found.plot(tmp_path / "x.jpg")
+
+
+def test_without_a_terminal_nothing_is_cut_or_wrapped(cli, everything, monkeypatch: pytest.MonkeyPatch):
+    def no_terminal(descriptor: int) -> None:
+        raise OSError(descriptor)
+
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr("os.get_terminal_size", no_terminal)
+    found = quantdit.inspect(everything.folder)
+    shown = cli("inspect", everything.folder, "--all").out
+    assert shown == found.text(10**6, every=True) + "\n" and "…" not in shown
+    lines = {line.split()[0]: line for line in reversed(shown.splitlines()) if line}
+    assert all(lines[name].endswith(layer.transform) for name, layer in found.layers.items())
+
+
+def test_a_narrow_terminal_cuts_the_beginnings_of_names_alone(everything):
+    found = quantdit.inspect(everything.folder)
+    shortened = 0
+    for width in range(60, 200, 4):
+        text = found.text(width, every=True)
+        assert max(map(len, text.splitlines())) <= width
+        assert all(word.startswith("…") for word in text.split() if "…" in word)
+        table = text.partition("\nlayer ")[2].partition("\n\n")[0].splitlines()[1:]
+        if len(table) != len(found.layers) or "…" not in text:
+            assert all(f"\n{name}" in text for name in found.layers), "whole, on a line of its own"
+            continue
+        shortened += 1
+        for line, (name, layer) in zip(table, found.layers.items(), strict=True):
+            shown = line.split()[0]
+            assert shown == name or (name.endswith(shown.removeprefix("…")) and len(shown) >= 16)
+            assert line.endswith(layer.transform) and f" {layer.activations} " in line
+    assert shortened
