@@ -300,8 +300,8 @@ def test_inspect_draws_a_panel_for_it(cli, mixed: Mixed, everything, tmp_path: P
     pytest.importorskip("matplotlib")
     for name, folder in (("with", mixed.folder), ("without", everything.folder)):
         assert cli("inspect", folder, "--plot", tmp_path / f"{name}.png").code == 0
-    heights = [Image.open(tmp_path / f"{name}.png").size[1] for name in ("with", "without")]
-    assert heights[0] > heights[1]
+    widths = [Image.open(tmp_path / f"{name}.png").size[0] for name in ("with", "without")]
+    assert widths[0] > widths[1]
 
 
 @pytest.mark.parametrize(

@@ -69,3 +69,34 @@ def test_a_narrow_terminal_cuts_the_beginnings_of_names_alone(everything):
             assert shown == name or (name.endswith(shown.removeprefix("…")) and len(shown) >= 16)
             assert line.endswith(layer.transform) and f" {layer.activations} " in line
     assert shortened
+
+
+@pytest.fixture
+def drawn(everything, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list:
+    """The panels below the histograms, and the bar of colors, of a folder sampled with fewer steps than there are buckets."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures, close = [], pyplot.close
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    quantdit.inspect(everything.folder).plot(tmp_path / "x.png")
+    close("all")
+    return figures[0].axes[3:]
+
+
+def test_picture_names_layers_by_what_tells_them_apart_in_letters_that_can_be_read(drawn, everything):
+    labels = drawn[0].get_yticklabels()
+    names = [name.removeprefix("transformer_blocks.") for name in everything.report["layers"]]
+    assert [label.get_text() for label in labels] == names
+    assert "transformer_blocks. left out" in drawn[0].get_ylabel()
+    row = drawn[0].get_window_extent().height / len(names) * 72 / drawn[0].figure.get_dpi()
+    assert all(10 <= label.get_fontsize() <= row for label in labels), "in points"
+
+
+def test_picture_leaves_parts_of_sampling_out_that_no_step_fell_into_and_says_so(drawn, everything):
+    peaks = list(zip(*(entry["activation_absmax"] for entry in everything.report["layers"].values()), strict=True))
+    seen = [str(part) for part, values in enumerate(peaks) if any(values)]
+    assert 0 < len(seen) < len(peaks)
+    assert [label.get_text() for label in drawn[1].get_xticklabels()] == seen
+    assert drawn[1].images[0].get_array().shape == (len(everything.report["layers"]), len(seen))
+    caption = " ".join(drawn[1].get_xlabel().split())
+    assert f"that no sampling step fell into are left out: {len(peaks) - len(seen)} of {len(peaks)}" in caption
+    assert "rel_rmse: root mean square error" in drawn[0].get_xlabel().replace("\n", " ")
