@@ -154,7 +154,7 @@ def with_weight_format(recipe: Recipe, kind: str) -> Recipe:
 
 def _rule_of_bits() -> str:
     x, y = (" ".join(map(str, widths)) for widths in (WEIGHTS, ACTIVATION_BITS))
-    return f"bits are wXaY, such as w4a8, with X one of {x} and Y one of {y}, {AUTO}, {AUTO}aY"
+    return f"bits are wXaY, such as w4a8, with X one of {x} and Y one of {y}; {AUTO} and {AUTO}aY choose X for each layer"
 
 
 def _preset(bits: str) -> Recipe:

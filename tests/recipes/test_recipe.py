@@ -100,7 +100,7 @@ def test_grammar_offers_every_combination(x: int, y: int):
 def test_other_bits_are_refused_with_what_is_known(bits: str, near: str | None):
     message = refusal(lambda: from_bits(bits))
     assert repr(bits) in message
-    assert "wXaY, such as w4a8, with X one of 2 3 4 6 8 and Y one of 4 6 8 16, auto, autoaY" in message
+    assert "wXaY, such as w4a8, with X one of 2 3 4 6 8 and Y one of 4 6 8 16; auto and autoaY choose X for each layer" in message
     assert "known: " not in message and len(message) < 200
     if near:
         assert near in message.split("did you mean")[1].split("?")[0]
