@@ -328,7 +328,10 @@ def read_json(path: Path, finite: bool = True) -> dict:
         number = _finite if finite else float
         content = json.loads(text, parse_constant=number, parse_float=number, object_pairs_hook=_table)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: this is no diffusers model folder") from error
+        raise CheckpointError(
+            f"{path} is missing: this is no whole diffusers model folder; copy the folder again, or give one that save_pretrained"
+            " or quantdit calibrate wrote"
+        ) from error
     except CheckpointError:
         raise
     except (OSError, ValueError, RecursionError) as error:

@@ -863,6 +863,9 @@ def test_what_is_no_quantized_folder_is_said_to_be_what_it_is(cli, tmp_path: Pat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "part/transformer").mkdir(parents=True)
+    index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"]}
+    (tmp_path / "part/model_index.json").write_text(json.dumps(index))
     more = {"comfyui": "x.safetensors", "onnx": "x.onnx"}.get(command, "x")
     how = () if command == "inspect" else ("--to", command, "--output", more)
     for folder, words in (
@@ -870,6 +873,7 @@ def test_what_is_no_quantized_folder_is_said_to_be_what_it_is(cli, tmp_path: Pat
         ("nothing", "nothing does not exist; give the folder that quantdit calibrate or save_pretrained wrote"),
         ("file", "file is a file; give the folder"),
         ("empty", "empty has no transformer folder; give the folder"),
+        ("part", "part/transformer/config.json is missing: .*; copy the folder again, or give one that save_pretrained or "),
     ):
         ran = cli("inspect" if command == "inspect" else "export", folder, *how)
         assert ran.code == 1 and re.search(words, ran.error), ran.error
