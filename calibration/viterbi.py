@@ -4,7 +4,7 @@ A column's codes go round in a circle, which would have to be tried from each of
 the past is at a cut is what the best sequence of the weights around it, both ends free, has there; then each segment is solved
 between the pasts at its ends, exactly. That costs 1 % of the error at most (with weights eight windows to each side).
 
-With numba (`pip install 'quantdit[fast]'`) the work on a CPU is calibration/viterbi_numba.py's, which gives the same codes.
+With numba (quantdit's extra `fast`) the work on a CPU is calibration/viterbi_numba.py's, which gives the same codes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from quantdit.formats import Format
 from quantdit.formats.trellis import codebook, states
 from quantdit.system.files import Advice
+from quantdit.system.optional_import import install
 
 SEGMENT = 384  # weights: long against the windows around its ends, short enough for several to a column
 AROUND = 8  # windows to each side of a cut
@@ -72,7 +73,7 @@ def solve(x: Tensor, entries: Tensor, bits: int, first: Tensor | None, last: Ten
 
             return fast(x, entries, bits, first, last)
         advice = (
-            "trellis codes take ten to thirty times as long without numba: pip install 'quantdit[fast]', or take"
+            f"trellis codes take ten to thirty times as long without numba; run: {install('fast')}, or take"
             " --weight-format table or vq"
         )
         warnings.warn(advice, Advice, stacklevel=2)

@@ -18,6 +18,7 @@ from quantdit.checkpoints import checkpoint
 from quantdit.exporters import onnx_digest
 from quantdit.pipelines.pipeline import Source, checked_numbers
 from quantdit.system.files import CheckpointError
+from quantdit.system.optional_import import PIP, install
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -64,7 +65,7 @@ def open_graph(
     if missing:
         raise ValueError(
             f"this onnxruntime has no {missing[0]}, it has {', '.join(ort.get_available_providers())}; for CUDA run:"
-            " pip uninstall onnxruntime && pip install 'quantdit[onnx-gpu]'"
+            f" {PIP} uninstall onnxruntime && {install('onnx-gpu')}"
         )
     if not path.is_file():
         raise CheckpointError(f"{path} is no file; give the .onnx file that quantdit export --to onnx wrote")
@@ -117,17 +118,17 @@ def _onnxruntime():
     if len(found := [wheel for wheel in WHEELS if _installed(wheel)]) > 1:
         warnings.warn(
             f"{' and '.join(found)} are both installed and overwrite each other's files; keep one:"
-            " pip uninstall -y onnxruntime onnxruntime-gpu, then install quantdit[onnx] or quantdit[onnx-gpu]",
+            f" {PIP} uninstall -y onnxruntime onnxruntime-gpu, then {install('onnx')} (or onnx-gpu)",
             stacklevel=3,
         )
     try:
         import onnxruntime
     except ImportError as error:
-        raise ImportError("ONNX graphs need ONNX Runtime; run: pip install 'quantdit[onnx]'") from error
+        raise ImportError(f"ONNX graphs need ONNX Runtime; run: {install('onnx')}") from error
     if not hasattr(onnxruntime, "InferenceSession"):
         raise ImportError(
             "onnxruntime is only half installed, as uninstalling one of its two wheels leaves it; run:"
-            " pip install --force-reinstall 'quantdit[onnx]'"
+            f" {PIP} install --force-reinstall --no-deps onnxruntime"
         )
     return onnxruntime
 

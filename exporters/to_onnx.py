@@ -30,6 +30,7 @@ from quantdit.models.adapter import Adapter, adapter_for
 from quantdit.models.call_view import time_argument, times_rise
 from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.system import files
+from quantdit.system.optional_import import install
 
 OPSET = 23
 STORAGES = ("packed", "int8")
@@ -84,7 +85,7 @@ def to_onnx(
     Raises:
         ValueError: no quantized folder (CheckpointError), an output that exists, a model that cannot be traced, or a graph that
             does not compute what PyTorch does.
-        ImportError: the packages of quantdit[onnx] are missing.
+        ImportError: the packages of quantdit's extra onnx are missing.
         OSError: the output cannot be written.
     """
     _check(folder, output, storage, target, verify)
@@ -166,13 +167,13 @@ def require_packages() -> None:
     """Refuse at once what the tracer would refuse much later.
 
     Raises:
-        ImportError: the packages of quantdit[onnx] are missing.
+        ImportError: the packages of quantdit's extra onnx are missing.
     """
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError("exporting to ONNX needs more packages; run: pip install 'quantdit[onnx]'") from error
+        raise ImportError(f"exporting to ONNX needs more packages; run: {install('onnx')}") from error
 
 
 def _data_of(path: Path) -> Path:

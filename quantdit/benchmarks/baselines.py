@@ -41,7 +41,7 @@ class Baseline:
             ValueError: the package is not installed.
         """
         if find_spec(self.package) is None:
-            raise ValueError(f"{self.package} is not installed; pip install 'quantdit[bench]'")
+            raise ValueError(f"{self.package} is not installed; quantdit's extra bench brings it")
         return self.build(weight)
 
 

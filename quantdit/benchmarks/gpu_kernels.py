@@ -24,6 +24,7 @@ from quantdit.benchmarks.kernel_cases import Task, error_row
 from quantdit.benchmarks.kernel_report import FEED_FORWARD, FEW, MANY, MODULATION, crossovers, markdown
 from quantdit.kernels.triton_ops import dispatch
 from quantdit.system import files
+from quantdit.system.optional_import import install
 
 LIMIT = 450.0  # seconds for everything but the page
 PATIENCE = 60.0  # seconds for one candidate, compilation included, or for all times of a task
@@ -89,7 +90,7 @@ def run(
         )
     device = kernel_cases.gpu()
     if not dispatch.kernels_run(torch.empty(0, device=device)):
-        raise ValueError("bench kernels needs triton and a GPU of compute capability 8.0; pip install 'quantdit[triton]'")
+        raise ValueError(f"bench kernels needs triton and a GPU of compute capability 8.0; run: {install('triton')}")
     began = time.monotonic()
     origin = provenance(device, tune, write_crossover)
     output.parent.mkdir(parents=True, exist_ok=True)

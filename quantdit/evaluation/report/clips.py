@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from quantdit.evaluation.report.picture import whole_file
+from quantdit.system.optional_import import install
 from quantdit.system.output_places import ANIMATIONS, PICTURES, require_suffix
 
 SUFFIXES = (*PICTURES, *ANIMATIONS)
@@ -167,7 +168,7 @@ def _av():
     try:
         import av
     except ImportError as error:
-        raise ImportError("writing .mp4 needs PyAV; run: pip install 'quantdit[video]', or choose .webp or .gif") from error
+        raise ImportError(f"writing .mp4 needs PyAV; run: {install('video')}, or choose .webp or .gif") from error
     return av
 
 

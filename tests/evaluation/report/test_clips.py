@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from quantdit.evaluation.report.clips import SUFFIXES, clip_grid, contact_sheet, write_clips
+from quantdit.system.optional_import import install
 
 # Six frames of two clips: a white square walks one pixel a frame, to the right in the first, down in the second.
 CLIPS = torch.full((2, 6, 3, 32, 32), -1.0)
@@ -85,5 +87,5 @@ def test_wrong_input_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match="columns is 0"):
         clip_grid(CLIPS, LABELS, 0)
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ImportError, match=r"pip install 'quantdit\[video\]'"):
+    with pytest.raises(ImportError, match=re.escape(install("video"))):
         write_clips(CLIPS, LABELS, tmp_path / "clips.mp4")
