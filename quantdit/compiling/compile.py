@@ -97,6 +97,7 @@ def calibrate(
         scratch = _scratch(model, output, stack) if given.get("random_weights") else None
         locate(model)
         progress.say(f"loading {model}")  # seconds go into it
+        stack.enter_context(progress.alone())
         pipeline, source = _open(model, given, scratch)
         device = str(given.get("device", "cpu"))
         sampling = sampling_plan_for(pipeline, source, device, {key: given[key] for key in SAMPLING if key in given})
@@ -143,9 +144,6 @@ def _scratch(model: str, output: Path, stack: ExitStack) -> Path:
 
 def _open(model: str, given: Mapping[str, Any], scratch: Path | None) -> tuple[object, Source]:
     """Return the pipeline to calibrate, or its bare transformer, and its source."""
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()  # the terminal is our own progress bars'
     weights = scratch or given.get("weights")
     if scratch is not None:
         seed = given.get("seed", 0)

@@ -54,6 +54,20 @@ def say(text: str) -> None:
 
 
 @contextmanager
+def alone() -> Iterator[None]:
+    """Leave the terminal to our own bars: diffusers shows none meanwhile, and then as before."""
+    from diffusers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
+
+
+@contextmanager
 def denoising(pipeline: Any, batches: int, steps: int, description: str) -> Iterator[Callable[[], None]]:
     """Show a bar that ticks with each denoising step of a pipeline; yields a function to call after each batch.
 

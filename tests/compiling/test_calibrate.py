@@ -85,3 +85,15 @@ def test_steps_outside_the_presets_choose_among_two_candidates_through_both_entr
     trained = model.config.quantization_config.state["provenance"]["training"]
     assert trained == made.provenance["training"] and trained["candidates"] == FineTuning().candidates == 2
     assert finetuning_for(recipe, None, steps=None) is None and finetuning_for(recipe, FineTuning(), steps=0) is None
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_bars_of_diffusers_are_afterwards_as_they_were(pixel_dit: Path, tmp_path: Path, monkeypatch, shown: bool):
+    from diffusers.utils import logging
+
+    monkeypatch.setattr(logging, "_tqdm_active", shown)
+    calibrate(str(pixel_dit), ONE, tmp_path / "out", samples=0)
+    assert logging.is_progress_bar_enabled() is shown
+    with pytest.raises(ValueError, match="frames"):
+        calibrate(str(pixel_dit), ONE, tmp_path / "refused", frames=7, **FEW)
+    assert logging.is_progress_bar_enabled() is shown
