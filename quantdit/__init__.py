@@ -16,6 +16,7 @@ if not _Path(__file__).with_name("kernels").is_dir():
 from quantdit.formats import FORMATS, Format, QSpec
 from quantdit.integrations.import_hooks import watch as _watch
 from quantdit.recipes.rules import Recipe, Rule
+from quantdit.system.version import VERSION as _VERSION
 from quantdit.tensors.qtensor import QTensor
 
 if _TYPE_CHECKING:  # what _LATER imports
@@ -25,9 +26,9 @@ if _TYPE_CHECKING:  # what _LATER imports
     from quantdit.evaluation.gate.judge import gate
     from quantdit.evaluation.run import evaluate
     from quantdit.inspection.inspection import inspect
-    from quantdit.integrations.diffusers_quantizer import QuantDiTConfig
+    from quantdit.integrations.quantdit_config import QuantDiTConfig
 
-__version__ = "0.1.0"
+__version__ = _VERSION
 __all__ = [
     "FORMATS",
     "Format",
@@ -49,7 +50,7 @@ __all__ = [
 # Imported when they are asked for: they bring diffusers along.
 _LATER = {
     "calibrate": "quantdit.compiling.compile",
-    "QuantDiTConfig": "quantdit.integrations.diffusers_quantizer",
+    "QuantDiTConfig": "quantdit.integrations.quantdit_config",
     "evaluate": "quantdit.evaluation.run",
     "export": "quantdit.api",
     "gate": "quantdit.evaluation.gate.judge",

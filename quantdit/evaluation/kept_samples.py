@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-import quantdit
 from quantdit.pipelines.pipeline import Sampling, Source
 from quantdit.system import files
 
@@ -63,7 +62,7 @@ def folder_digest(folder: Path) -> str:
 def _code_digest() -> str:
     """Return a sha256 over quantdit's own source: samples that other code made are not reused."""
     others = [import_module(f"quantdit.{name}").__path__ for name in ("kernels", "calibration")]
-    homes = [Path(quantdit.__file__).parent, *(Path(path) for paths in others for path in paths)]
+    homes = [Path(__file__).parents[1], *(Path(path) for paths in others for path in paths)]
     total = hashlib.sha256()
     for path in sorted(p for home in homes for p in home.rglob("*.py") if "evaluation" not in p.parts):
         total.update(path.read_bytes())
