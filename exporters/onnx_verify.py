@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from quantdit.calibration import errors
-from quantdit.calibration.observe.capture import first_tensor
+from quantdit.calibration.observe.prediction import prediction_of
 from quantdit.checkpoints import checkpoint
 from quantdit.exporters import onnx_session
 from quantdit.exporters.onnx_session import OnnxForward, arguments_of
@@ -190,7 +190,7 @@ def _moved(transformer: nn.Module, call: Recorded) -> Tensor:
 
 
 def _predicted(output: object) -> Tensor:
-    tensor = first_tensor(output)
+    tensor = prediction_of(output)
     assert tensor is not None  # a transformer returns one
     return tensor
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from quantdit.calibration.observe.prediction import predicting, prediction_of
 from quantdit.calibration.observe.recorded_calls import Call, Key
 
 Outputs = tuple[Tensor | None, ...]
@@ -42,7 +43,7 @@ class BlockLink:
         path: of the module.
         fed: (argument, number of the output of the block before that it is); all other arguments are those of the block before.
             None: only a replay tells the arguments. Empty for the first block.
-        passed: for each of its outputs the argument of the same shape, or None where the output is None.
+        passed: for each of its outputs the argument of the same shape, or None where there is none.
         single: it returns one tensor, not a tuple.
         needs: numbers of earlier blocks whose outputs a replay of its arguments needs, besides those of the block before.
     """
@@ -138,7 +139,7 @@ def observe(transformer: nn.Module, paths: Sequence[str], call: Call) -> list[Bl
             block = transformer.get_submodule(path)
             handles.append(block.register_forward_pre_hook(partial(observer.before, path), with_kwargs=True))
             handles.append(block.register_forward_hook(partial(observer.after, path), with_kwargs=True))
-        output = run_call(transformer, call)
+        found = predict(transformer, call)
     finally:
         for handle in handles:
             handle.remove()
@@ -147,13 +148,12 @@ def observe(transformer: nn.Module, paths: Sequence[str], call: Call) -> list[Bl
         raise BlocksNotSequential(f"block {min(missing)} never runs")
     assert latest is not None  # there is a block, and all have run
     try:
-        again = last_output(transformer, links, call, latest.copies)
+        again = last_prediction(transformer, links, call, latest.copies)
     except _FAILURES as error:
         raise BlocksNotSequential(
             f"the way from the last block to the output cannot be run without the blocks ({error})"
         ) from error
-    found = tensors_of(output)
-    if not found or not _equal(tensors_of(again), found):
+    if found is None or again is None or not _equal_tensors(again, found):
         raise BlocksNotSequential("the output needs more than what its last block returned (a long skip connection?)")
     return links
 
@@ -238,10 +238,21 @@ def next_call(
     return _replayed(transformer, links[: index + 1], call, recorded, links[index + 1].path)
 
 
-def last_output(transformer: nn.Module, links: Sequence[BlockLink], call: Call, outputs: Outputs) -> object:
-    """Return what the transformer returns for `call` if its last block returns `outputs`; no block is run."""
+def last_prediction(transformer: nn.Module, links: Sequence[BlockLink], call: Call, outputs: Outputs) -> Tensor | None:
+    """Return what the transformer predicts for `call` if its last block returns `outputs`; no block is run."""
     with _standing_in(transformer, links, {len(links) - 1: outputs}):
-        return run_call(transformer, call)
+        return predict(transformer, call)
+
+
+def predict(model: nn.Module, call: Call) -> Tensor | None:
+    """Return a model's prediction for a recorded call, without gradients."""
+    found: list[Tensor | None] = []
+    handle = predicting(model).register_forward_hook(lambda module, args, output: found.append(prediction_of(output)))
+    try:
+        run_call(model, call)
+    finally:
+        handle.remove()
+    return found[-1] if found else None
 
 
 def run_call(module: nn.Module, call: Call) -> object:
@@ -332,17 +343,16 @@ def _fed(ran: _Ran, call: Call) -> tuple[tuple[Key, int], ...] | None:
 
 
 def _passed(call: Call, outputs: Outputs) -> tuple[Key | None, ...]:
-    """Return for each output the argument that it updates: the first one not yet taken of the same shape."""
+    """Return for each output the argument that it updates: the first one not yet taken of the same shape, None if there is none.
+
+    T5's first block makes the bias of positions that the others are given.
+    """
     given = {key: value for key in _keys(call) if isinstance(value := call.argument(key), Tensor)}
     passed: list[Key | None] = []
     for output in outputs:
         fitting = None
         if output is not None:
             fitting = next((k for k, value in given.items() if k not in passed and value.shape == output.shape), None)
-            if fitting is None:
-                raise BlocksNotSequential(
-                    f"a block returns a tensor {tuple(output.shape)} that none of its arguments has the shape of"
-                )
         passed.append(fitting)
     return tuple(passed)
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from quantdit.calibration import errors
 from quantdit.calibration import stats as statistics
 from quantdit.calibration.observe import recorded_calls as call_files
-from quantdit.calibration.observe.block_order import run_call
+from quantdit.calibration.observe.block_order import predict, run_call
+from quantdit.calibration.observe.prediction import predicting, prediction_of
 from quantdit.calibration.observe.recorded_calls import Call, StoredCalls
 from quantdit.calibration.stats import Stats
 from quantdit.models.call_view import times_rise, view
@@ -65,8 +66,10 @@ def transformer_calls(
             raise ValueError(f"the pipeline never called its {name} while sampling, so there is nothing to calibrate on")
         order = _from_noise(transformers[name], timesteps)
         # Two transformers may share a trajectory, each with a part of its steps.
-        whole = _from_noise(transformers[name], [time for of in seen.values() for time in of]) if edge_steps else order
-        bucket, levels = buckets_of(whole, steps, buckets, edge_steps)
+        edges = edge_steps if order != [None] else 0  # a text encoder has none
+        times = [time for of in seen.values() if set(of) != {None} for time in of]
+        whole = _from_noise(transformers[name], times) if edges else order
+        bucket, levels = buckets_of(whole, steps, buckets, edges)
         kept = set(_spread(order, keep))
         for number, time in enumerate(timesteps):
             if time not in kept:
@@ -92,10 +95,10 @@ def _recording(transformer: nn.Module, folder: Path, timesteps: list[float | Non
         timesteps.append(view(module, args, kwargs).time)
 
     def after(module: nn.Module, args: tuple, output: object) -> None:
-        if (tensor := first_tensor(output)) is not None:
+        if (tensor := prediction_of(output)) is not None:
             call_files.save_returned(folder, len(timesteps) - 1, tensor)
 
-    return [transformer.register_forward_pre_hook(before, with_kwargs=True), transformer.register_forward_hook(after)]
+    return [transformer.register_forward_pre_hook(before, with_kwargs=True), predicting(transformer).register_forward_hook(after)]
 
 
 def _spread(items: list, count: int) -> list:
@@ -105,35 +108,20 @@ def _spread(items: list, count: int) -> list:
     return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
 
 
-def first_tensor(output: object) -> Tensor | None:
-    """Return a transformer's prediction: its output, the first of a tuple, or the first field of a diffusers output.
-
-    A list of one tensor per sample (Z-Image) is stacked.
-    """
-    if isinstance(output, dict):
-        return next((found for v in output.values() if (found := first_tensor(v)) is not None), None)
-    if isinstance(output, list) and output and all(isinstance(v, Tensor) and v.shape == output[0].shape for v in output):
-        return torch.stack(output)
-    if isinstance(output, tuple | list):
-        return next((found for v in output if (found := first_tensor(v)) is not None), None)
-    return output if isinstance(output, Tensor) else None
-
-
-def relative_error(pairs: Iterable[tuple[object, Tensor | None]]) -> float | None:
-    """Return rel_rmse over pairs of (what a transformer returned, what was recorded); None if nothing was recorded."""
+def relative_error(pairs: Iterable[tuple[Tensor | None, Tensor | None]]) -> float | None:
+    """Return rel_rmse over pairs of (what a transformer predicted, what was recorded); None if nothing was recorded."""
     error = power = 0.0
-    for got, expected in pairs:
+    for predicted, expected in pairs:
         if expected is not None:
-            returned = first_tensor(got)
-            assert returned is not None  # what was recorded is such a tensor
-            squares = errors.squares(returned.float(), expected.float())
+            assert predicted is not None  # what was recorded is such a tensor
+            squares = errors.squares(predicted.float(), expected.float())
             error, power = error + squares[0], power + squares[1]
     return errors.relative(error, power) if power > 0 else None
 
 
 def model_error(transformer: nn.Module, calls: Iterable[Call]) -> float | None:
     """Return rel_rmse of the transformer's output against what `calls` recorded; None if they recorded nothing."""
-    return relative_error((run_call(transformer, call), call.output) for call in calls)
+    return relative_error((predict(transformer, call), call.output) for call in calls)
 
 
 def run_block(module: nn.Module, call: Call) -> object:

@@ -23,7 +23,8 @@ from quantdit.calibration.data_free import quantize_without_data
 from quantdit.calibration.errors import squared
 from quantdit.calibration.layer import Quantized, quantize_layer
 from quantdit.calibration.observe.block_order import replaced, run_call, tensors_of
-from quantdit.calibration.observe.capture import first_tensor, run_block
+from quantdit.calibration.observe.capture import run_block
+from quantdit.calibration.observe.prediction import prediction_of
 from quantdit.calibration.observe.recorded_calls import Call, rows_of
 from quantdit.calibration.stats import Stats
 from quantdit.formats import FORMATS, QSpec
@@ -138,7 +139,7 @@ def sensitivity(
 
 def _output_error(transformer: nn.Module, call: Call) -> float:
     """Return the squared error of the transformer's output."""
-    output = first_tensor(run_block(transformer, call))
+    output = prediction_of(run_block(transformer, call))
     assert output is not None and call.output is not None  # errors at the end need outputs to compare
     return squared(output.float() - call.output.float())
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from quantdit.benchmarks import cpu_linear
-from quantdit.calibration.observe.capture import first_tensor
+from quantdit.calibration.observe.prediction import prediction_of
 from quantdit.checkpoints.random_weights import write_random_transformer
 from quantdit.compiling.compile import compile
 from quantdit.compiling.plan import Plan
@@ -206,7 +206,7 @@ def torch_runner(transformer: nn.Module, arguments: dict) -> Callable[[], Tensor
 
     def run() -> Tensor:
         with torch.no_grad():
-            y = first_tensor(transformer(**arguments))
+            y = prediction_of(transformer(**arguments))
         assert y is not None
         return y
 

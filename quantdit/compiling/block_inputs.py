@@ -140,13 +140,10 @@ def model_error(job: Job, names: Collection[str], folder: Path) -> float | None:
             return capture.model_error(job.transformer, job.calls[::stride])
     last = folder / "inputs" / _number(len(links))
     sums = call_files.sums_of(last, job.run)
-    pairs = (
-        (
-            block_order.last_output(job.transformer, links, call, call_files.load_outputs(last / call_name(i * stride), sums)),
-            call.output,
-        )
-        for i, call in enumerate(job.calls[::stride])
-    )
+    pairs = []
+    for i, call in enumerate(job.calls[::stride]):
+        outputs = call_files.load_outputs(last / call_name(i * stride), sums)
+        pairs.append((block_order.last_prediction(job.transformer, links, call, outputs), call.output))
     return capture.relative_error(pairs)
 
 

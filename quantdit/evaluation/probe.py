@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from quantdit.calibration.observe.capture import first_tensor
+from quantdit.calibration.observe.prediction import prediction_of
 from quantdit.models.call_view import view
 
 STEPS = 4  # of a trajectory that are looked at, evenly spread
@@ -118,7 +118,7 @@ def _same(a: nn.Module, b: nn.Module) -> bool:
 
 
 def _tensor_of(output: object) -> Tensor:
-    found = first_tensor(output)
+    found = prediction_of(output)
     assert found is not None, "a transformer and a linear return tensors"
     return found
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import quantdit
 import tiny_models
 from quantdit import Recipe, Rule
-from quantdit.calibration.observe.capture import first_tensor, transformer_calls
+from quantdit.calibration.observe.capture import transformer_calls
+from quantdit.calibration.observe.prediction import prediction_of
 from quantdit.checkpoints.checkpoint import quant_layers, read_transformer
 from quantdit.compiling import quantize_blocks
 from quantdit.exporters.to_comfyui import express
@@ -55,7 +56,7 @@ class Steps:
 
 def run(model: nn.Module, call: dict[str, object]) -> Tensor:
     with torch.no_grad():
-        return first_tensor(model(**call))
+        return prediction_of(model(**call))
 
 
 def moved(name: str, times: Sequence[float]) -> tuple[nn.Module, list[dict[str, object]]]:

@@ -10,7 +10,7 @@ import torch
 import quantdit
 import tiny_models
 from quantdit import Recipe, Rule
-from quantdit.calibration.observe.capture import first_tensor
+from quantdit.calibration.observe.prediction import prediction_of
 from quantdit.exporters.onnx_session import OnnxForward, open_graph
 from quantdit.exporters.to_onnx import graph_of, save
 from quantdit.models.adapter import adapter_for
@@ -43,5 +43,5 @@ def test_the_graph_takes_the_bucket_that_pytorch_takes(name: str, rises: bool, t
     forward = OnnxForward(model, tmp_path / "model.onnx", *open_graph(tmp_path / "model.onnx"))
     for call in calls:
         with torch.no_grad():
-            wanted = first_tensor(model(**call))
+            wanted = prediction_of(model(**call))
         assert float((forward.run(call) - wanted).norm() / wanted.norm()) < 0.01

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import quantdit
 import tiny_models
-from quantdit.calibration.observe.capture import first_tensor
+from quantdit.calibration.observe.prediction import prediction_of
 from quantdit.models.adapter import adapter_for
 from quantdit.models.synthetic import synthetic_inputs
 from quantdit.recipes.rules import Recipe, Rule
@@ -65,7 +65,7 @@ def output(model: nn.Module, inputs: dict) -> Tensor:
         k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() and k != "timestep" else v for k, v in inputs.items()
     }
     with torch.no_grad():
-        return first_tensor(model(**cast))
+        return prediction_of(model(**cast))
 
 
 @pytest.fixture(scope="session")

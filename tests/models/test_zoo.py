@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tiny_models
-from quantdit.calibration.observe.capture import first_tensor
+from quantdit.calibration.observe.prediction import prediction_of
 from quantdit.checkpoints import streaming
 from quantdit.checkpoints.checkpoint import quant_layers, read_transformer
 from quantdit.compiling.compile import compile
@@ -45,7 +45,7 @@ def settings(size) -> SamplingPlan:
 def output_of(transformer: nn.Module, size) -> torch.Tensor:
     inputs = synthetic_inputs(transformer, adapter_for(transformer), size, torch.Generator().manual_seed(5))
     with torch.no_grad():
-        return first_tensor(transformer(**inputs))
+        return prediction_of(transformer(**inputs))
 
 
 def test_calibrate_save_load_forward(model, tmp_path: Path):
