@@ -6,16 +6,20 @@ out its columns.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from quantdit.calibration import rotate, smooth
 from quantdit.calibration.layer import Quantized, histogram
-from quantdit.calibration.quantize import quantize_as_planned
+from quantdit.calibration.quantize import quantize_as_planned, quantize_weight
+from quantdit.formats import FORMATS, QSpec
 from quantdit.recipes.rules import LayerPlan
 from quantdit.system.threads import one_thread
 from quantdit.tensors import transform
 from quantdit.tensors.layer_spec import LayerSpec
+from quantdit.tensors.qtensor import spec_fields
 from quantdit.tensors.timesteps import LEAST_BUCKETS
 
 PART = 0.7  # of what evens out the columns; measured on tame and planted models
@@ -54,6 +58,46 @@ def quantize_without_data(
         "weight_histogram": histogram(W, q.scale),
     }
     return Quantized(spec, {name: tensor.contiguous() for name, tensor in tensors.items()}, bias, report)
+
+
+@one_thread()
+def quantize_table(parts: Iterable[Tensor], rows: int, width: int, format: str, group_size: int) -> Quantized:
+    """Return a table of embeddings quantized to nearest, part by part; no more than one part in float32 is beside the codes.
+
+    Args:
+        parts: the table `[rows, width]` float in parts of consecutive rows; some thousand rows each are fast.
+        rows: number of embeddings.
+        width: of an embedding.
+        format: a name of FORMATS whose rows know nothing of each other: int2 to int8, or fp8_e4m3.
+        group_size: for grouped formats; divides the width.
+
+    Raises:
+        ValueError: a format of another kind, parts of other sizes, or NaN or infinite entries.
+    """
+    if FORMATS[format].kind not in ("whole", "affine"):
+        raise ValueError(f"{format} has a codebook of all rows, and a table is quantized row by row; use int4 or int8")
+    spec = LayerSpec(QSpec(format, rows, width, group_size))
+    made = {name: torch.empty(field.shape, dtype=field.dtype) for name, field in spec_fields(spec.weight).items()}
+    known, start, lost, size, shown = torch.ones(width, dtype=torch.float32).diag(), 0, 0.0, 0.0, {}
+    for part in parts:
+        q = quantize_weight(part, known, format, group_size, "rtn")
+        shown = shown or histogram(part.float(), q.scale)  # of the first part
+        if start + len(part) > rows:
+            break
+        for name, tensor in q.tensors().items():
+            made[name][start : start + len(part)] = tensor
+        lost += float((q.dequantize() - part).square().sum())
+        size += float(part.float().square().sum())
+        start += len(part)
+    if start != rows:
+        raise ValueError(f"the parts of a table of {rows} rows have another number of them; read the table again")
+    report = {
+        "spec": spec.to_dict(),
+        "method": "rtn",
+        "weight_rel_rmse": (lost / max(size, 1e-60)) ** 0.5,
+        "weight_histogram": shown,
+    }
+    return Quantized(spec, made, None, report)
 
 
 def unit_seed(seed: int, number: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from quantdit.kernels.cpu import version_of
 from quantdit.kernels.ops import Epilogue
@@ -74,17 +76,20 @@ class QuantLinear(nn.Linear):
             ValueError: a tensor is missing, superfluous, or of another dtype or shape.
         """
         layer = cls(layer_spec, bias is not None, device="meta")
-        expected = layer_fields(layer_spec)
+        layer._take(tensors)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return layer
+
+    def _take(self, tensors: dict[str, Tensor]) -> None:
+        expected = layer_fields(self.layer_spec)
         if tensors.keys() != expected.keys():
-            raise ValueError(f"a layer of {layer_spec} stores {sorted(expected)}, got {sorted(tensors)}")
+            raise ValueError(f"a layer of {self.layer_spec} stores {sorted(expected)}, got {sorted(tensors)}")
         for name, field in expected.items():
             tensor = tensors[name]
             if (tensor.dtype, tuple(tensor.shape)) != (field.dtype, field.shape):
                 raise ValueError(f"{name}: expected {field.dtype} {field.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-            setattr(layer, name, tensor)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-        return layer
+            setattr(self, name, tensor)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what `from_tensors` takes."""
@@ -130,7 +135,13 @@ class QuantLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride] - read only, unlike that of nn.Linear
-        """Return the decoded weight `[out, in]` in the original space, in the bias's dtype (`weight_dtype` without one)."""
+        """Return the decoded weight `[out, in]` in the original space, in the bias's dtype (`weight_dtype` without one).
+
+        It is decoded once something is computed with it: models of transformers ask for its dtype at every call.
+        """
+        return self._dense() if torch.compiler.is_compiling() else LazyWeight(self)
+
+    def _dense(self) -> Tensor:
         dense = self.qtensor.dequantize()
         if self.layer_spec.rank:
             dense = dense + self.up.float() @ self.down.float()
@@ -316,6 +327,48 @@ class QuantLinear(nn.Linear):
                 self._buffers[name] = before.to(moved.device)
         self._decoded = None
         return self
+
+
+class LazyWeight(Tensor):
+    """The weight of a quantized layer, which is decoded, and an ordinary tensor from then on, once a function of torch takes it.
+
+    Its dtype, shape and device need no decoding. It is the weight of when it was asked for: tensors that the layer gets later, of
+    a fused adapter say, change nothing.
+    """
+
+    _is_hf_initialized = True  # transformers, which loads a model, draws no numbers for it
+
+    @staticmethod
+    def __new__(cls, layer: QuantLinear) -> LazyWeight:
+        """Return that of a layer."""
+        dtype = layer.weight_dtype if layer.bias is None else layer.bias.dtype
+        nothing = torch.empty((), dtype=dtype, device=layer.data.device)
+        made = Tensor._make_subclass(cls, nothing.expand(layer.out_features, layer.in_features))
+        made._of = copy.copy(layer)
+        made._of._buffers = dict(layer._buffers)
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Call a function, on decoded weights unless it needs no numbers."""
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func not in _WITHOUT_NUMBERS:
+                tree_map(_decode, (args, kwargs))
+            return func(*args, **kwargs)
+
+
+_WITHOUT_NUMBERS = {
+    *(getattr(Tensor, name).__get__ for name in ("dtype", "shape", "device", "ndim", "is_meta", "is_cuda", "requires_grad")),
+    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "element_size", "is_floating_point", "__len__")),
+}
+
+
+def _decode(value: object) -> None:
+    if isinstance(value, LazyWeight) and (layer := vars(value).get("_of")) is not None:  # another thread may be at it
+        value.data = layer._dense()
+        value.__class__ = Tensor  # pyright: ignore[reportAttributeAccessIssue] - as torch's UninitializedParameter does
+        vars(value).pop("_of", None)
 
 
 def weight_bits(layer: QuantLinear) -> float:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from quantdit.calibration.data_free import quantize_without_data
+from quantdit.calibration.data_free import quantize_table, quantize_without_data
+from quantdit.calibration.quantize import quantize_weight
 from quantdit.checkpoints.checkpoint import quant_layers, read_transformer
 from quantdit.compiling.compile import compile
 from quantdit.compiling.plan import Plan
@@ -145,3 +146,28 @@ def test_summary_line_says_whose_error_it_is(cli, pixel_dit: Path, tmp_path: Pat
     ran = cli("calibrate", "--model", pixel_dit, "--bits", "w8a16", "--output", tmp_path / "out", *NONE)
     assert ran.code == 0 and "mean weight_rel_rmse" in ran.out
     read_transformer(tmp_path / "out" / "transformer")
+
+
+@pytest.mark.parametrize(("format", "group_size"), [("int8", 64), ("int4", 16), ("int4", 64), ("int2", 32), ("fp8_e4m3", 64)])
+def test_a_table_in_parts_is_the_table(format: str, group_size: int):
+    weight = torch.randn(100, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight[7] = 0
+    whole = quantize_weight(weight, torch.eye(64), format, group_size, "rtn")
+    made = quantize_table(weight.split(33), 100, 64, format, group_size)
+    assert made.spec.weight == whole.spec
+    assert made.tensors.keys() == whole.tensors().keys()
+    assert all(torch.equal(made.tensors[name], tensor) for name, tensor in whole.tensors().items())
+    error = (whole.dequantize() - weight.float()).norm() / weight.float().norm()
+    assert made.report["weight_rel_rmse"] == pytest.approx(float(error), rel=1e-5)
+    assert sum(made.report["weight_histogram"]["counts"]) == 33 * 64
+
+
+def test_tables_that_cannot_be_quantized_by_rows_are_refused():
+    weight = torch.ones(4, 64)
+    with pytest.raises(ValueError, match="table4 has a codebook of all rows"):
+        quantize_table([weight], 4, 64, "table4", 64)
+    for rows in (3, 5):
+        with pytest.raises(ValueError, match=f"of {rows} rows"):
+            quantize_table([weight], rows, 64, "int8", 64)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        quantize_table([weight / 0], 4, 64, "int8", 64)

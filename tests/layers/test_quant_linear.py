@@ -176,6 +176,21 @@ def test_weight_has_the_dtype_of_the_bias(dtype: torch.dtype):
     assert layer.weight.dtype == layer.bias.dtype == dtype
 
 
+def test_weight_is_decoded_when_it_is_computed_with(monkeypatch: pytest.MonkeyPatch):
+    """From then on it is an ordinary tensor; what a layer becomes later does not change it."""
+    layer, decode, decoded = layer_of(random_qtensor("int4"), bias=True), QTensor.dequantize, []
+    expected = layer.qtensor.dequantize()
+    monkeypatch.setattr(QTensor, "dequantize", lambda self: decoded.append(1) or decode(self))
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor) and isinstance(nn.Parameter(layer.weight, requires_grad=False), nn.Parameter)
+    decoded.clear()
+    assert (weight.dtype, weight.shape, weight.device.type, weight.size(0)) == (torch.float32, (OUT, WIDTH), "cpu", OUT)
+    assert not decoded
+    layer.extend_branch(torch.ones(OUT, 1), torch.ones(1, WIDTH))
+    assert torch.equal(weight, expected) and type(weight) is torch.Tensor and decoded == [1]
+    assert torch.equal(layer.weight, expected + 1)
+
+
 def test_it_is_a_linear_as_peft_sees_it():
     layer = layer_of(random_qtensor("int4"), 8, rotated=True, bias=True)
     assert isinstance(layer, nn.Linear)
