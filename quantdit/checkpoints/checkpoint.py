@@ -12,18 +12,27 @@ pipeline's scheduler if `quantdit calibrate` wrote it: another `norm_eps` or `sh
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantdit.checkpoints.libraries import (
+    DIFFUSERS,
+    aliases,
+    config_of,
+    library_of,
+    library_of_config,
+    names_in,
+    settings_of,
+    tie,
+)
+from quantdit.layers.quant_embedding import QuantEmbedding, put_layer, scale_of
 from quantdit.layers.quant_linear import QuantLinear, follow_timesteps
 from quantdit.system import memory
 from quantdit.system.files import (
@@ -52,6 +61,7 @@ MAX_TIMESTEP = 1e9
 METHOD = "quantdit"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
 KEYS = {"quant_method", "spec", "recipe", "provenance", "timestep_edges", "layers", "sha256"}
+MAX_DEPTH = 32  # of tables in a model's config
 MAX_NUMBER = 2**20  # in a model's config; bases of rotary embeddings aside
 # Numbers in tables that a model computes, such as one of positions, beside as many as its file has.
 FREE_TABLE = 2**26
@@ -105,7 +115,7 @@ def write_transformer(
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    own, state = own_keys(model), model.state_dict()
+    own, state, library = own_keys(model), stored_state(model), library_of(model)
 
     def tensor(name: str) -> Tensor:
         value = state[name] if read is None or state[name].device.type != "meta" else read(name)
@@ -116,18 +126,17 @@ def write_transformer(
     header["config"] = config
     if scheduler is not None:
         header["scheduler"] = scheduler
-    write_tensors(folder, state, tensor, {METHOD: json.dumps(header, sort_keys=True)})
+    write_tensors(folder, state, tensor, {METHOD: json.dumps(header, sort_keys=True)}, weights=library.weights)
     found = digest(folder)
-    stated = {"_class_name": config["_class_name"], "_diffusers_version": version("diffusers"), **config}
-    write_json(folder / "config.json", stated | {"quantization_config": described | {"sha256": found}})
+    stated = library.notes(model) | config | {"quantization_config": described | {"sha256": found}}
+    write_json(folder / "config.json", stated)
     return found
 
 
-def config_of(model: nn.Module) -> dict:
-    """Return what config.json says of a model besides its quantization, as JSON has it."""
-    own: Any = model.config  # of a ConfigMixin
-    config = {key: value for key, value in dict(own).items() if _is_json(value)}
-    return _settings(json.loads(json.dumps(config | {"_class_name": type(model).__name__})))
+def stored_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of a model as files hold it: tied tensors once, under the first of their names."""
+    tied = aliases(model)
+    return {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
 
 
 def scheduler_of(folder: Path) -> dict | None:
@@ -137,7 +146,7 @@ def scheduler_of(folder: Path) -> dict | None:
         CheckpointError: it cannot be read.
     """
     where = folder / SCHEDULER
-    return _settings(read_json(where, finite=False)) if where.exists() else None
+    return DIFFUSERS.settings(read_json(where, finite=False)) if where.exists() else None
 
 
 def check_scheduler(pipeline: Path, transformer: Path) -> None:
@@ -154,11 +163,6 @@ def check_scheduler(pipeline: Path, transformer: Path) -> None:
         then = _header(file).get("scheduler")
     if then is not None:
         _check_unchanged(then, scheduler_of(pipeline) or {}, pipeline / SCHEDULER)
-
-
-def _settings(config: Mapping) -> dict:
-    """Return the class and the settings of a config, without what diffusers notes down beside them."""
-    return {k: v for k, v in config.items() if (not k.startswith("_") or k == "_class_name") and k != "quantization_config"}
 
 
 def _check_unchanged(then: object, now: dict, where: Path) -> None:
@@ -245,18 +249,20 @@ def read_transformer(folder: Path, dtype: torch.dtype = torch.float32, accept_co
     check_plausible(config, len(stored), where)
     model = build_on_meta(config, folder, room=room_for_tables(stored))
     edges = prepare(model, quantization, paths, where, None if accept_config else config)
-    own, state = own_keys(model), {}
+    own, state, tied = own_keys(model), {}, aliases(model)
+    names = {key: name for name, key in names_in(model, stored).items()}
     for path in paths:
         with open_weights(path) as file:
             for key in sorted(file.keys()):
                 # Copies: how a mapped tensor lies in its file decides which routine multiplies with it, and so the last bits.
-                tensor = file.get_tensor(key)
-                if key in own:
-                    state[key] = as_computed(_field(key), tensor)
+                name, tensor = names[key], file.get_tensor(key)
+                if name in own:
+                    state[name] = as_computed(_field(name), tensor)
                 else:
-                    state[key] = tensor.to(torch.float32 if stays_float32(model, key) else dtype, copy=True)
-                    check_dense(key, state[key], path)
-    model.load_state_dict(state, assign=True)
+                    state[name] = tensor.to(torch.float32 if stays_float32(model, name, dtype) else dtype, copy=True)
+                    check_dense(name, state[name], path)
+    model.load_state_dict(state | {name: state[first] for name, first in tied.items()}, assign=True)
+    tie(model)
     set_weight_dtype(model, dtype)
     check_in_memory(model, folder)
     finish(model, edges, _place(paths))
@@ -302,40 +308,54 @@ def prepare(
     edges = _timestep_edges(quantization, quant_layers(model), where)
     weights = _place(paths)
     places = tensors_in(paths)
+    names = names_in(model, places)
     with ExitStack() as stack:
         opened = {path: stack.enter_context(open_weights(path)) for path in paths}
-        _check_header({key: opened[path] for key, path in places.items()}, model, weights)
-        _check_digest(quantization, paths, list(opened.values()), weights, where)
+        _check_header({name: opened[places[key]].get_slice(key) for name, key in names.items()}, model, weights)
         header = _header(opened[paths[0]])
+        tensors = ((name, opened[places[key]].get_tensor(key)) for name, key in names.items())
+        _check_digest(quantization, header, paths, tensors, where)
     if header.get("spec") != quantization["spec"]:
         raise CheckpointError(
             f"{where}: it says spec {quantization['spec']}, {weights} was written as spec {header.get('spec')!r:.20};"
             " copy both again"
         )
     if config is not None and quantization["spec"] > 2:
-        _check_unchanged(header.get("config"), _settings(config), where)
+        _check_unchanged(header.get("config"), settings_of(config), where)
     return edges
 
 
 def finish(model: nn.Module, edges: tuple[float, ...], weights: Path) -> None:
     """Check the values of the quantized layers of a model whose tensors are in place, and have it follow its timesteps.
 
+    Layers on the meta device, whose tensors accelerate keeps elsewhere, are not looked at.
+
+    Raises:
+        CheckpointError: as `check_layer`.
+    """
+    for name, layer in quant_layers(model).items():
+        if layer.data.device.type != "meta":
+            check_layer(name, layer, weights)
+    follow_timesteps(model, edges)
+    memory.give_back()
+
+
+def check_layer(name: str, layer: QuantLinear, weights: Path) -> None:
+    """Check the values of a quantized layer.
+
     Raises:
         CheckpointError: scales that are not finite, codes that leave the int8 range, a rotation that is none.
     """
-    for name, layer in quant_layers(model).items():
-        state = {name: tensor for name, tensor in layer._buffers.items() if tensor is not None}
-        if (wrong := check_values(layer.spec, {f: state[f] for f in FIELDS if f in state})) is not None:
-            raise CheckpointError(f"{weights}: layer {name}: {wrong}; the file was damaged, copy or calibrate it again")
-        others = {n: state[n] for n in ("static_scale", "up", "down") if n in state}
-        wrong = transform.check_steps(layer.layer_spec.block, state)
-        wrong = wrong or transform.check_values(layer.transform) or _not_finite(others)
-        if "static_scale" in others and not bool((others["static_scale"] > 0).all()):
-            wrong = "static_scale has entries that are not positive"
-        if wrong is not None:
-            raise CheckpointError(f"{weights}: layer {name}: {wrong}; the file was damaged, copy it again")
-    follow_timesteps(model, edges)
-    memory.give_back()
+    state = {name: tensor for name, tensor in layer._buffers.items() if tensor is not None}
+    if (wrong := check_values(layer.spec, {f: state[f] for f in FIELDS if f in state})) is not None:
+        raise CheckpointError(f"{weights}: layer {name}: {wrong}; the file was damaged, copy or calibrate it again")
+    others = {n: state[n] for n in ("static_scale", "up", "down") if n in state}
+    wrong = transform.check_steps(layer.layer_spec.block, state)
+    wrong = wrong or transform.check_values(layer.transform) or _not_finite(others)
+    if "static_scale" in others and not bool((others["static_scale"] > 0).all()):
+        wrong = "static_scale has entries that are not positive"
+    if wrong is not None:
+        raise CheckpointError(f"{weights}: layer {name}: {wrong}; the file was damaged, copy it again")
 
 
 def check_dense(key: str, tensor: Tensor, weights: Path) -> None:
@@ -359,16 +379,15 @@ def check_in_memory(model: nn.Module, where: Path) -> None:
             raise CheckpointError(f"{where}: no file holds tensor {name}; copy the model again")
 
 
-def stays_float32(model: nn.Module, key: str) -> bool:
-    """Return whether a dense tensor is float32 whatever the dtype of the model, as its class in diffusers asks for."""
-    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
-    return not {kept}.isdisjoint(key.split(".")) if isinstance(kept, str) else not set(kept).isdisjoint(key.split("."))
+def stays_float32(model: nn.Module, key: str, dtype: torch.dtype) -> bool:
+    """Return whether a dense tensor of a model loaded in `dtype` stays float32, as its class asks for."""
+    return not library_of(model).float32(model, dtype).isdisjoint(key.split("."))
 
 
 def set_weight_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     """Tell the quantized layers of a model in which dtype it was loaded: those without a bias have no other sign of it."""
     for name, layer in quant_layers(model).items():
-        layer.weight_dtype = torch.float32 if stays_float32(model, name) else dtype
+        layer.weight_dtype = torch.float32 if stays_float32(model, name, dtype) else dtype
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -386,13 +405,15 @@ def layers_digest(quantization: Mapping) -> str:
     return hashlib.sha256(json.dumps(read_by, sort_keys=True).encode()).hexdigest()
 
 
-def _check_digest(quantization: Mapping, paths: list[Path], opened: list, weights: Path, where: Path) -> None:
-    stated, source, header = quantization.get("sha256"), "config", _header(opened[0])
+def _check_digest(
+    quantization: Mapping, header: Mapping, paths: list[Path], tensors: Iterable[tuple[str, Tensor]], where: Path
+) -> None:
+    stated, source, weights = quantization.get("sha256"), "config", _place(paths)
     if stated is None:
         stated, source = header.get("tensors_sha256"), "header"
         if stated is None:
             raise CheckpointError(f"{where}: quantization_config has no sha256 of {weights}; copy the folder again")
-        got = tensors_digest((key, file.get_tensor(key)) for file in opened for key in file.keys())  # noqa: SIM118
+        got = tensors_digest(tensors)
     else:
         got = digest_of(paths)
     if got != stated:
@@ -432,17 +453,28 @@ def check_plausible(config: Mapping, tensors: int, where: Path) -> None:
     Raises:
         CheckpointError: naming the key.
     """
-    known = inspect.signature(_class_of(config, where).__init__).parameters
-    for key, value in config.items():
-        if key.startswith("_") or key == "quantization_config":
-            continue
-        default = known[key].default if key in known else None
+    _check_depth(config, where)
+    library = library_of_config(config)
+    known = library.defaults(library.class_of(config, where))
+    for key, value in library.settings(config).items():
+        default = known.get(key)
         if isinstance(default, bool | int | float) and isinstance(value, str | dict):
             kind = "true or false" if isinstance(default, bool) else "a number"
             raise CheckpointError(f"{where}: {key} = {value!r:.80} must be {kind}; copy the folder again")
-        if any(isinstance(number, int) and number < 0 for number in _numbers(value)) and not _is_negative(default):
+    for key, value in _entries(library.settings(config)):
+        negative = any(isinstance(number, int) and number < 0 for number in _numbers(value))
+        if negative and not _is_negative(known.get(key)) and not key.endswith("_id"):  # -1 is no token
             raise CheckpointError(f"{where}: {key} = {value!r:.80} is not plausible: no size is negative; copy the folder again")
-    check_numbers(_settings(config), tensors, where)
+    check_numbers(library.settings(config), tensors, where, library.largest)
+
+
+def _check_depth(config: Mapping, where: Path) -> None:
+    inside: list[Any] = [value for key, value in config.items() if key != "quantization_config"]
+    for _ in range(MAX_DEPTH):
+        tables = [value.values() if isinstance(value, dict) else value for value in inside if isinstance(value, dict | list)]
+        inside = [value for table in tables for value in table]
+    if inside:
+        raise CheckpointError(f"{where}: its tables are nested more than {MAX_DEPTH} deep; copy the folder again")
 
 
 def _is_negative(default: object) -> bool:
@@ -461,7 +493,7 @@ def check_numbers(config: Mapping, tensors: int, where: Path, limit: int = MAX_N
     Raises:
         CheckpointError: naming the key.
     """
-    for key, value in config.items():
+    for key, value in _entries(config):
         is_count = any(word in key for word in COUNTS) and not key.startswith("max_")
         most, numbers = tensors if is_count else limit, list(_numbers(value))
         if any(number != number for number in numbers):
@@ -471,6 +503,15 @@ def check_numbers(config: Mapping, tensors: int, where: Path, limit: int = MAX_N
             raise CheckpointError(
                 f"{where}: {key} = {value!r:.80} is not plausible for a file of {tensors} tensors; copy the folder again"
             )
+
+
+def _entries(config: Mapping) -> Iterator[tuple[str, Any]]:
+    """Yield the entries of a config, those of configs in it included."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _entries(value)
+        else:
+            yield key, value
 
 
 def _numbers(value: object) -> Iterator[int | float]:
@@ -498,35 +539,26 @@ def build_on_meta(config: dict, folder: Path, compute_buffers: bool = True, room
         room: how many numbers they may have; None: any.
 
     Raises:
-        CheckpointError: not a model class of diffusers, or one that cannot be built from this config.
+        CheckpointError: not a model class of its library, or one that cannot be built from this config.
     """
     from accelerate import init_empty_weights
 
-    where = folder / "config.json"
-    cls = _class_of(config, where)
+    where, library = folder / "config.json", library_of_config(config)
+    cls = library.class_of(config, where)
     if compute_buffers and room is not None:
         tables = sum(t.numel() for t in _tables(build_on_meta(config, folder, compute_buffers=False)))
         if tables > room:
             raise CheckpointError(
                 f"{where}: tables of {tables:,} numbers are not plausible for its weights; copy the folder again"
             )
-    plain = {k: v for k, v in config.items() if k != "quantization_config"}
     try:
         with _float32(), init_empty_weights(include_buffers=False) if compute_buffers else torch.device("meta"):
-            return cls.from_config(plain)
+            model = library.build(cls, config)
+        tie(model)  # a parameter that goes to the meta device by itself is another one
+        return model
     except Exception as error:  # a model class may fail on a hostile config in any way
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise CheckpointError(f"{where}: {cls.__name__} cannot be built from it: {reason:.300}") from error
-
-
-def _class_of(config: Mapping, where: Path) -> Any:
-    """Return the model class of diffusers, an nn.Module and a ConfigMixin, that a config names."""
-    import diffusers
-
-    cls = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise CheckpointError(f"{where}: diffusers {version('diffusers')} has no model class {config.get('_class_name')!r:.80}")
-    return cls
 
 
 def _tables(model: nn.Module) -> Iterator[Tensor]:
@@ -559,23 +591,27 @@ def _put_layers(model: nn.Module, quantization: dict, where: Path) -> None:
             linear = model.get_submodule(name)
         except AttributeError as error:
             raise CheckpointError(f"{where}: layer {name!r} does not exist in {type(model).__name__}") from error
-        if not isinstance(linear, nn.Linear):
-            raise CheckpointError(f"{where}: layer {name!r} is a {type(linear).__name__}, expected a Linear")
-        model.set_submodule(name, _layer(name, entry, linear, where))
+        if isinstance(linear, QuantLinear):
+            raise CheckpointError(f"{where}: layer {name!r} is tied to a quantized one, which is stored once; copy it again")
+        if not isinstance(linear, nn.Linear | nn.Embedding):
+            raise CheckpointError(f"{where}: layer {name!r} is a {type(linear).__name__}, expected a Linear or an Embedding")
+        put_layer(model, name, _layer(name, entry, linear, where))
 
 
-def _layer(name: str, entry: dict, linear: nn.Linear, where: Path) -> QuantLinear:
+def _layer(name: str, entry: dict, linear: nn.Linear | nn.Embedding, where: Path) -> QuantLinear:
     try:
         spec = LayerSpec.from_dict(entry)
     except ValueError as error:
         raise CheckpointError(f"{where}: layer {name!r}: {error}") from error
-    weight = spec.weight
-    if (weight.out_features, weight.in_features) != (linear.out_features, linear.in_features):
+    weight, shape = spec.weight, tuple(linear.weight.shape)
+    if (weight.out_features, weight.in_features) != shape:
         raise CheckpointError(
             f"{where}: layer {name!r} is {weight.out_features} x {weight.in_features} in quantization_config,"
-            f" but {linear.out_features} x {linear.in_features} in the model"
+            f" but {shape[0]} x {shape[1]} in the model"
         )
     try:
+        if isinstance(linear, nn.Embedding):
+            return QuantEmbedding(spec, scale_of(linear), device="meta")
         return QuantLinear(spec, linear.bias is not None, device="meta")
     except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{where}: layer {name!r}: {error}") from error
@@ -606,14 +642,14 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
 
 
 def _check_header(opened: dict, model: nn.Module, weights: Path) -> None:
-    own, expected = own_keys(model), model.state_dict()
+    own, expected = own_keys(model), stored_state(model)
     names = opened.keys()
     if missing := sorted(expected.keys() - names):
         raise CheckpointError(f"{weights}: tensor {_first(missing)} is missing; copy it again")
     if extra := sorted(names - expected.keys()):
         raise CheckpointError(f"{weights}: unexpected tensor {_first(extra)}: file and config disagree")
     for key, tensor in expected.items():
-        stored = opened[key].get_slice(key)
+        stored = opened[key]
         shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
         dtypes = _dtypes(_field(key), tensor.dtype) if key in own else _DENSE
         if shape != tuple(tensor.shape) or dtype not in dtypes:
@@ -635,11 +671,3 @@ def _field(key: str) -> str:
 
 def _first(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
-
-
-def _is_json(value: object) -> bool:
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError):
-        return False
-    return True

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantdit.checkpoints.libraries import config_of, library_of
 from quantdit.layers.quant_linear import QuantLinear
 
 # Part of the name of a tensor that the class does not have: what it is, what to do.
@@ -82,14 +83,11 @@ def _is_unknown(name: str) -> bool:
 
 def _built(model: nn.Module) -> dict[str, tuple[int, ...]] | None:
     cls: Any = type(model)
-    stated = getattr(model, "config", None)
-    if not hasattr(cls, "from_config") or not isinstance(stated, Mapping):
+    if not hasattr(model, "config") or not (hasattr(cls, "from_config") or hasattr(cls, "_from_config")):
         return None
-    # Not `_use_default_values`, which counts arguments that were given by position among the defaults.
-    config = {k: v for k, v in stated.items() if not k.startswith("_") and k != "quantization_config"}
     try:
         with torch.device("meta"):
-            made = cls.from_config(config)
+            made = library_of(model).build(cls, config_of(model))
     except Exception:  # a class may fail without memory in any way
         return None
     return {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
@@ -97,7 +95,7 @@ def _built(model: nn.Module) -> dict[str, tuple[int, ...]] | None:
 
 def _tensors(model: nn.Module) -> dict[str, tuple[int, ...]]:
     found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, layer in model.named_modules():
+    for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, QuantLinear):
             for field in layer._buffers:
                 found.pop(f"{name}.{field}", None)

@@ -1,4 +1,4 @@
-"""Made-up weights in the true shapes of a known model, to measure time, memory and size without the download.
+"""Made-up weights in the true shapes of a model, to measure time, memory and size without the download.
 
 Heavy tails (Student's t) and a few output channels of far larger size, as trained transformers have, so that methods which look
 for outliers find some. The pictures of such a model mean nothing.
@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantdit.checkpoints.checkpoint import build_on_meta
+from quantdit.checkpoints.checkpoint import build_on_meta, stored_state
+from quantdit.checkpoints.libraries import library_of
 from quantdit.system.files import read_json, write_json, write_tensors
 
 TAIL = 5  # degrees of freedom
@@ -39,7 +40,7 @@ def open_scratch(folder: Path, identity: dict) -> None:
 
 
 def write_random_transformer(config: dict, folder: Path, seed: int) -> None:
-    """Write a transformer's folder, weights bfloat16; a whole one, which has its config.json, is left as it is.
+    """Write a transformer's or a text encoder's folder, weights bfloat16; one that has its config.json is left as it is.
 
     Args:
         config: the content of config.json.
@@ -47,7 +48,7 @@ def write_random_transformer(config: dict, folder: Path, seed: int) -> None:
         seed: the same seed and config give the same bytes.
 
     Raises:
-        CheckpointError: a config that no transformer can be built from.
+        CheckpointError: a config that no model can be built from.
         OSError: the folder cannot be written.
     """
     if (folder / "config.json").exists():
@@ -55,7 +56,7 @@ def write_random_transformer(config: dict, folder: Path, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model = build_on_meta(config, folder)
     norms = {name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()}
-    table, state = _quantiles(), model.state_dict()
+    table, state = _quantiles(), stored_state(model)
 
     def read(name: str) -> Tensor:
         tensor = state[name]
@@ -64,7 +65,7 @@ def write_random_transformer(config: dict, folder: Path, seed: int) -> None:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
         return _random(name, tuple(tensor.shape), name.rpartition(".")[0] in norms, table, generator).to(torch.bfloat16)
 
-    write_tensors(folder, state, read, {"format": "pt"})
+    write_tensors(folder, state, read, {"format": "pt"}, weights=library_of(model).weights)
     write_json(folder / "config.json", config)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantdit.checkpoints.checkpoint import METHOD, quantized_by
+from quantdit.checkpoints.libraries import aliases
 from quantdit.system.files import Advice, CheckpointError, Stored
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
@@ -36,7 +37,7 @@ _NAMES = {
 
 
 def check_method(config: Mapping, where: Path) -> None:
-    """Refuse a transformer that its config.json says another tool quantized.
+    """Refuse a transformer or an encoder that its config.json says another tool quantized.
 
     Raises:
         CheckpointError: naming the tool.
@@ -44,6 +45,16 @@ def check_method(config: Mapping, where: Path) -> None:
     tool = quantized_by(config)
     if tool not in (None, METHOD):
         raise CheckpointError(f"{where}: the weights were quantized by {tool}, whose codes quantdit does not read; {REMEDY}")
+
+
+def check_safetensors(folder: Path) -> None:
+    """Refuse the folder of a model without safetensors weights.
+
+    Raises:
+        CheckpointError: its weights are pickled, or not there.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder} has no safetensors weights, and pickled ones (.bin) are not read: they can run any code")
 
 
 def check(model: nn.Module, stored: Mapping[str, Stored]) -> None:
@@ -61,7 +72,8 @@ def check(model: nn.Module, stored: Mapping[str, Stored]) -> None:
     """
     expected = model.state_dict()
     check_scales(stored, expected)
-    missing = sorted(key for key in expected.keys() - stored.keys() if expected[key].device.type == "meta")
+    needed = expected.keys() - aliases(model).keys() - stored.keys()
+    missing = sorted(key for key in needed if expected[key].device.type == "meta")
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(f"{_folder(stored)}: tensor {missing[0]} is missing{more}; copy it again")
@@ -141,9 +153,9 @@ def described(state: Mapping[str, Tensor], where: Path) -> dict[str, Stored]:
 
 def _check_superfluous(model: nn.Module, stored: Mapping[str, Stored], superfluous: list[str]) -> None:
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    modules, others = dict(model.named_modules()), []
+    modules, others, computed = dict(model.named_modules()), [], {name for name, _ in model.named_buffers()}
     for key in superfluous:
-        if any(re.search(pattern, key) for pattern in patterns):
+        if key in computed or any(re.search(pattern, key) for pattern in patterns):
             continue
         parts = key.split(".")
         owner = next((path for i in range(len(parts) - 1, 0, -1) if (path := ".".join(parts[:i])) in modules), "")

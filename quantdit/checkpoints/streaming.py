@@ -1,4 +1,4 @@
-"""A transformer larger than memory: its blocks are read when they run, and dropped afterwards.
+"""A transformer, or an encoder, larger than memory: its blocks are read when they run, and dropped afterwards.
 
 The module tree is built on the meta device. What lies outside the blocks is read once and stays; a block is read from safetensors
 files, tensor by tensor, cast to the dtype of the computation. Blocks that calibration has finished are read from where it put
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from quantdit.checkpoints import sources
 from quantdit.checkpoints.checkpoint import build_on_meta, check_in_memory, check_plausible, room_for_tables, stays_float32
+from quantdit.checkpoints.libraries import TRANSFORMERS, aliases, library_of_config, names_in, tie
+from quantdit.layers.quant_embedding import scale_of, scaled_rows
 from quantdit.layers.quant_linear import QuantLinear
-from quantdit.models.adapter import adapter_for
+from quantdit.models.adapter import adapter_for, tables
 from quantdit.system.files import CheckpointError, check_finite, is_float8, open_weights, read_json, stored_tensors, weight_files
 
 # Python with torch and diffusers, and what a run needs besides; measured.
@@ -28,45 +30,69 @@ PROCESS_BYTES = 2**30
 GRAM_COPIES = 8
 
 
-def skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Return the full-precision transformer of a folder, its blocks on the meta device, the rest read as `dtype`.
+def skeleton(folder: Path, dtype: torch.dtype, class_name: str | None = None) -> nn.Module:
+    """Return the full-precision transformer or encoder of a folder, its blocks on the meta device, the rest read as `dtype`.
+
+    An encoder's table of words is on the meta device, too (`Stream.look_up`), unless a head multiplies with it.
 
     Args:
         folder: config.json and safetensors weights.
         dtype: of all floating tensors but those that the class keeps in float32.
+        class_name: of an encoder, where a pipeline names another than its config.json.
 
     Raises:
         CheckpointError: a damaged folder, or one whose tensors are not a full-precision model's (`sources.check`).
         ValueError: a class without blocks.
     """
-    return _read(folder, dtype, all_of_it=False)
+    built = _build(folder, class_name)
+    inside = _streamed(built[0])
+    shared = tuple(f"{path}." for path in adapter_for(built[0]).shared)
+    model = _fill(*built, dtype, lambda name: not name.startswith(inside) or name.startswith(shared))
+    model.__class__ = _computing_on_the_cpu(type(model))
+    return model
 
 
-def whole(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Return the full-precision transformer of a folder, all of it in memory; raises what `skeleton` does."""
-    transformer = _read(folder, dtype, all_of_it=True)
-    check_in_memory(transformer, folder)
-    return transformer
+def _computing_on_the_cpu(cls: type) -> type:
+    """Return a subclass of the same names whose `device` is where it computes: pipelines send inputs there, not to meta."""
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), names | {"device": property(lambda model: torch.device("cpu"))})
 
 
-def _read(folder: Path, dtype: torch.dtype, all_of_it: bool) -> nn.Module:
-    config, stored = _config(folder), stored_tensors(weight_files(folder))
-    transformer = build_on_meta(config, folder, room=room_for_tables(stored))
-    sources.check(transformer, stored)
-    stream = Stream(transformer, {name: tensor.path for name, tensor in stored.items()}, dtype)
-    inside, shared = _inside(transformer), tuple(f"{path}." for path in adapter_for(transformer).shared)
-    for name in transformer.state_dict():
+def whole(folder: Path, dtype: torch.dtype, class_name: str | None = None) -> nn.Module:
+    """Return the full-precision transformer or encoder of a folder, all of it in memory; raises what `skeleton` does."""
+    model = _fill(*_build(folder, class_name), dtype, lambda name: True)
+    check_in_memory(model, folder)
+    return model
+
+
+def _build(folder: Path, class_name: str | None) -> tuple[nn.Module, dict[str, Path]]:
+    """Return a model without its weights, and in which file each tensor lies; both are checked."""
+    config, stored = _config(folder, class_name), stored_tensors(weight_files(folder))
+    model = build_on_meta(config, folder, room=room_for_tables(stored))
+    sources.check(model, {name: stored[key] for name, key in names_in(model, stored).items()})
+    return model, {key: tensor.path for key, tensor in stored.items()}
+
+
+def _fill(model: nn.Module, files: dict[str, Path], dtype: torch.dtype, wanted: Callable[[str], bool]) -> nn.Module:
+    stream, tied = Stream(model, files, dtype), aliases(model)
+    for name in model.state_dict():
         # A buffer that the class computes is overwritten by the file's, if it has one.
-        if name in stored and (all_of_it or not name.startswith(inside) or name.startswith(shared)):
+        if name in stream.files and wanted(name):
+            if name in tied and not torch.equal(stream.read(name), stream.read(tied[name])):
+                raise CheckpointError(f"{stream.files[name]}: {name} is tied to {tied[name]}, but another tensor; copy it again")
             stream.put(name)
-    return transformer.requires_grad_(False).eval()
+    tie(model)
+    return model.requires_grad_(False).eval()
 
 
-def _config(folder: Path) -> dict:
-    """Return the config.json of a full-precision transformer, checked before anything is built from it."""
+def _config(folder: Path, class_name: str | None = None) -> dict:
+    """Return the config.json of a full-precision model, checked before anything is built from it."""
     where = folder / "config.json"
     config = read_json(where)
     sources.check_method(config, where)
+    sources.check_safetensors(folder)
+    if class_name is not None and library_of_config(config) is TRANSFORMERS:
+        config["architectures"] = [class_name]
     check_plausible(config, len(stored_tensors(weight_files(folder))), where)
     return config
 
@@ -89,15 +115,15 @@ class Need:
         return Need(self.resident + other.resident - saved, self.streamed + other.streamed - saved, work)
 
 
-def need_of(folder: Path, dtype: torch.dtype) -> Need:
-    """Estimate what the full-precision transformer of a folder needs, without reading its weights.
+def need_of(folder: Path, dtype: torch.dtype, class_name: str | None = None) -> Need:
+    """Estimate what the full-precision transformer or encoder of a folder needs, without reading its weights.
 
     The largest layer's Gram matrix counts GRAM_COPIES times: what it is made into (rotated, damped, factorized) lives beside it.
     """
-    transformer = build_on_meta(_config(folder), folder, compute_buffers=False)
+    transformer = build_on_meta(_config(folder, class_name), folder, compute_buffers=False)
     sizes = {name: t.numel() * dtype.itemsize for name, t in transformer.named_parameters()}
-    inside = _inside(transformer)
-    outside = sum(size for name, size in sizes.items() if not name.startswith(inside))
+    inside, streamed = _inside(transformer), _streamed(transformer)
+    outside = sum(size for name, size in sizes.items() if not name.startswith(streamed))
     blocks: Counter[str] = Counter()
     for name, size in sizes.items():
         if name.startswith(inside):
@@ -113,13 +139,26 @@ def _inside(transformer: nn.Module) -> tuple[str, ...]:
     return tuple(f"{path}." for path in adapter_for(transformer).blocks)
 
 
+def _streamed(transformer: nn.Module) -> tuple[str, ...]:
+    """Return what the names of tensors begin with that are read when they are needed."""
+    return (*_inside(transformer), *(f"{path}." for path in _looked_up(transformer)))
+
+
+def _looked_up(transformer: nn.Module) -> dict[str, nn.Embedding]:
+    """Return the modules of a table of words that nothing but lookups reads."""
+    found = tables(transformer)
+    weights = [module.weight for module in transformer.modules() if isinstance(module, nn.Linear)]
+    return {} if any(weight is table.weight for table in found.values() for weight in weights) else found
+
+
 @dataclass
 class Stream:
     """Reads and drops parts of a transformer.
 
     Attributes:
         transformer: its parts on the meta device where they are not in memory.
-        files: where each tensor of its state dict lies; `adopt` changes it for what calibration finished.
+        files: where each tensor of its state dict lies, given under the names in the files; `adopt` changes it for what
+            calibration finished.
         dtype: of the floating tensors that are not part of a quantized layer, but those that the class keeps in float32.
         shared: paths of modules that are never dropped; see `Adapter.shared`.
     """
@@ -129,6 +168,17 @@ class Stream:
     dtype: torch.dtype = torch.float32
     shared: tuple[str, ...] = ()
     _users: dict[str, int] = field(default_factory=dict)
+    _keys: dict[str, str] = field(default_factory=dict)  # names in the files
+
+    def __post_init__(self) -> None:
+        """Find the tensors under the names that the model has for them."""
+        self._keys = names_in(self.transformer, self.files)
+        self.files = {name: self.files[key] for name, key in self._keys.items()}
+        tied = aliases(self.transformer)
+        for path, table in _looked_up(self.transformer).items():
+            if table.weight.device.type == "meta":
+                name = f"{path}.weight"
+                table.forward = partial(self._look_up, tied.get(name, name), scale_of(table))
 
     @contextmanager
     def loaded(self, path: str) -> Iterator[nn.Module]:
@@ -182,6 +232,7 @@ class Stream:
     def adopt(self, file: Path, names: Sequence[str]) -> None:
         """Let the tensors of these names be read from another file from now on."""
         self.files |= dict.fromkeys(names, file)
+        self._keys |= {name: name for name in names}
 
     def put(self, name: str) -> None:
         """Read one tensor into its place."""
@@ -200,12 +251,12 @@ class Stream:
         module, tensors, leaf = self._place(name)
         quantized = isinstance(module, QuantLinear) and leaf in module._buffers
         with open_weights(path) as file:
-            stored = file.get_tensor(name)
+            stored = file.get_tensor(self._keys[name])
             if not quantized and is_float8(stored):
                 stored = sources.scaled(stored, self._scale(name))
             # A copy: a mapped tensor would keep the pages of the file in memory.
             as_it_is = quantized or not stored.is_floating_point()
-            dtype = torch.float32 if stays_float32(self.transformer, name) else self.dtype
+            dtype = torch.float32 if stays_float32(self.transformer, name, self.dtype) else self.dtype
             tensor = stored.clone() if as_it_is else stored.to(dtype, copy=True)
         if tensor.shape != tensors[leaf].shape:
             raise CheckpointError(f"{path}: tensor {name} is {tuple(tensor.shape)}, expected {tuple(tensors[leaf].shape)}")
@@ -218,7 +269,38 @@ class Stream:
         if scale is None:
             return None
         with open_weights(self.files[scale]) as file:
-            return file.get_tensor(scale).clone()
+            return file.get_tensor(self._keys[scale]).clone()
+
+    def rows(self, name: str, count: int) -> Iterator[Tensor]:
+        """Yield a tensor of the state dict in parts of `count` rows as they are stored, float8 ones as float32.
+
+        Raises:
+            CheckpointError: it is not there, or has NaN or infinite entries.
+        """
+        if name not in self.files:
+            raise CheckpointError(f"no file holds tensor {name}; copy the model again")
+        scale = self._scale(name)
+        with open_weights(self.files[name]) as file:
+            stored = file.get_slice(self._keys[name])
+            for start in range(0, stored.get_shape()[0], count):
+                part = stored[start : start + count].clone()
+                if is_float8(part):
+                    many = scale is not None and scale.numel() > 1  # one for each row
+                    part = sources.scaled(part, scale[start : start + count] if scale is not None and many else scale)
+                check_finite(name, part)
+                yield part
+
+    def _look_up(self, name: str, scale: float | None, input: Tensor) -> Tensor:
+        """Return the rows of a table on the disk, `[..., width]`, as its nn.Embedding would; takes its `forward`'s place."""
+        numbers, places = input.unique(return_inverse=True)
+        factor = self._scale(name)
+        with open_weights(self.files[name]) as file:
+            stored = file.get_slice(self._keys[name])
+            rows = torch.cat([stored[number : number + 1] for number in numbers.tolist()])
+        if is_float8(rows):
+            rows = sources.scaled(rows, factor[numbers] if factor is not None and factor.numel() > 1 else factor)
+        check_finite(name, rows)
+        return scaled_rows(rows.to(self.dtype)[places], scale)
 
     def _names(self, path: str, on_meta: bool) -> list[str]:
         module = self.transformer.get_submodule(path)

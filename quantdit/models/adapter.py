@@ -25,6 +25,12 @@ ROLES = (
     ("ff*", "feed_forward"),
     ("feed_forward*", "feed_forward"),
     ("*mlp*", "feed_forward"),
+    # Of text encoders: T5, language models, BERT.
+    ("*.SelfAttention.*", "attention"),
+    ("self_attn*", "attention"),
+    ("*.DenseReluDense.*", "feed_forward"),
+    ("intermediate.*", "feed_forward"),
+    ("output.*", "feed_forward"),
     # Of single-stream blocks: one linear takes attention and feed-forward together back to the stream.
     ("proj_out", "feed_forward"),
 )
@@ -305,6 +311,12 @@ ADAPTERS: dict[str, Adapter] = {
     ),
 }
 
+# Text encoders whose blocks cannot be told by their weights: the vision tower of Qwen2.5-VL is never called with texts.
+ENCODERS = {
+    "Qwen2_5_VLForConditionalGeneration": Adapter(("model.language_model.layers",)),
+    "Qwen2_5_VLModel": Adapter(("language_model.layers",)),
+}
+
 # A list whose blocks are this much lighter than those of the main list holds embedders or adapters.
 LIGHT_BLOCK = 1 / 8
 
@@ -336,7 +348,7 @@ def adapter_for(model: nn.Module) -> Adapter:
     Raises:
         ValueError: the model has no list of blocks with linears, so there is nothing to stream.
     """
-    known = ADAPTERS.get(type(model).__name__)
+    known = (ADAPTERS | ENCODERS).get(type(model).__name__)
     if known is not None:
         return known
     inputs, unknown = likely_inputs(model)
@@ -413,16 +425,33 @@ def blocks(model: nn.Module, adapter: Adapter) -> list[tuple[str, nn.Module]]:
 
 
 def layers(model: nn.Module, adapter: Adapter) -> list[Layer]:
-    """Return every linear that may be quantized, those of the blocks first, with its role."""
+    """Return every linear that may be quantized, those of blocks first, with its role; last a text encoder's table of words."""
     inside, outside = [], []
     prefixes = tuple(f"{path}." for path, _ in blocks(model, adapter))
+    table = _table(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not any(fnmatchcase(name, pattern) for pattern in adapter.skip):
+            if table is not None and module.weight is table.weight:
+                continue  # the head of a language model that has one weight for both
             prefix = next((p for p in prefixes if name.startswith(p)), None)
             role = "outside" if prefix is None else _role(adapter, name[len(prefix) :])
             layer = Layer(name, role, module.out_features, module.in_features)
             (outside if prefix is None else inside).append(layer)
-    return inside + outside
+    named = [(name, module) for name, module in model.named_modules() if module is table and isinstance(module, nn.Embedding)]
+    return inside + outside + [Layer(name, "words", words.num_embeddings, words.embedding_dim) for name, words in named]
+
+
+def tables(model: nn.Module) -> dict[str, nn.Embedding]:
+    """Return by path the modules that look words up in a text encoder's table: T5 has two of one table."""
+    table = _table(model)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    return {} if table is None else {name: module for name, module in found.items() if module.weight is table.weight}
+
+
+def _table(model: Any) -> nn.Embedding | None:
+    """Return the table of words of a model of transformers."""
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return table if isinstance(table, nn.Embedding) else None
 
 
 def _role(adapter: Adapter, path: str) -> str:

@@ -1,4 +1,4 @@
-"""Files of a diffusers model folder: JSON, and weights in one safetensors file or in shards. Atomic writes, hostile reads."""
+"""Files of a model folder: JSON, and weights in one safetensors file or in shards. Atomic writes, hostile reads."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+ENCODER_WEIGHTS = "model.safetensors"  # of transformers
 INDEX = f"{WEIGHTS}.index.json"
 SHARD_BYTES = 2**30
 JSON_BYTES = 2**28  # more than any index, config or report has
@@ -128,8 +129,8 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: an index that is no table of file names in this folder, or several variants.
     """
-    variant = variant_of(folder)
-    one, many = (_of_variant(name, variant) for name in (WEIGHTS, INDEX))
+    variant, name = variant_of(folder), weights_name(folder)
+    one, many = (_of_variant(each, variant) for each in (name, f"{name}.index.json"))
     if not (folder / many).exists():
         return [folder / one]
     table = read_json(folder / many).get("weight_map")
@@ -137,6 +138,14 @@ def weight_files(folder: Path) -> list[Path]:
     if not names or not all(_is_plain(name) and name.endswith(".safetensors") for name in names):
         raise CheckpointError(f"{folder / many}: weight_map must name a safetensors file of this folder for each tensor")
     return [folder / name for name in sorted(names)]
+
+
+def weights_name(folder: Path) -> str:
+    """Return what the weights in a folder are called: as transformers calls them if such are there and none of diffusers."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if any(name.startswith("diffusion_pytorch_model") for name in names):
+        return WEIGHTS
+    return ENCODER_WEIGHTS if any(is_weights(name) or name.startswith("pytorch_model") for name in names) else WEIGHTS
 
 
 def variant_of(folder: Path) -> str | None:
@@ -151,8 +160,8 @@ def variant_of(folder: Path) -> str | None:
         return None
     if len(found) > 1:
         raise CheckpointError(
-            f"{folder} holds its weights as the variants {', '.join(sorted(found))} and none as {WEIGHTS};"
-            " leave one of them in the folder"
+            f"{folder} holds its weights as the variants {', '.join(sorted(found))} and none as"
+            f" {weights_name(folder)}; leave one of them in the folder"
         )
     return found.pop()
 
@@ -237,7 +246,13 @@ def tensor_bytes(folder: Path) -> dict[str, int]:
 
 
 def write_tensors(
-    folder: Path, names: Iterable[str], read: Callable[[str], Tensor], metadata: dict[str, str], shard_bytes: int = SHARD_BYTES
+    folder: Path,
+    names: Iterable[str],
+    read: Callable[[str], Tensor],
+    metadata: dict[str, str],
+    shard_bytes: int = SHARD_BYTES,
+    *,
+    weights: str = WEIGHTS,
 ) -> list[Path]:
     """Write tensors into a model folder, in shards of about `shard_bytes`, with an index where there are several.
 
@@ -247,11 +262,13 @@ def write_tensors(
         read: returns one of them; no more than a shard is in memory at a time.
         metadata: one entry at most, since safetensors writes several in no fixed order.
         shard_bytes: a shard is closed once it holds that much.
+        weights: name of the one file.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    for old in (*folder.glob("diffusion_pytorch_model*.safetensors*"), *folder.glob("*.part")):
+    stem = weights.removesuffix(".safetensors")
+    for old in (*folder.glob(f"{stem}*.safetensors*"), *folder.glob("*.part")):
         old.unlink()
     shards: list[list[str]] = []
     tensors: dict[str, Tensor] = {}
@@ -273,12 +290,14 @@ def write_tensors(
         tensors[name] = tensor
         size, total = size + tensor.nbytes, total + tensor.nbytes
     close()
-    paths = [folder / WEIGHTS]
+    paths = [folder / weights]
     if len(shards) > 1:
-        stem = WEIGHTS.removesuffix(".safetensors")
         paths = [folder / f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         table = {name: path.name for path, shard in zip(paths, shards, strict=True) for name in shard}
-        write_json(folder / INDEX, {"metadata": {"total_size": total} | metadata, "weight_map": dict(sorted(table.items()))})
+        write_json(
+            folder / f"{weights}.index.json",
+            {"metadata": {"total_size": total} | metadata, "weight_map": dict(sorted(table.items()))},
+        )
     for number, path in enumerate(paths):
         os.replace(folder / f"{number}.part", path)
     return paths
