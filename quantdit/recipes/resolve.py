@@ -20,6 +20,10 @@ from quantdit.recipes.rules import (
     near,
 )
 
+# Kinds of formats that store the rows of a weight apart from each other.
+ROW_BY_ROW = ("whole", "affine")
+WORDS = 'match = "role:words", weight = "int8"'
+
 # What group_size = "auto" prefers. Narrow codes need small groups; a format not listed needs none.
 AUTO_GROUP = {"int2": 32, "int3": 64, "int4": 64}
 
@@ -79,6 +83,8 @@ def _plan(rule: Rule, number: int, layer: Layer, recipe: Recipe) -> LayerPlan:
 def _refusal(weight: str, layer: Layer) -> str:
     """Return why a format does not take a layer, or nothing."""
     f = FORMATS[weight]
+    if layer.role == "words" and f.kind not in ROW_BY_ROW:
+        return f"rows that are looked up one by one, which {f.name} does not store; give them a rule such as {WORDS}"
     if layer.in_features % f.dim:
         return f"{layer.in_features} inputs, which {f.name} cannot take {f.dim} at a time"
     if f.state_bits and layer.out_features < LEAST_OUTPUTS:
@@ -135,7 +141,8 @@ def without_data(recipe: Recipe, remedy: str = "calibrate with --samples of at l
             raise ValueError(f"rule {rule.match!r}: {what} needs calibration data; {remedy}")
         method = "hqq" if rule.method == "hqq" else "rtn"
         rules.append(replace(rule, method=method, act_order=False, cd_passes=0, bias_correction=False))
-    return replace(recipe, rules=tuple(rules))
+    components = {name: without_data(each, remedy, times_are_known) for name, each in recipe.components.items()}
+    return replace(recipe, rules=tuple(rules), components=components)
 
 
 def layer_without_data(plan: LayerPlan) -> LayerPlan:

@@ -7,7 +7,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -195,17 +195,31 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Ordered rules under a name."""
+    """Ordered rules under a name.
+
+    Attributes:
+        name: of the recipe.
+        rules: of a pipeline's transformers.
+        components: recipes of its text encoders, by the names that the pipeline gives them.
+    """
 
     name: str
     rules: tuple[Rule, ...]
+    components: Mapping[str, Recipe] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check that the rules go together.
 
         Raises:
-            ValueError: two ask for edges of different lengths.
+            ValueError: two ask for edges of different lengths; those of a text encoder ask for what goes by timesteps, or leave
+                widths open.
         """
+        for name, recipe in self.components.items():
+            for rule in recipe.rules:
+                by_time = rule.activation_scale == "static" or rule.edge_steps
+                if rule.weight != DENSE and (by_time or rule.weight == AUTO):
+                    what = "timesteps" if by_time else f'weight = "{AUTO}"'
+                    raise ValueError(f"recipe {self.name}, component {name}, rule {rule.match!r}: text encoders have no {what}")
         lengths = {rule.edge_steps: rule for rule in self.rules if rule.edge_steps and rule.weight != DENSE}
         if len(lengths) > 1:
             first, second = list(lengths.values())[:2]
@@ -219,9 +233,16 @@ class Recipe:
         """Return how many steps at each end of a trajectory some layers have wider activations on; 0 for none."""
         return max((rule.edge_steps for rule in self.rules if rule.weight != DENSE), default=0)
 
+    def of(self, component: str) -> Recipe:
+        """Return what it says of a component: of a transformer its own rules."""
+        return self.components.get(component) or replace(self, components={})
+
     def to_dict(self) -> dict:
         """Return a JSON-serialisable form that `from_dict` reads back."""
-        return {"name": self.name, "rule": [rule.to_dict() for rule in self.rules]}
+        content: dict = {"name": self.name, "rule": [rule.to_dict() for rule in self.rules]}
+        if self.components:
+            content["component"] = {name: recipe.to_dict() for name, recipe in self.components.items()}
+        return content
 
 
 @dataclass(frozen=True)
@@ -246,6 +267,8 @@ class LayerPlan:
 def from_toml(path: Path) -> Recipe:
     """Read a recipe file: `name = "..."` and `[[rule]]` tables with the fields of `Rule`.
 
+    Rules of a text encoder are in tables `[[component.NAME.rule]]`, NAME being what the pipeline calls it.
+
     Raises:
         ValueError: unreadable TOML, an unknown key or value; the message names the rule and the near matches.
         OSError: the file cannot be read.
@@ -263,7 +286,7 @@ def from_dict(content: Mapping, source: str = "recipe") -> Recipe:
     Raises:
         ValueError: as `from_toml`.
     """
-    _known_keys(content, ("name", "rule"), source)
+    _known_keys(content, ("name", "rule", "component"), source)
     rules = content.get("rule")
     if not isinstance(rules, list) or not rules:
         raise ValueError(f'{source}: no [[rule]] found; a recipe needs at least one, such as match = "*" with weight = "int4"')
@@ -278,7 +301,12 @@ def from_dict(content: Mapping, source: str = "recipe") -> Recipe:
             built.append(Rule(**table))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {error}") from error
-    return Recipe(str(content.get("name", source)), tuple(built))
+    sections = content.get("component", {})
+    if not isinstance(sections, Mapping) or not all(isinstance(section, Mapping) for section in sections.values()):
+        raise ValueError(f"{source}: component must be tables, such as [[component.text_encoder.rule]]")
+    name = str(content.get("name", source))
+    inside = {part: from_dict({"name": f"{name} {part}", **section}, f"{source}, {part}") for part, section in sections.items()}
+    return Recipe(name, tuple(built), inside)
 
 
 def _renamed(table: Mapping, where: str) -> dict:
