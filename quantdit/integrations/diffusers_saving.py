@@ -7,7 +7,6 @@ behind a folder that is no longer what it was. `fuse_lora` goes from layer to la
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 from collections.abc import Callable
@@ -15,10 +14,8 @@ from types import ModuleType
 
 from torch import nn
 
-from quantdit.checkpoints import checkpoint
-from quantdit.integrations.diffusers_quantizer import QuantDiTQuantizer
 from quantdit.integrations.import_hooks import watch
-from quantdit.layers.quant_linear import QuantLinear
+from quantdit.integrations.wrappers import checks_before_saving, counts_quantized, wrap
 
 # Each enters its class into the module `diffusers`.
 PIPELINES = ("quantdit.models.pixel_dit", "quantdit.models.pixel_wan")
@@ -31,47 +28,14 @@ def register(module: ModuleType) -> None:
         module: `diffusers.models.modeling_utils`, `diffusers.pipelines.pipeline_utils` or `diffusers.loaders.peft`.
     """
     if hasattr(module, "PeftAdapterMixin"):
-        _wrap(module.PeftAdapterMixin, "fuse_lora", _checks_before_fusing)
+        wrap(module.PeftAdapterMixin, "fuse_lora", _checks_before_fusing)
     elif hasattr(module, "DiffusionPipeline"):
         for name in PIPELINES:
             importlib.import_module(name)
-        _wrap(module.DiffusionPipeline, "save_pretrained", _checks_before_saving)
+        wrap(module.DiffusionPipeline, "save_pretrained", checks_before_saving)
     else:
-        _wrap(module.ModelMixin, "save_pretrained", _checks_before_saving)
-        _wrap(module.ModelMixin, "num_parameters", _counts_quantized)
-
-
-def _wrap(cls: type, name: str, wrapper: Callable[[Callable], Callable]) -> None:
-    """Put `wrapper(method)` in the place of a method, once."""
-    method = getattr(cls, name)
-    if hasattr(method, "quantdit"):
-        return
-    wrapped = functools.wraps(method)(wrapper(method))
-    vars(wrapped)["quantdit"] = True
-    setattr(cls, name, wrapped)
-
-
-def _checks_before_saving(save: Callable) -> Callable:
-    def checked(self: object, *args: object, **kwargs: object) -> object:
-        given = inspect.signature(save).bind(self, *args, **kwargs).arguments
-        wanted = {name: given[name] for name in ("safe_serialization", "use_flashpack") if name in given}
-        for part in (self,) if isinstance(self, nn.Module) else vars(self).values():
-            model = getattr(part, "_orig_mod", part)  # of torch.compile
-            if isinstance(quantizer := getattr(model, "hf_quantizer", None), QuantDiTQuantizer):
-                quantizer.check_savable(model, **wanted)
-                quantizer.config = checkpoint.config_of(model)
-        return save(self, *args, **kwargs)
-
-    return checked
-
-
-def _counts_quantized(count: Callable) -> Callable:
-    def counted(self: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        # Quantized weights are no parameters to torch; they are frozen, and none is an embedding's.
-        layers = () if only_trainable else (m for m in self.modules() if isinstance(m, QuantLinear))
-        return count(self, only_trainable, exclude_embeddings) + sum(m.out_features * m.in_features for m in layers)
-
-    return counted
+        wrap(module.ModelMixin, "save_pretrained", checks_before_saving)
+        wrap(module.ModelMixin, "num_parameters", counts_quantized)
 
 
 def _checks_before_fusing(fuse: Callable) -> Callable:

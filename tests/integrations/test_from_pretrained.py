@@ -183,14 +183,14 @@ def test_a_pipeline_is_quantized_while_it_loads(plain_dit: Path):
     assert same_tensors(again.transformer, pipeline.transformer)
 
 
-def test_text_encoders_are_refused_with_what_to_do():
-    from transformers.quantizers.auto import AutoQuantizationConfig
-
-    with pytest.raises(ValueError, match="quant_mapping="):
-        AutoQuantizationConfig.from_dict({"quant_method": "quantdit", "bits": "w4a8"})
-
-
 # ---- quantization while loading
+
+
+def test_one_configuration_serves_several_models(made, run):
+    config = QuantDiTConfig(bits="w8a16")
+    first, second = (made.cls.from_pretrained(made.folder / "full", quantization_config=config) for _ in range(2))
+    assert same_tensors(first, second) and quant_layers(second)
+    assert config.state is None
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, "w4a8"), (torch.bfloat16, "w8a16")], ids=str)
@@ -400,7 +400,7 @@ quantdit.QuantDiTConfig(bits='w4a8')
 )
 def test_registered_in_whatever_order_libraries_are_imported(first: str):
     printed = started(first + TABLES)
-    assert printed == "['QuantDiTQuantizer', 'QuantDiTConfig', 'HfQuantizer', 'TextEncoderConfig'] True"
+    assert printed == "['QuantDiTQuantizer', 'QuantDiTConfig', 'QuantDiTHfQuantizer', 'QuantDiTConfig'] True"
 
 
 ORDERS = {
