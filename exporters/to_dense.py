@@ -1,4 +1,4 @@
-"""Dense export: a quantized folder whose transformers become ordinary diffusers ones that need no quantdit."""
+"""Dense export: a quantized folder whose transformers and text encoders become ordinary ones that need no quantdit."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import nn
 from quantdit.checkpoints import checkpoint
 from quantdit.compiling.report import REPORT
 from quantdit.compiling.work_folder import copy_rest
-from quantdit.layers.quant_linear import dense_linear
-from quantdit.pipelines.pipeline import PARTS, dtype_of
+from quantdit.layers.quant_embedding import put_dense
+from quantdit.pipelines.pipeline import COMPONENTS, dtype_of
 from quantdit.system import files
 
 
 def to_dense(folder: Path, output: Path, dtype: torch.dtype | str = torch.bfloat16, accept_config: bool = False) -> None:
     """Write the pipeline of `folder`, or the transformer alone that lies in it, dequantized, rotations undone, as `dtype`.
 
-    Weights are quantized ones; activations are no longer quantized. Of two transformers, one that is not quantized is copied as
-    it is. `dtype`: as `pipeline.dtype_of` takes it. `accept_config`: as `checkpoint.read_transformer` takes it.
+    Weights are quantized ones; activations are no longer quantized. A transformer or text encoder that is not quantized is
+    copied as it is. `dtype`: as `pipeline.dtype_of` takes it. `accept_config`: as `checkpoint.read_transformer` takes it.
 
     Raises:
         ValueError: `folder` is no quantdit checkpoint (CheckpointError), another dtype, or `output` is not empty.
@@ -36,7 +36,7 @@ def to_dense(folder: Path, output: Path, dtype: torch.dtype | str = torch.bfloat
     bare = (folder / "config.json").exists()
     if not bare and not (folder / "transformer").is_dir():
         raise files.CheckpointError(f"{folder} has no transformer folder; give the folder that quantdit calibrate wrote")
-    parts = ("",) if bare else tuple(part for part in PARTS if (folder / part).is_dir())
+    parts = ("",) if bare else tuple(part for part in COMPONENTS if (folder / part / "config.json").exists())
     quantized = tuple(part for part in parts if checkpoint.is_quantized(folder / part)) or parts[:1]  # which is then refused
     transformers = {part: _dense(checkpoint.read_transformer(folder / part, accept_config=accept_config)) for part in quantized}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,6 @@ def to_dense(folder: Path, output: Path, dtype: torch.dtype | str = torch.bfloat
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _dense(transformer: nn.Module) -> Any:  # a ModelMixin
-    for name, layer in checkpoint.quant_layers(transformer).items():
-        transformer.set_submodule(name, dense_linear(layer, torch.float32))
+def _dense(transformer: nn.Module) -> Any:  # a ModelMixin or a PreTrainedModel
+    put_dense(transformer, torch.float32)
     return transformer

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from quantdit.cli import options
 from quantdit.cli.parser import Commands, add_command
-from quantdit.recipes.presets import BEST, METHODS, from_bits
+from quantdit.recipes.presets import BEST, ENCODER_BITS, METHODS, from_bits
 
 if TYPE_CHECKING:
     from quantdit.compiling.report import CompileResult
@@ -61,6 +61,18 @@ def _add_recipe(sub: argparse.ArgumentParser) -> None:
     )
     goal.add_argument("--max-drift", type=options.number, dest="max_output_error", help=argparse.SUPPRESS)  # its former name
     sub.add_argument("--output", type=options.path, help="folder to write (MODEL-BITS, here)")
+    parts = sub.add_argument_group("components of the pipeline to quantize")
+    parts.add_argument(
+        "--components",
+        default="transformer",
+        metavar="NAMES",
+        help="with commas between: transformer (all of them), names of text encoders, such as text_encoder; all (%(default)s)",
+    )
+    parts.add_argument(
+        "--encoder-bits",
+        metavar="wXaY",
+        help=f"of the text encoders among them: {' '.join(ENCODER_BITS)} (by the transformer's X: w8a16, w4a16 or w3a16)",
+    )
     whose = sub.add_argument_group("whose method makes a recipe of --bits", _methods())
     whose.add_argument("--method", metavar="NAME", default=BEST, help="(%(default)s)")
 
@@ -136,6 +148,8 @@ def run(args: argparse.Namespace) -> int:
             method=args.method,
             size_budget=args.size_budget,
             max_output_error=args.max_output_error,
+            components=args.components,
+            encoder_bits=args.encoder_bits,
             resume=args.resume,
             overwrite=args.overwrite,
             **given,
@@ -162,6 +176,19 @@ def _print(result: CompileResult) -> None:
         f" mean {kind} {error:.4f}, {sum(result.seconds.values()):.0f} s, at most"
         f" {result.memory['peak_bytes'] / 2**30:.1f} GiB of memory; report in {result.output / REPORT}"
     )
+    _print_rest(result)
+
+
+def _print_rest(result: CompileResult) -> None:
+    """Print what the pipeline's other components take, and how to quantize more of them."""
+    from quantdit.pipelines.pipeline import ENCODERS
+
+    folders = sorted(path for path in result.output.iterdir() if path.is_dir() and path.name not in result.blocks)
+    sizes = {folder.name: sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in folders}
+    rest = [f"{name} {size / 1e6:,.2f} MB" for name, size in sizes.items() if size]
+    advice = "; --components all quantizes text encoders, too" if any(sizes.get(name) for name in ENCODERS) else ""
+    if rest:
+        print(f"the rest of the pipeline, as it was: {', '.join(rest)}{advice}")
 
 
 def _methods() -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
 import shutil
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from importlib.metadata import version
@@ -30,10 +31,21 @@ from quantdit.compiling.job import Job
 from quantdit.compiling.plan import Component, Plan, Target, check, check_finite, check_full_precision, component
 from quantdit.compiling.quantize_blocks import QuantizedTransformer
 from quantdit.compiling.report import REPORT, CompileResult
+from quantdit.models.adapter import adapter_for, blocks
 from quantdit.models.known_models import KNOWN_MODELS, locate, transformer_config
-from quantdit.pipelines.pipeline import MODEL, BareTransformer, Source, check_options, load_pipeline
+from quantdit.models.text_encoders import without_cache
+from quantdit.pipelines.pipeline import MODEL, PARTS, BareTransformer, Source, check_options, load_pipeline
 from quantdit.pipelines.sampling import sample, sampled_times, sampling_plan_for
-from quantdit.recipes.presets import BEST, finetuning_for, finetuning_of, from_any, is_bits, with_auto, with_weight_format
+from quantdit.recipes.presets import (
+    BEST,
+    finetuning_for,
+    finetuning_of,
+    from_any,
+    is_bits,
+    with_auto,
+    with_encoders,
+    with_weight_format,
+)
 from quantdit.recipes.rules import Recipe
 from quantdit.recipes.sampling_plan import SamplingPlan
 from quantdit.system import files, memory, progress
@@ -54,6 +66,8 @@ def calibrate(
     method: str = BEST,
     size_budget: float | None = None,
     max_output_error: float | None = None,
+    components: str | Sequence[str] = PARTS[0],
+    encoder_bits: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     **options: object,
@@ -67,6 +81,10 @@ def calibrate(
         method: with bits, whose: `best`, today's presets, or a paper's of presets.METHODS.
         size_budget: choose each layer's weight bits so that all take this part of their size in 16 bits; 0.25 is 4 bits a weight.
         max_output_error: choose them for the smallest size whose model_rel_rmse is at most this; 0.05 is 5 %.
+        components: what is quantized, in a list or a text with commas: `transformer`, all transformers of the pipeline; names of
+            text encoders; `all`, these and the transformers.
+        encoder_bits: of the text encoders among them, one of presets.ENCODER_BITS; None: as the recipe says, with bits `w8a16`,
+            `w4a16` or `w3a16` by the transformer's bits a weight.
         resume: go on with an interrupted run of the same settings.
         overwrite: replace an output that quantdit wrote, unless it holds files of yours.
         options: what is sampled (fields of SamplingPlan: samples, steps, seed, guidance, height, width, frames, prompts,
@@ -79,7 +97,7 @@ def calibrate(
         ValueError: an option that there is not, a model that cannot be loaded, or as `compile`.
         OSError: the output cannot be written.
     """
-    own = ("model", "recipe", "output", "method", "size_budget", "max_output_error", "resume", "overwrite")
+    own = [name for name, each in inspect.signature(calibrate).parameters.items() if each.kind is not each.VAR_KEYWORD]
     check_options("calibrate", options, (*own, *SAMPLING, "weight_format", *FINETUNING, *LOADING))
     given = {key: value for key, value in options.items() if value is not None}
     model = str(files.check_path("model", model, MODEL))
@@ -98,7 +116,8 @@ def calibrate(
         locate(model)
         progress.say(f"loading {model}")  # seconds go into it
         stack.enter_context(progress.alone())
-        pipeline, source = _open(model, given, scratch)
+        pipeline, source = _open(model, given | {"components": components}, scratch)
+        chosen = with_encoders(chosen, source.encoders, encoder_bits)
         device = str(given.get("device", "cpu"))
         sampling = sampling_plan_for(pipeline, source, device, {key: given[key] for key in SAMPLING if key in given})
         wanted = {field: given.get(name) for name, field in FINETUNING.items()}
@@ -150,7 +169,7 @@ def _open(model: str, given: Mapping[str, Any], scratch: Path | None) -> tuple[o
         open_scratch(scratch, {"model": model, "seed": seed})
         for number, part in enumerate(KNOWN_MODELS[model].transformers):
             write_random_transformer(transformer_config(model), scratch / part, seed + number)
-    how = {"device": given.get("device", "cpu"), "memory_budget": given.get("memory_budget")}
+    how = {"device": given.get("device", "cpu"), "memory_budget": given.get("memory_budget"), "components": given["components"]}
     pipeline, source = load_pipeline(model, weights=None if weights is None else Path(weights), **how)
     if scratch is not None:
         source = replace(source, random_weights=True)
@@ -189,7 +208,7 @@ def _compile(pipeline: object, source: Source, plan: Plan, output: Path, resume:
     transformers = {part: getattr(pipeline, part).eval() for part in source.parts}
     check_full_precision(transformers, str(source.folder))
     plan = plan.for_its_data()
-    components = {part: component(t, plan.recipe) for part, t in transformers.items()}
+    components = {part: component(t, plan.of(part).recipe) for part, t in transformers.items()}
     check(plan, components)
     for transformer in transformers.values():
         check_finite(transformer)
@@ -198,15 +217,15 @@ def _compile(pipeline: object, source: Source, plan: Plan, output: Path, resume:
         return finished
 
     partial = work_folder.partial_of(output)
-    with threads(plan.sampling.threads):
+    with without_cache(transformers.values()), threads(plan.sampling.threads):
         jobs = _captured(pipeline, source, components, plan, partial / work_folder.WORK, run_of(identity))
         captured = time.perf_counter()
         made, allocation = {}, None
         for part, job in jobs.items():
-            if plan.target is None:
+            if job.plan.target is None:
                 made[part] = quantize_blocks.quantize(job, components[part].plans, job.folder / "blocks")
             else:
-                made[part], allocation = quantize_to_target(job, components[part], plan.target)
+                made[part], allocation = quantize_to_target(job, components[part], job.plan.target)
     quantized = time.perf_counter()
     written = _write(source, jobs, partial, identity)
     seconds = {"sample": captured - began, "quantize": quantized - captured, "write": time.perf_counter() - quantized}
@@ -272,6 +291,8 @@ def _captured(
         with ExitStack() as stack:
             for part, stream in streams.items():
                 stack.enter_context(stream.following(components[part].blocks))
+            for rest in _rest(pipeline, source):
+                stack.enter_context(rest.following([path for path, _ in blocks(rest.transformer, adapter_for(rest.transformer))]))
             calls = capture.transformer_calls(
                 lambda: sample(pipeline, sampling, {part: each.adapter for part, each in components.items()}),
                 {part: each.transformer for part, each in components.items()},
@@ -283,16 +304,26 @@ def _captured(
             )
     elif edge_steps:
         for part, each in components.items():
+            if part in source.encoders:
+                continue
             times = sampled_times(pipeline, each.transformer, each.adapter, sampling.steps)
             calls[part] = StoredCalls((), buckets_of(times, sampling.steps, sampling.buckets, edge_steps)[1])
     jobs = {}
     for part, each in components.items():
         folder = work / part
         folder.mkdir(parents=True, exist_ok=True)
-        jobs[part] = Job(each.transformer, each.blocks, calls[part], plan, folder, streams.get(part), run)
-        if sampling.timestep_choice == "salience" and sampling.samples and sampling.timesteps:
+        jobs[part] = Job(each.transformer, each.blocks, calls[part], plan.of(part), folder, streams.get(part), run)
+        if sampling.timestep_choice == "salience" and sampling.samples and sampling.timesteps and part not in source.encoders:
             jobs[part] = _salient(jobs[part], sampling.timesteps)
     return jobs
+
+
+def _rest(pipeline: object, source: Source) -> Iterator[Stream]:
+    """Yield what reads the transformers that are sampled with, are not in memory, and are not to be quantized."""
+    for part in PARTS:
+        model = getattr(pipeline, part, None)
+        if part not in source.parts and model is not None and streaming.is_streamed(model):
+            yield Stream(model, files.tensor_files(source.part(part)), shared=adapter_for(model).shared)
 
 
 def _salient(job: Job, count: int) -> Job:
@@ -310,8 +341,9 @@ def _write(source: Source, jobs: Mapping[str, Job], partial: Path, identity: dic
     scheduler = None if source.bare else checkpoint.scheduler_of(source.folder)
     for part, job in jobs.items():
         read = job.stream.read if job.stream is not None else None
-        recipe, provenance = identity["recipe"], identity["provenance"]
-        checkpoint.write_transformer(job.transformer, partial / part, recipe, provenance, read, scheduler)
+        recipe, provenance = job.plan.recipe.to_dict(), identity["provenance"]
+        of_trajectory = None if part in source.encoders else scheduler
+        checkpoint.write_transformer(job.transformer, partial / part, recipe, provenance, read, of_trajectory)
     return [*written, *(f"{part}/{name}" for part in jobs for name in work_folder.files_in(partial / part))]
 
 

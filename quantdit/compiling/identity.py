@@ -6,11 +6,11 @@ import hashlib
 import json
 from dataclasses import asdict
 
-import quantdit
 from quantdit.compiling.plan import Plan
 from quantdit.pipelines.pipeline import Source
 from quantdit.pipelines.sampling import conditions
 from quantdit.system import files
+from quantdit.system.version import VERSION
 
 
 def identity_of(pipeline: object, source: Source, plan: Plan) -> dict:
@@ -20,7 +20,7 @@ def identity_of(pipeline: object, source: Source, plan: Plan) -> dict:
         ValueError: the pipeline cannot be sampled as planned.
     """
     provenance = {
-        "quantdit": quantdit.__version__,
+        "quantdit": VERSION,
         "source": source.label,
         "source_sha256": _source_digest(source),
         "calibration": asdict(plan.sampling) | {"conditions": conditions(pipeline, plan.sampling)},

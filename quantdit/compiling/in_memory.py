@@ -13,21 +13,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import quantdit
 from quantdit.calibration.observe import capture
 from quantdit.calibration.observe.recorded_calls import StoredCalls
 from quantdit.checkpoints import checkpoint, class_tree
+from quantdit.checkpoints.libraries import TRANSFORMERS, Library, library_of
 from quantdit.compiling import quantize_blocks
-from quantdit.compiling.job import Job, linear_of
+from quantdit.compiling.job import Job
 from quantdit.compiling.plan import Plan, check, check_finite, component
-from quantdit.integrations.diffusers_quantizer import attach
+from quantdit.integrations.attaching import attach
+from quantdit.models.text_encoders import without_cache
 from quantdit.pipelines.pipeline import MODEL, BareTransformer, checked_numbers, dtype_of, guesses_options, load_pipeline
-from quantdit.recipes.presets import BEST, finetuning_for, finetuning_of, from_any
+from quantdit.recipes.presets import BEST, encoder_preset, finetuning_for, finetuning_of, from_any, is_bits
 from quantdit.recipes.resolve import without_data
 from quantdit.recipes.rules import AUTO, Recipe
 from quantdit.recipes.sampling_plan import SamplingPlan
 from quantdit.system import files
 from quantdit.system.threads import one_thread
+from quantdit.system.version import VERSION
 
 BUCKETS = SamplingPlan.buckets
 ERRORS = ("rel_rmse", "weight_only_rel_rmse", "rms", "weight_rel_rmse")  # of a layer's report, those that a folder keeps
@@ -73,14 +75,14 @@ def quantize(
     finetune_steps: int | None = None,
     method: str = BEST,
 ) -> nn.Module:
-    """Quantize a diffusers transformer in place, as `quantdit calibrate` does, and return it.
+    """Quantize a transformer of diffusers, or a text encoder of transformers, in place, as `quantdit calibrate` does; returns it.
 
     Its outputs are those of the folder that `save_pretrained` then writes, bit for bit. One that torch.compile wrapped is
     quantized inside, and compiled anew when it is called next.
 
     Args:
         transformer: in full precision, all of it in memory.
-        recipe: bits such as `w4a8`, the path of a TOML file, or a Recipe.
+        recipe: bits such as `w4a8`, of a text encoder those of presets.ENCODER_BITS; the path of a TOML file, or a Recipe.
         inputs: what to calibrate on: a function that has the transformer called, such as
             `lambda: pipeline("a fox", num_inference_steps=20)`; or the calls themselves in the order of sampling, each a
             dictionary of the keyword arguments of `transformer.forward`, tensors of the shapes, dtype and device that the
@@ -103,7 +105,7 @@ def quantize(
     checked = checked_numbers(asked, optional=("finetune_steps",))
     given, transformer = transformer, getattr(transformer, "_orig_mod", transformer)  # of torch.compile
     _check_transformer(transformer)
-    chosen = _recipe(recipe, method, has_inputs=inputs is not None)
+    chosen = _recipe(recipe, method, inputs is not None, library_of(transformer))
     finetuning = finetuning_for(chosen, finetuning_of(recipe, method), inputs is not None, steps=checked["finetune_steps"])
     if finetuning is not None and inputs is None:
         raise ValueError(f"finetune_steps = {finetune_steps} needs inputs to train on; give quantdit.quantize some inputs=")
@@ -115,8 +117,8 @@ def quantize(
         raise ValueError(f"{away[0]} is not in memory; remove what offloads the transformer, or use quantdit calibrate")
     check_finite(transformer)
     transformer.requires_grad_(False).eval()
-    dtypes = {name: linear_of(transformer, name).weight.dtype for name in part.plans}
-    with _eager(), tempfile.TemporaryDirectory(prefix="quantdit-") as name:
+    dtypes = {name: transformer.get_parameter(f"{name}.weight").dtype for name in part.plans}
+    with _eager(), without_cache((transformer,)), tempfile.TemporaryDirectory(prefix="quantdit-") as name:
         folder = Path(name)
         calls = StoredCalls(()) if inputs is None else _record(transformer, inputs, folder / "calls", chosen.edge_steps)
         with torch.no_grad(), one_thread():
@@ -130,7 +132,7 @@ def quantize(
 def _provenance(plan: Plan, calls: int, reports: Mapping[str, dict]) -> dict:
     """Return what a folder says of how it was made; of its layers what `inspect` shows where there is no calibration report."""
     found = {
-        "quantdit": quantdit.__version__,
+        "quantdit": VERSION,
         "calibration": {"calls": calls, "seed": plan.sampling.seed, "tokens": plan.sampling.tokens},
         "layers": {name: {k: v for k, v in report.items() if k in ERRORS} for name, report in reports.items()},
     }
@@ -152,9 +154,12 @@ def _check_transformer(transformer: object) -> None:
         raise ValueError(f"this {cls} is not as its class builds it: {wrong}")
 
 
-def _recipe(given: Recipe | Mapping | str | Path, method: str, has_inputs: bool) -> Recipe:
+def _recipe(given: Recipe | Mapping | str | Path, method: str, has_inputs: bool, library: Library) -> Recipe:
     """Return the recipe that is meant, with what needs data left out of it where there are no inputs."""
-    recipe = from_any(given, method)
+    is_encoder = library is TRANSFORMERS
+    if is_encoder and method != BEST:
+        raise ValueError(f"method {method!r} is of transformers, not of text encoders; leave out method=")
+    recipe = encoder_preset(given) if is_encoder and is_bits(given) else from_any(given, method)
     if not has_inputs and method != BEST:
         raise ValueError(f"method {method!r} calibrates; give quantdit.quantize some inputs=, or leave out method=")
     if any(rule.weight == AUTO for rule in recipe.rules):

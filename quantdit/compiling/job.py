@@ -85,9 +85,16 @@ class Segment:
 
     @property
     def linears(self) -> dict[str, nn.Linear]:
-        """Return its layers; their names are paths in the transformer."""
+        """Return its linears; their names are paths in the transformer."""
         inside = len(self.path) + 1 if self.path != OUTSIDE else 0
-        return {name: linear_of(self.run, name[inside:]) for name in self.names}
+        return {name: linear_of(self.run, name[inside:]) for name in self.names if name not in self.tables}
+
+    @property
+    def tables(self) -> dict[str, nn.Embedding]:
+        """Return its tables of words."""
+        inside = len(self.path) + 1 if self.path != OUTSIDE else 0
+        found = ((name, self.run.get_submodule(name[inside:])) for name in self.names)
+        return {name: module for name, module in found if isinstance(module, nn.Embedding)}
 
 
 def linear_of(module: nn.Module, path: str) -> nn.Linear:

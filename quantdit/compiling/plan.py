@@ -72,6 +72,13 @@ class Plan:
     finetuning: FineTuning | None = None
     target: Target | None = None
 
+    def of(self, part: str) -> Plan:
+        """Return what a run does to one component; nothing of a text encoder is trained, or chosen for a target."""
+        recipe = self.recipe.of(part)
+        if part in self.recipe.components:
+            return Plan(recipe, self.sampling)
+        return replace(self, recipe=recipe)
+
     def for_its_data(self) -> Plan:
         """Return the plan with what needs data left out of its recipe if nothing is sampled.
 
@@ -88,13 +95,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Component:
-    """A transformer of a pipeline, and what a recipe says of its layers.
+    """A transformer or a text encoder of a pipeline, and what a recipe says of its layers.
 
     Attributes:
-        transformer: in full precision.
+        transformer: in full precision; or a text encoder.
         adapter: of its class.
         blocks: paths of its blocks.
-        layers: its linears.
+        layers: its linears, and a text encoder's table of words.
         options: by name of a layer that is quantized: its plans by weight format, of which there are several for `auto`.
     """
 
@@ -142,9 +149,10 @@ def check(plan: Plan, components: Mapping[str, Component]) -> None:
     if not any(each.options for each in components.values()):
         raise ValueError(f"recipe {plan.recipe.name} leaves every layer dense, so there is nothing to quantize")
     streamed = any(streaming.is_streamed(each.transformer) for each in components.values())
-    for each in components.values():
-        _check_target(plan, each)
-    if plan.target is not None and (len(components) > 1 or streamed):
+    for part, each in components.items():
+        _check_target(plan.of(part), each)
+    transformers = components.keys() - plan.recipe.components.keys()
+    if plan.target is not None and (len(transformers) != 1 or streamed):
         raise ValueError(
             "choosing the layers' weights needs one transformer, in memory as a whole: give a larger --memory-budget,"
             " or fix the weights with --bits"
@@ -156,7 +164,8 @@ def check(plan: Plan, components: Mapping[str, Component]) -> None:
             "fine-tuning end-to-end needs the transformer in memory as a whole: give a larger --memory-budget, or"
             " --finetune-mode block"
         )
-    check_trains(layer.rule for each in components.values() for plans in each.options.values() for layer in plans.values())
+    trained = [options for part in transformers for options in components[part].options.values()]
+    check_trains(layer.rule for plans in trained for layer in plans.values())
 
 
 def check_finite(transformer: nn.Module) -> None:
@@ -212,10 +221,14 @@ def check_budget(size_budget: float, least: int, whole: int) -> int:
 
 
 def _bytes(layer: Layer, plan: LayerPlan) -> int:
-    """Return the stored bytes of a layer so planned, without what only calibration can tell (such as a rank)."""
+    return stored_bytes(planned_spec(layer, plan))
+
+
+def planned_spec(layer: Layer, plan: LayerPlan) -> LayerSpec:
+    """Return what a layer so planned stores, without what only calibration can tell (such as a rank)."""
     q = QSpec(plan.rule.weight, layer.out_features, layer.in_features, plan.group_size)
     block = hadamard.block_size(layer.in_features) if plan.rule.rotation in ("hadamard", "regular", "auto") else 1
-    return stored_bytes(LayerSpec(q, rotation="hadamard", block=block) if block > 1 else LayerSpec(q))
+    return LayerSpec(q, rotation="hadamard", block=block) if block > 1 else LayerSpec(q)
 
 
 def check_full_precision(transformers: Mapping[str, nn.Module], source: str) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from quantdit.calibration.data_free import quantize_without_data
+from quantdit.calibration.data_free import quantize_table, quantize_without_data
 from quantdit.calibration.layer import Quantized, quantize_layers
 from quantdit.calibration.observe import capture
 from quantdit.calibration.observe.sensitivity import replaced
@@ -26,6 +26,7 @@ from quantdit.checkpoints import checkpoint
 from quantdit.compiling.block_inputs import model_error, walk
 from quantdit.compiling.finetune import finetuned
 from quantdit.compiling.job import OUTSIDE, Job, Segment, linear_of
+from quantdit.layers.quant_embedding import QuantEmbedding, put_layer, scale_of
 from quantdit.layers.quant_linear import QuantLinear, follow_timesteps, weight_bits
 from quantdit.models.call_view import view
 from quantdit.recipes.finetuning import FineTuning
@@ -35,6 +36,8 @@ from quantdit.system import checksummed_json, files, progress
 from quantdit.system.threads import one_thread
 from quantdit.tensors.layer_spec import LayerSpec
 from quantdit.tensors.timesteps import edges_of
+
+TABLE_ROWS = 4096  # of a table of words that are quantized at once
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,9 @@ def _quantize_segment(
     if segment.calls is None:
         raise ValueError(f"{folder} lacks the finished block {segment.path}; {checksummed_json.REMEDY}")
     with job.timed("statistics"):
-        stats = statistics_of(job, segment) if len(segment.calls) else {}
+        stats = statistics_of(job, segment) if len(segment.calls) and segment.linears else {}
     with job.timed("layers"):
-        made = _quantized(job, segment, stats, plans, done)
+        made = _quantized(job, segment, stats, plans, done) | _tables(job, segment, plans, done)
     finetuning = job.plan.finetuning
     if finetuning is not None and finetuning.mode == "block" and stats and segment.path != OUTSIDE:
         with job.timed("assignments"):
@@ -102,6 +105,20 @@ def _quantize_segment(
     reports = _put(job, segment.linears, made, stats)
     _write(job, made, reports, tensors_path, report_path)
     return reports
+
+
+def _tables(job: Job, segment: Segment, plans: Mapping[str, LayerPlan], done: Callable[[int], object]) -> dict[str, Quantized]:
+    """Return the segment's tables of words quantized, row by row, from themselves alone."""
+    made = {}
+    for name, table in segment.tables.items():
+        parts = table.weight.detach().split(TABLE_ROWS)
+        if table.weight.device.type == "meta":
+            assert job.stream is not None, "what is not in memory is streamed"
+            parts = job.stream.rows(f"{name}.weight", TABLE_ROWS)
+        rule, rows, width = plans[name].rule, table.num_embeddings, table.embedding_dim
+        made[name] = quantize_table(parts, rows, width, rule.weight, plans[name].group_size)
+        done(1)
+    return made
 
 
 def _quantized(
@@ -126,11 +143,21 @@ def _put(
     """Put quantized layers into the transformer, and return their reports with their size and, where inputs are known, error."""
     reports = {}
     for name, found in made.items():
-        layer = QuantLinear.from_tensors(found.spec, found.tensors, found.bias)
-        job.transformer.set_submodule(name, layer)
+        layer = _put_layer(job.transformer, name, found.spec, found.tensors, found.bias)
         error = {"rel_rmse": _layer_error(linears[name], layer, stats[name])} if name in stats else {}
         reports[name] = found.report | {"bits_per_weight": round(weight_bits(layer), 4)} | error
     return reports
+
+
+def _put_layer(model: nn.Module, name: str, spec: LayerSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> QuantLinear:
+    """Put a quantized layer in the place of a linear or of a table of words, and return it."""
+    before = model.get_submodule(name)
+    if isinstance(before, nn.Embedding):
+        layer = QuantEmbedding.from_tensors(spec, tensors, scale_of(before))
+    else:
+        layer = QuantLinear.from_tensors(spec, tensors, bias)
+    put_layer(model, name, layer)
+    return layer
 
 
 def _write(job: Job, made: Mapping[str, Quantized], reports: dict[str, dict], tensors_path: Path, report_path: Path) -> None:
@@ -189,7 +216,7 @@ def _install(job: Job, tensors_path: Path, report_path: Path) -> dict[str, dict]
         tensors = {k.removeprefix(f"{name}."): t for k, t in stored.items() if k.startswith(f"{name}.")}
         bias = tensors.pop("bias", None)
         spec = LayerSpec.from_dict(reports[name]["spec"])
-        job.transformer.set_submodule(name, QuantLinear.from_tensors(spec, tensors, bias))
+        _put_layer(job.transformer, name, spec, tensors, bias)
     if job.stream is not None:
         job.stream.adopt(tensors_path, list(stored))
     return reports

@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from quantdit.checkpoints import checkpoint
-from quantdit.pipelines.pipeline import PARTS
+from quantdit.pipelines.pipeline import COMPONENTS
 from quantdit.system import checksummed_json, files
 
 REPORT = "calibration_report.json"
@@ -91,7 +91,7 @@ def is_ours(folder: Path) -> bool:
     runs = (_known(folder / name) for name in (REPORT, STATE))
     if any({"recipe", "provenance"} <= run.keys() for run in runs):
         return True
-    configs = (_known(place / "config.json") for place in (folder, *(folder / part for part in PARTS)))
+    configs = (_known(place / "config.json") for place in (folder, *(folder / part for part in COMPONENTS)))
     quantized = (config.get("quantization_config") for config in configs)
     return any(isinstance(found, dict) and found.get("quant_method") == checkpoint.METHOD for found in quantized)
 
@@ -127,7 +127,7 @@ def _pipelines_own(folder: Path) -> Callable[[str], bool]:
         part, _, name = path.rpartition("/")
         if path in alone:
             return True
-        if part in ("", *PARTS):
+        if part in ("", *COMPONENTS):
             return name == "config.json" or files.is_weights(name)
         return part in parts and _OF_PART.fullmatch(name) is not None
 
@@ -295,7 +295,7 @@ def _identity(state: Path) -> dict:
 
 def _result_digest(folder: Path) -> str:
     """Return the sha256 of a result: its transformers and all JSON."""
-    found = {path for pattern in ("*.json", "*/*.json", *(f"{part}/*" for part in PARTS)) for path in folder.glob(pattern)}
+    found = {path for pattern in ("*.json", "*/*.json", *(f"{part}/*" for part in COMPONENTS)) for path in folder.glob(pattern)}
     sums = [f"{path.relative_to(folder)} {files.sha256(path)}" for path in sorted(found - {folder / STATE})]
     return hashlib.sha256("\n".join(sums).encode()).hexdigest()
 

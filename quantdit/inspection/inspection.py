@@ -16,7 +16,7 @@ from quantdit.inspection.layer_tables import candidate_tables, group_table, laye
 from quantdit.inspection.report_checks import checked_allocation, checked_report, stated_errors
 from quantdit.inspection.text_table import wrapped
 from quantdit.layers.quant_linear import QuantLinear
-from quantdit.pipelines.pipeline import PARTS, check_quantized
+from quantdit.pipelines.pipeline import COMPONENTS, PARTS, check_quantized
 from quantdit.system import files
 
 WORST = 10
@@ -136,7 +136,7 @@ def inspect(folder: str | Path, accept_config: bool = False) -> Inspection:
     folder = Path(files.check_path("folder", folder))
     check_quantized(folder)
     bare = (folder / "config.json").exists()
-    places = {"": folder} if bare else {part: folder / part for part in PARTS if (folder / part).is_dir()}
+    places = {"": folder} if bare else {part: folder / part for part in COMPONENTS if (folder / part / "config.json").exists()}
     quantized = {part: place for part, place in places.items() if checkpoint.is_quantized(place)} or places
     modules: dict[str, QuantLinear] = {}
     roles: dict[str, tuple[str, str]] = {}

@@ -11,7 +11,7 @@ import operator
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -26,6 +26,10 @@ from quantdit.system import files, memory, progress
 
 # What a pipeline calls its transformers; Wan 2.2 has two experts.
 PARTS = ("transformer", "transformer_2")
+# And its text encoders, models of transformers.
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+COMPONENTS = (*PARTS, *ENCODERS)
+EVERYTHING = "all"  # transformers and text encoders
 # A size of a sample -> what pipelines call it.
 SIZES = {"height": ("height",), "width": ("width",), "frames": ("num_frames", "video_length")}
 # What a call may be asked for besides its prompts, and what pipelines call it.
@@ -64,7 +68,7 @@ class Source:
     Attributes:
         name: what the user said.
         folder: the local folder it was read from.
-        parts: names of its transformers.
+        parts: names of its transformers; of what is to be quantized, text encoders too, the transformers first.
         bare: the folder is the transformer's own, without a pipeline around it.
         random_weights: its weights were made up.
         memory_budget: bytes that calibration is to stay within.
@@ -78,12 +82,17 @@ class Source:
     memory_budget: int | None = None
 
     @property
+    def encoders(self) -> tuple[str, ...]:
+        """Return which of its parts are text encoders."""
+        return tuple(name for name in self.parts if name in ENCODERS)
+
+    @property
     def label(self) -> str:
         """Return the name without the path of this machine."""
         return Path(self.name).name if Path(self.name).is_dir() else self.name
 
     def part(self, name: str) -> Path:
-        """Return the folder of a transformer."""
+        """Return the folder of a part."""
         return self.folder if self.bare else self.folder / name
 
 
@@ -248,6 +257,7 @@ def load_pipeline(
     weights: Path | None = None,
     memory_budget: int | None = None,
     accept_config: bool = False,
+    components: str | Sequence[str] = PARTS[0],
 ):
     """Return `(pipeline, Source)` for an alias, a hub id or a folder; a quantized transformer comes back quantized.
 
@@ -260,10 +270,12 @@ def load_pipeline(
         memory_budget: bytes that calibration is to stay within; a full-precision transformer that does not fit comes back with
             its blocks on the meta device (quantdit.checkpoints.streaming).
         accept_config: take a quantized model whose config.json, or whose scheduler's, was changed after it was calibrated.
+        components: what the source's `parts` are to name, as `named_parts` takes them; text encoders among them come back in
+            full precision as transformers do.
 
     Raises:
         ValueError: unknown name, no network, no diffusers pipeline, a damaged checkpoint, one that another tool quantized
-            (CheckpointError), or a memory budget that is too small.
+            (CheckpointError), a memory budget that is too small, or components that there are not.
     """
     _check_device(device)
     place = locate(model)
@@ -282,22 +294,27 @@ def load_pipeline(
     if index is None and ((folder / "config.json").exists() or (folder / "transformer" / "config.json").exists()):
         bare = (folder / "config.json").exists()
         source = Source(model, folder, _bare_parts(folder), bare, memory_budget=memory_budget)
+        named_parts(components, source.parts, str(folder))
         _check_class(source, weights)
-        return BareTransformer(**_transformers(source, dtype, budget, accept_config)), source
+        return BareTransformer(**_compiled(source, dict.fromkeys(source.parts), dtype, budget, accept_config)), source
     if index is None or not isinstance(index.get("_class_name"), str):
         raise ValueError(
             f"{folder} is no diffusers model: it has neither a model_index.json naming a pipeline class nor the config.json of a"
             " transformer; give the folder that holds one of them"
         )
     cls = _pipeline_class(index["_class_name"], folder)
-    components = _components(folder, index)
-    found = tuple(name for name in PARTS if name in components)
+    present = _components(folder, index)
+    found = tuple(name for name in PARTS if name in present)
     if not found:
         raise ValueError(f"{folder}: {index['_class_name']} has no transformer; quantdit quantizes diffusion transformers")
     source = Source(model, folder, found, memory_budget=memory_budget)
     _check_class(source, weights)
-    transformers = _transformers(source, dtype, budget, accept_config)
-    others = {name: entry for name, entry in components.items() if name not in found}
+    encoders = [name for name in ENCODERS if present.get(name, ("",))[0] == "transformers"]
+    source = replace(source, parts=named_parts(components, (*found, *encoders), str(folder)))
+    # A pipeline is sampled with its transformers, whether they are to be quantized or not.
+    ours = (*found, *source.encoders)
+    transformers = _compiled(source, {name: present[name][1] for name in ours}, dtype, budget, accept_config)
+    others = {name: entry for name, entry in present.items() if name not in ours}
     variants = {variant for name in others if (variant := files.variant_of(folder / name)) is not None}
     if len(variants) > 1:
         raise ValueError(f"{folder} holds its components as several variants ({', '.join(sorted(variants))}); leave one")
@@ -413,12 +430,41 @@ def _bare_parts(folder: Path) -> tuple[str, ...]:
     return tuple(name for name in PARTS if (folder / name / "config.json").exists()) or PARTS[:1]
 
 
-def _transformers(source: Source, dtype: torch.dtype, budget: int, accept_config: bool) -> dict[str, nn.Module]:
-    """Return the transformers. Diffusers' own loader would take any tensors for their weights, so that it is not asked."""
+def named_parts(asked: str | Sequence[str], known: Sequence[str], model: str) -> tuple[str, ...]:
+    """Return which of a pipeline's transformers and text encoders are meant, in the order of `known`.
+
+    Args:
+        asked: their names, in a list or with commas between; `transformer` means all transformers, `all` means `known`.
+        known: those that there are.
+        model: what the error calls it.
+
+    Raises:
+        ValueError: a name that is none of them, or no name; says which there are.
+    """
+    words = [word.strip() for word in asked.split(",") if word.strip()] if isinstance(asked, str) else list(asked)
+    meant = {name: [name] for name in known}
+    meant |= {PARTS[0]: [name for name in known if name in PARTS], EVERYTHING: list(known)}
+    if wrong := next((word for word in words if word not in meant), None):
+        raise ValueError(f"{model} has no component {wrong!r} that can be quantized; it has {', '.join(known)}, or {EVERYTHING}")
+    if not words:
+        raise ValueError(f"components is empty; {model} has {', '.join(known)}, or {EVERYTHING}")
+    chosen = {name for word in words for name in meant[word]}
+    return tuple(name for name in known if name in chosen)
+
+
+def _compiled(
+    source: Source, names: Mapping[str, str | None], dtype: torch.dtype, budget: int, accept_config: bool
+) -> dict[str, nn.Module]:
+    """Return the parts of these names that are, or can be, quantized, of the classes that their pipeline says.
+
+    Diffusers' own loader would take any tensors for their weights, so that it is not asked.
+    """
     parts: dict[str, nn.Module] = {}
     needs: dict[str, streaming.Need] = {}
-    for name in source.parts:
+    for name in names:
         folder = source.part(name)
+        if checkpoint.is_quantized(folder) and name in ENCODERS:
+            raise files.CheckpointError(f"{folder} is quantized already; calibrate from the full-precision model")
         if checkpoint.is_quantized(folder):
             parts[name] = _as_diffusers_would(checkpoint.read_transformer(folder, dtype, accept_config), folder)
             if not accept_config and not source.bare:
@@ -427,7 +473,7 @@ def _transformers(source: Source, dtype: torch.dtype, budget: int, accept_config
         sources.check_method(files.read_json(folder / "config.json"), folder / "config.json")
         if not any(folder.glob("*.safetensors")):
             raise ValueError(f"{folder} has no safetensors weights, and pickled ones (.bin) are not read: they can run any code")
-        needs[name] = streaming.need_of(folder, dtype)
+        needs[name] = streaming.need_of(folder, dtype, names[name])
     if not needs:
         return parts
     need = functools.reduce(operator.add, needs.values())
@@ -437,12 +483,12 @@ def _transformers(source: Source, dtype: torch.dtype, budget: int, accept_config
             f" {memory.in_gib(need.streamed)}; give at least --memory-budget {memory.in_gib(need.streamed)}"
         )
     read = streaming.skeleton if need.resident > budget else streaming.whole
-    return parts | {name: read(source.part(name), dtype) for name in needs}
+    return parts | {name: read(source.part(name), dtype, names[name]) for name in needs}
 
 
 def _as_diffusers_would(transformer: nn.Module, folder: Path) -> nn.Module:
     """Make a quantized transformer one that diffusers can save."""
-    from quantdit.integrations.diffusers_quantizer import attach
+    from quantdit.integrations.attaching import attach
 
     quantization = files.read_json(folder / "config.json")["quantization_config"]
     return attach(transformer, quantization | {"spec": checkpoint.FORMAT_VERSION})  # what it would be saved as

@@ -7,7 +7,7 @@ are small enough that several threads gain little, and on a busy machine they lo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ContextDecorator, contextmanager
+from contextlib import _GeneratorContextManager, contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -28,7 +28,7 @@ def threads(count: int) -> Iterator[None]:
         _ALLOWED.reset(token)
 
 
-def one_thread() -> ContextDecorator:
+def one_thread() -> _GeneratorContextManager[None]:
     """Have torch compute with one thread while the body runs, or the function that this decorates."""
     return threads(1)
 
