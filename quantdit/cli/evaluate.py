@@ -58,6 +58,11 @@ def add(commands: Commands) -> None:
         metavar="DIR",
         help="of its networks: scores what it finds there (it fetches them all)",
     )
+    sub.add_argument(
+        "--only",
+        metavar="NAMES",
+        help="components of CAND to compare, with commas between, such as transformer; the others are REF's (all)",
+    )
     options.add_sampling(sub)
 
 
@@ -72,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from quantdit.evaluation.run import FOLDERS, SUMMARY, evaluate
 
     options.quiet()
-    others = {key: getattr(args, key) for key in ("seeds", "probes", "device", "noise_floor", "accept_config", *FOLDERS)}
+    others = {key: getattr(args, key) for key in ("seeds", "probes", "device", "noise_floor", "accept_config", "only", *FOLDERS)}
     evaluate(args.reference, args.candidate, args.output, **asked, **others)
     print((args.output / SUMMARY).read_text())
     print(args.output / "report.html")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,18 @@ from quantdit.evaluation.real_images import load_real
 from quantdit.evaluation.samples import Samples, Sampling, batches, caller, prompts_of, sample
 from quantdit.layers.quant_linear import QuantLinear, weight_bits
 from quantdit.models.known_models import EMBEDDED
-from quantdit.pipelines.pipeline import SEEDS, BareTransformer, Source, accepted_arguments, dtype_of, load_pipeline, sample_seed
+from quantdit.pipelines.pipeline import (
+    ENCODERS,
+    PARTS,
+    SEEDS,
+    BareTransformer,
+    Source,
+    accepted_arguments,
+    dtype_of,
+    load_pipeline,
+    named_parts,
+    sample_seed,
+)
 from quantdit.system import files, progress
 
 LEAST_SAMPLES = 4
@@ -54,12 +66,14 @@ class LoadedModel:
         source: where it was loaded from.
         file_bytes: of the transformer's weights on disk.
         bits_per_weight: of the transformer, scales included.
+        only: components that are the model's own, all others being the reference's; empty: all are its own.
     """
 
     pipeline: Any
     source: Source
     file_bytes: int
     bits_per_weight: float
+    only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,6 +134,24 @@ def open_model(name: str, device: str = "cpu", dtype: str = "float32", accept_co
     return LoadedModel(pipeline, source, stored, round(8 * stored / values, 2))
 
 
+def keep_only(candidate: LoadedModel, original: LoadedModel, only: Sequence[str]) -> LoadedModel:
+    """Return a candidate whose transformers and text encoders are the original's, but for those of some names.
+
+    Args:
+        candidate: loaded; its pipeline is changed.
+        original: loaded.
+        only: as `pipeline.named_parts` takes it: `transformer` means all transformers.
+
+    Raises:
+        ValueError: a name that the candidate has no component of.
+    """
+    parts = {name: part for name in (*PARTS, *ENCODERS) if isinstance(part := getattr(candidate.pipeline, name, None), nn.Module)}
+    kept = named_parts(only, tuple(parts), candidate.source.label)
+    for name in parts.keys() - set(kept):
+        setattr(candidate.pipeline, name, getattr(original.pipeline, name))
+    return replace(candidate, only=kept)
+
+
 def sample_reference(
     model: LoadedModel,
     sampling: Sampling,
@@ -174,7 +206,8 @@ def compare_models(reference: Reference, candidate: LoadedModel, real: Tensor | 
         probes: samples whose inputs both transformers are given.
     """
     first, sampling, backbone = reference.samples, reference.sampling, reference.backbone
-    second = sample(candidate.pipeline, candidate.source, sampling, reference.cache, candidate.source.label)
+    cache = None if candidate.only else reference.cache  # kept samples are known by the folder of a whole model
+    second = sample(candidate.pipeline, candidate.source, sampling, cache, candidate.source.label)
     features = (reference.features[0], backbone.of_samples(second.images))
     paired = paired_of(first.images, second.images)
     sets = sets_of(*features, reference.features[1], first.prompts, backbone)
@@ -187,7 +220,7 @@ def compare_models(reference: Reference, candidate: LoadedModel, real: Tensor | 
         sets[f"CMMD ({reference.clip.name})"] = cmmd_of(embedded[0], embedded[1], embedded[2], first.prompts)
     report = {
         "format": FORMAT,
-        "identity": _identity(reference),
+        "identity": _identity(reference) | ({"only": list(candidate.only)} if candidate.only else {}),
         "versions": versions(),
         "reference": _json(reference.model),
         "candidate": _json(candidate),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from quantdit.evaluation.comparison import (
     PROBES,
     LoadedModel,
     compare_models,
+    keep_only,
     open_model,
     sample_reference,
 )
@@ -61,6 +63,7 @@ class Request:
         vbench: folder of an environment that has the vbench package.
         vbench_weights: folder of its networks.
         accept_config: as `load_pipeline` takes it, for both models.
+        only: components of the candidate that are compared, such as `transformer`; the others are the reference's. None: all.
     """
 
     reference: str
@@ -78,6 +81,7 @@ class Request:
     vbench: Path | None = None
     vbench_weights: Path | None = None
     accept_config: bool = False
+    only: str | Sequence[str] | None = None
 
 
 NO_OPTIONS = ("reference", "candidate", "output", "sampling")  # fields of Request that `evaluate` fills itself
@@ -121,6 +125,8 @@ def run(request: Request) -> dict:
     candidate = open_model(request.candidate, request.device, request.sampling.dtype, request.accept_config)
     sampling = _settled(request, candidate.pipeline)
     original = open_model(request.reference, request.device, sampling.dtype, request.accept_config)
+    if request.only is not None:
+        candidate = keep_only(candidate, original, request.only)
     _check_shapes(original, candidate, sampling, request.vbench is not None)
     cache = request.output / "samples" if request.cache is None else request.cache
     reference = sample_reference(original, sampling, cache, request.noise_floor, backbone, clip, request.accept_config)
