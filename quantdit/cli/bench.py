@@ -18,7 +18,9 @@ def add(commands: Commands) -> None:
         "quantdit bench cpu --output out/cpu.jsonl",
     )
     sub.add_argument(
-        "what", choices=("cpu", "kernels", "onnx"), help="cpu; kernels: the Triton kernels on a CUDA GPU; onnx: exported graphs"
+        "what",
+        choices=("cpu", "kernels", "onnx", "memory"),
+        help="cpu; kernels: the Triton kernels on a CUDA GPU; onnx: exported graphs; memory: of whole pipelines, by arithmetic",
     )
     sub.add_argument(
         "--output", type=options.path, required=True, metavar="FILE.jsonl", help="one row a measurement; a table beside it"
@@ -42,6 +44,11 @@ def run(args: argparse.Namespace) -> int:
 
         options.quiet()
         onnx_graphs.run(args.output)
+    elif args.what == "memory":
+        from quantdit.benchmarks import memory
+
+        options.quiet()
+        memory.run(args.output)
     else:
         from quantdit.benchmarks import cpu_linear
 
