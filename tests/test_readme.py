@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import tiny_pipelines
+
 README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
 
@@ -19,6 +21,7 @@ def place(plain_dit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     place = tmp_path_factory.mktemp("readme")
     shutil.copytree(plain_dit, place / "PATH" / "TO" / "PIPELINE")
+    tiny_pipelines.write_tiny("WanPipeline", place / "PATH" / "TO" / "WAN")
     # Eight bits for both: rounding to nearest is the quickest, and what the blocks do is the same.
     for model, output in ((place / "PATH" / "TO" / "PIPELINE", "mine"), ("fashion-dit", "fashion-dit-w4a8")):
         arguments = ["--model", str(model), "--bits", "w8a8", "--samples", "0", "--output", str(place / "out" / output)]

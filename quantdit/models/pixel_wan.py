@@ -232,15 +232,24 @@ def encode_text(prompts: Sequence[str]) -> Tensor:
     Raises:
         ImportError: transformers or the package that holds MiniLM's weights is not installed.
     """
-    tokenizer, model = _minilm()
+    return states_of(*minilm(), prompts)
+
+
+def states_of(tokenizer: Any, encoder: Any, prompts: Sequence[str]) -> Tensor:
+    """Return what `encode_text` does, of another encoder with MiniLM's tokenizer."""
     tokens = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt")
     with torch.no_grad():
-        states = model(**tokens).last_hidden_state.float()
+        states = encoder(**tokens).last_hidden_state.float()
     return states * tokens["attention_mask"][..., None]
 
 
 @functools.cache
-def _minilm() -> tuple:
+def minilm() -> tuple[Any, Any]:
+    """Return MiniLM's tokenizer and model.
+
+    Raises:
+        ImportError: as `encode_text`.
+    """
     package = find_spec(TEXT_PACKAGE)
     if package is None or package.origin is None or find_spec("transformers") is None:
         raise ImportError(f"free prompts need MiniLM; run: {install('text')}")

@@ -155,7 +155,7 @@ def test_wrong_arguments_are_named(pipeline, arguments: dict, message: str) -> N
 def test_a_free_prompt_without_the_text_encoder_says_what_to_install(pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     from quantdit.models import pixel_wan
 
-    pixel_wan._minilm.cache_clear()
+    pixel_wan.minilm.cache_clear()
     monkeypatch.setattr(pixel_wan, "TEXT_PACKAGE", "no_such_package")
     with pytest.raises(ImportError, match=rf"prompt 'a cow flying': .*{re.escape(install('text'))}; .*need no package: a bat"):
         pipeline("a cow flying")
