@@ -36,7 +36,7 @@ def to_dense(folder: Path, output: Path, dtype: torch.dtype | str = torch.bfloat
     bare = (folder / "config.json").exists()
     if not bare and not (folder / "transformer").is_dir():
         raise files.CheckpointError(f"{folder} has no transformer folder; give the folder that quantdit calibrate wrote")
-    parts = ("",) if bare else tuple(part for part in COMPONENTS if (folder / part / "config.json").exists())
+    parts = ("",) if bare else tuple(part for part in COMPONENTS if (folder / part).is_dir())
     quantized = tuple(part for part in parts if checkpoint.is_quantized(folder / part)) or parts[:1]  # which is then refused
     transformers = {part: _dense(checkpoint.read_transformer(folder / part, accept_config=accept_config)) for part in quantized}
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -136,7 +136,7 @@ def inspect(folder: str | Path, accept_config: bool = False) -> Inspection:
     folder = Path(files.check_path("folder", folder))
     check_quantized(folder)
     bare = (folder / "config.json").exists()
-    places = {"": folder} if bare else {part: folder / part for part in COMPONENTS if (folder / part / "config.json").exists()}
+    places = {"": folder} if bare else {part: folder / part for part in COMPONENTS if (folder / part).is_dir()}
     quantized = {part: place for part, place in places.items() if checkpoint.is_quantized(place)} or places
     modules: dict[str, QuantLinear] = {}
     roles: dict[str, tuple[str, str]] = {}

@@ -472,7 +472,7 @@ def test_values_no_calibration_writes_are_refused(t5: Made, tmp_path: Path, key:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"spec": 99, "news": [1]}, "pip install -U quantdit"),
+        ({"spec": 99, "news": [1]}, "upgrade quantdit"),
         ({"spec": None}, "checkpoint spec None"),
         ({"layers": {"nowhere.q": {}}}, "does not exist"),
         ({"layers": None}, "table of layers"),

@@ -107,5 +107,5 @@ def test_missing_extra_is_named(monkeypatch):
     """Without the package, the error says what to install."""
     from quantdit.system.optional_import import require
 
-    with pytest.raises(ModuleNotFoundError, match=r"quantdit\[eval\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install .*\[eval\]"):
         require("quantdit_has_no_such_dependency")
