@@ -128,7 +128,7 @@ def built(config: Mapping) -> nn.Module:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.float32 if stays_float32(model, name, HALF) else HALF)
-    return model
+    return model.requires_grad_(False).eval()
 
 
 def layer_specs(model: nn.Module, bits: str) -> dict[str, LayerSpec]:
