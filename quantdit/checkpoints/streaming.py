@@ -23,7 +23,16 @@ from quantdit.checkpoints.libraries import TRANSFORMERS, aliases, library_of_con
 from quantdit.layers.quant_embedding import scale_of, scaled_rows
 from quantdit.layers.quant_linear import QuantLinear
 from quantdit.models.adapter import adapter_for, tables
-from quantdit.system.files import CheckpointError, check_finite, is_float8, open_weights, read_json, stored_tensors, weight_files
+from quantdit.system.files import (
+    CheckpointError,
+    check_finite,
+    is_float8,
+    open_weights,
+    read_json,
+    stored_tensors,
+    tensor_files,
+    weight_files,
+)
 
 # Python with torch and diffusers, and what a run needs besides; measured.
 PROCESS_BYTES = 2**30
@@ -33,7 +42,7 @@ GRAM_COPIES = 8
 def skeleton(folder: Path, dtype: torch.dtype, class_name: str | None = None) -> nn.Module:
     """Return the full-precision transformer or encoder of a folder, its blocks on the meta device, the rest read as `dtype`.
 
-    An encoder's table of words is on the meta device, too (`Stream.look_up`), unless a head multiplies with it.
+    An encoder's table of words is on the meta device, too (`stream_of` has it looked up), unless a head multiplies with it.
 
     Args:
         folder: config.json and safetensors weights.
@@ -151,6 +160,16 @@ def _looked_up(transformer: nn.Module) -> dict[str, nn.Embedding]:
     return {} if any(weight is table.weight for table in found.values() for weight in weights) else found
 
 
+def stream_of(model: nn.Module, folder: Path) -> Stream:
+    """Return what reads the blocks of a model that `skeleton` made of a folder; lookups in a table on the disk read its rows."""
+    stream, tied = Stream(model, tensor_files(folder), shared=adapter_for(model).shared), aliases(model)
+    for path, table in _looked_up(model).items():
+        if table.weight.device.type == "meta":
+            name = f"{path}.weight"
+            table.forward = partial(stream.look_up, tied.get(name, name), scale_of(table))
+    return stream
+
+
 @dataclass
 class Stream:
     """Reads and drops parts of a transformer.
@@ -174,11 +193,6 @@ class Stream:
         """Find the tensors under the names that the model has for them."""
         self._keys = names_in(self.transformer, self.files)
         self.files = {name: self.files[key] for name, key in self._keys.items()}
-        tied = aliases(self.transformer)
-        for path, table in _looked_up(self.transformer).items():
-            if table.weight.device.type == "meta":
-                name = f"{path}.weight"
-                table.forward = partial(self._look_up, tied.get(name, name), scale_of(table))
 
     @contextmanager
     def loaded(self, path: str) -> Iterator[nn.Module]:
@@ -290,7 +304,7 @@ class Stream:
                 check_finite(name, part)
                 yield part
 
-    def _look_up(self, name: str, scale: float | None, input: Tensor) -> Tensor:
+    def look_up(self, name: str, scale: float | None, input: Tensor) -> Tensor:
         """Return the rows of a table on the disk, `[..., width]`, as its nn.Embedding would; takes its `forward`'s place."""
         numbers, places = input.unique(return_inverse=True)
         factor = self._scale(name)

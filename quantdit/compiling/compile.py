@@ -22,7 +22,7 @@ from quantdit.calibration.observe.recorded_calls import StoredCalls
 from quantdit.calibration.observe.timestep_salience import salient_calls
 from quantdit.checkpoints import checkpoint, streaming
 from quantdit.checkpoints.random_weights import open_scratch, write_random_transformer
-from quantdit.checkpoints.streaming import Stream
+from quantdit.checkpoints.streaming import Stream, stream_of
 from quantdit.compiling import quantize_blocks, report, work_folder
 from quantdit.compiling.block_inputs import describe_chain, links_of
 from quantdit.compiling.choose_widths import quantize_to_target
@@ -279,7 +279,7 @@ def _captured(
 ) -> dict[str, Job]:
     """Sample from the pipeline, and return for each transformer its calls and what is needed to work on it."""
     streams = {
-        part: Stream(each.transformer, files.tensor_files(source.part(part)), shared=each.adapter.shared)
+        part: stream_of(each.transformer, source.part(part))
         for part, each in components.items()
         if streaming.is_streamed(each.transformer)
     }
@@ -323,7 +323,7 @@ def _rest(pipeline: object, source: Source) -> Iterator[Stream]:
     for part in PARTS:
         model = getattr(pipeline, part, None)
         if part not in source.parts and model is not None and streaming.is_streamed(model):
-            yield Stream(model, files.tensor_files(source.part(part)), shared=adapter_for(model).shared)
+            yield stream_of(model, source.part(part))
 
 
 def _salient(job: Job, count: int) -> Job:

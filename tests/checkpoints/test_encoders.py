@@ -254,7 +254,8 @@ def test_streamed_is_whole(name: str, tmp_path: Path):
     folder = saved(name, tmp_path)
     model, whole = streaming.skeleton(folder, torch.float32), streaming.whole(folder, torch.float32)
     adapter = adapter_for(model)
-    stream = streaming.Stream(model, files.tensor_files(folder), shared=adapter.shared)
+    stream = streaming.stream_of(model, folder)
+    assert not any("forward" in vars(module) for module in whole.modules()), "what is in memory is not read from the disk"
     blocks = [f"{path}.{i}" for path in adapter.blocks for i in range(len(model.get_submodule(path)))]
     assert streaming.is_streamed(model) and len(blocks) >= 2
     with stream.following(blocks):
@@ -269,7 +270,7 @@ def test_a_table_may_stay_on_the_disk_and_is_read_by_rows(tmp_path: Path):
     whole: Any = streaming.whole(folder, torch.float32)
     model: Any = streaming.skeleton(folder, torch.float32)
     assert model.shared.weight.device.type == "meta" and model.encoder.final_layer_norm.weight.device.type == "cpu"
-    stream = streaming.Stream(model, files.tensor_files(folder))
+    stream = streaming.stream_of(model, folder)
     parts = [*stream.rows("shared.weight", 64)]
     assert [len(part) for part in parts] == [64, 64, 64, 8] and torch.equal(torch.cat(parts), whole.shared.weight)
     with pytest.raises(CheckpointError, match="no file holds tensor nothing"):

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from quantdit.checkpoints import streaming
 from quantdit.checkpoints.checkpoint import CheckpointError
-from quantdit.checkpoints.streaming import GRAM_COPIES, PROCESS_BYTES, Stream, need_of, skeleton, whole
+from quantdit.checkpoints.streaming import GRAM_COPIES, PROCESS_BYTES, Stream, need_of, skeleton, stream_of, whole
 from quantdit.compiling.report import REPORT
-from quantdit.models.adapter import adapter_for
 from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.system import files
 from quantdit.system.files import WEIGHTS, tensor_files
@@ -33,7 +32,7 @@ def stream(pixel_dit: Path) -> Stream:
     """`pixel_dit`'s transformer with its blocks on the disk."""
     folder = pixel_dit / "transformer"
     transformer = skeleton(folder, torch.float32)
-    return Stream(transformer, tensor_files(folder), shared=adapter_for(transformer).shared)
+    return stream_of(transformer, folder)
 
 
 def in_memory(stream: Stream) -> set[str]:
