@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from quantdit.calibration.data_free import quantize_table, quantize_without_data
+from quantdit.calibration.data_free import TABLE_ROWS, quantize_table, quantize_without_data
 from quantdit.calibration.layer import Quantized, quantize_layers
 from quantdit.calibration.observe import capture
 from quantdit.calibration.observe.sensitivity import replaced
@@ -26,7 +26,7 @@ from quantdit.checkpoints import checkpoint
 from quantdit.compiling.block_inputs import model_error, walk
 from quantdit.compiling.finetune import finetuned
 from quantdit.compiling.job import OUTSIDE, Job, Segment, linear_of
-from quantdit.layers.quant_embedding import QuantEmbedding, put_layer, scale_of
+from quantdit.layers.quant_embedding import put_layer, quantized_like
 from quantdit.layers.quant_linear import QuantLinear, follow_timesteps, weight_bits
 from quantdit.models.call_view import view
 from quantdit.recipes.finetuning import FineTuning
@@ -36,8 +36,6 @@ from quantdit.system import checksummed_json, files, progress
 from quantdit.system.threads import one_thread
 from quantdit.tensors.layer_spec import LayerSpec
 from quantdit.tensors.timesteps import edges_of
-
-TABLE_ROWS = 4096  # of a table of words that are quantized at once
 
 
 @dataclass(frozen=True)
@@ -151,11 +149,7 @@ def _put(
 
 def _put_layer(model: nn.Module, name: str, spec: LayerSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> QuantLinear:
     """Put a quantized layer in the place of a linear or of a table of words, and return it."""
-    before = model.get_submodule(name)
-    if isinstance(before, nn.Embedding):
-        layer = QuantEmbedding.from_tensors(spec, tensors, scale_of(before))
-    else:
-        layer = QuantLinear.from_tensors(spec, tensors, bias)
+    layer = quantized_like(model.get_submodule(name), spec, tensors, bias)
     put_layer(model, name, layer)
     return layer
 

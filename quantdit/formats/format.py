@@ -103,3 +103,8 @@ class Format:
     def codewords(self) -> int:
         """Return the number of entries of a codebook: one for each code, but for the bits that are signs."""
         return self.code_count >> self.dim if self.sign_split else self.code_count
+
+    @property
+    def by_row(self) -> bool:
+        """Return whether each row of a weight is stored, and found, without the others, as a table of words has to be."""
+        return self.kind in ("whole", "affine")

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantdit.calibration.data_free import quantize_table, quantize_without_data, unit_seed
+from quantdit.calibration.data_free import TABLE_ROWS, quantize_table, quantize_without_data, unit_seed
 from quantdit.checkpoints import checkpoint, class_tree
 from quantdit.checkpoints.checkpoint import METHOD, CheckpointError
 from quantdit.checkpoints.libraries import TRANSFORMERS, library_of
 from quantdit.integrations.quantdit_config import QuantDiTConfig
-from quantdit.layers.quant_embedding import QuantEmbedding, put_layer, scale_of
-from quantdit.layers.quant_linear import QuantLinear
+from quantdit.layers.quant_embedding import QuantEmbedding, put_layer, quantized_like
 from quantdit.models import adapter as adapters
 from quantdit.recipes.resolve import resolve
 from quantdit.recipes.rules import LayerPlan
@@ -29,7 +28,6 @@ from quantdit.system.version import VERSION
 from quantdit.tensors.layer_spec import LayerSpec, as_stored, layer_fields
 
 WHERE = Path("config.json")
-ROWS = 4096  # of a table of embeddings, in float32 at a time
 
 
 class Quantizer:
@@ -112,11 +110,10 @@ class Quantizer:
         plan, weight = self._plans[name], weight.cpu()
         if isinstance(before, nn.Embedding):
             rows, width = weight.shape
-            made = quantize_table(weight.split(ROWS), rows, width, plan.rule.weight, plan.group_size)
-            layer = QuantEmbedding.from_tensors(made.spec, made.tensors, scale_of(before))
+            made = quantize_table(weight.split(TABLE_ROWS), rows, width, plan.rule.weight, plan.group_size)
         else:
             made = quantize_without_data(weight, None, plan, self._seeds[name])
-            layer = QuantLinear.from_tensors(made.spec, made.tensors, None)
+        layer = quantized_like(before, made.spec, made.tensors, None)
         layer.to(device)
         if not isinstance(layer, QuantEmbedding):
             layer.bias = before.bias  # pyright: ignore[reportAttributeAccessIssue] - of a linear

@@ -130,6 +130,17 @@ def dense_embedding(layer: QuantEmbedding, dtype: torch.dtype) -> DenseEmbedding
     return DenseEmbedding(layer.weight.to(dtype), layer.embed_scale)
 
 
+def quantized_like(before: nn.Module, spec: LayerSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> QuantLinear:
+    """Return the quantized layer of such tensors that takes the place of a linear, or of an embedding, which has no bias.
+
+    Raises:
+        ValueError: as `from_tensors` of either, or as `scale_of`.
+    """
+    if isinstance(before, nn.Embedding):
+        return QuantEmbedding.from_tensors(spec, tensors, scale_of(before))
+    return QuantLinear.from_tensors(spec, tensors, bias)
+
+
 def put_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put a layer in the place of a model's linear or embedding, and of those whose weight is tied to its.
 

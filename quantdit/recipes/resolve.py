@@ -20,8 +20,6 @@ from quantdit.recipes.rules import (
     near,
 )
 
-# Kinds of formats that store the rows of a weight apart from each other.
-ROW_BY_ROW = ("whole", "affine")
 WORDS = 'match = "role:words", weight = "int8"'
 
 # What group_size = "auto" prefers. Narrow codes need small groups; a format not listed needs none.
@@ -83,7 +81,7 @@ def _plan(rule: Rule, number: int, layer: Layer, recipe: Recipe) -> LayerPlan:
 def _refusal(weight: str, layer: Layer) -> str:
     """Return why a format does not take a layer, or nothing."""
     f = FORMATS[weight]
-    if layer.role == "words" and f.kind not in ROW_BY_ROW:
+    if layer.role == "words" and not f.by_row:
         return f"rows that are looked up one by one, which {f.name} does not store; give them a rule such as {WORDS}"
     if layer.in_features % f.dim:
         return f"{layer.in_features} inputs, which {f.name} cannot take {f.dim} at a time"
