@@ -28,7 +28,8 @@ from quantdit.pipelines.pipeline import generate, load_pipeline
 
 HERE = Path(__file__).parent
 # PYTHONSAFEPATH, which the Makefile sets, keeps these folders off the path.
-sys.path += [str(HERE), str(HERE / "training")]
+sys.path += [str(HERE), str(HERE / "training"), str(HERE / "study")]
+import measure  # noqa: E402
 from emoji_clips import MOTIONS, THINGS, caption  # noqa: E402
 from emoji_wan import BATCH, GUIDANCE, MODEL, SEEDS, STEPS, row_of  # noqa: E402
 
@@ -122,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "quantdit-text-encoder", help="(%(default)s)")
     work = parser.parse_args().work
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    rows = measure.read_rows(ROWS)
     prompts = list(load_pipeline(MODEL)[0].prompts)
     others = calibration_prompts(tuple(prompts))
     if not (work / "w4a8" / "model_index.json").exists():
@@ -145,7 +146,7 @@ def main() -> None:
         row = {"encoder": bits, "transformer": transformer, "prompts": len(prompts), "calibration": len(others)}
         row |= {"embeddings": round(error, 6), **size_of(encoder[1]), **row_of(clips, reference, prompts)}
         rows.append(row)
-        ROWS.write_text("".join(json.dumps(each) + "\n" for each in rows))
+        measure.write_rows(rows, ROWS)
         print(json.dumps(row))
     write_page(sorted(rows, key=lambda row: PAIRS.index((row["encoder"], row["transformer"]))))
 

@@ -62,7 +62,6 @@ METHOD = "quantdit"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
 KEYS = {"quant_method", "spec", "recipe", "provenance", "timestep_edges", "layers", "sha256"}
 MAX_DEPTH = 32  # of tables in a model's config
-MAX_NUMBER = 2**20  # in a model's config; bases of rotary embeddings aside
 # Numbers in tables that a model computes, such as one of positions, beside as many as its file has.
 FREE_TABLE = 2**26
 COUNTS = ("layers", "blocks", "depth")  # in keys of a config: how many modules are built
@@ -481,7 +480,7 @@ def _is_negative(default: object) -> bool:
     return isinstance(default, int) and default < 0
 
 
-def check_numbers(config: Mapping, tensors: int, where: Path, limit: int = MAX_NUMBER) -> None:
+def check_numbers(config: Mapping, tensors: int, where: Path, limit: int = DIFFUSERS.largest) -> None:
     """Refuse numbers in a config that no model has: what is built from it makes tables of that length, or as many layers.
 
     Args:

@@ -38,8 +38,7 @@ from quantdit.evaluation.samples import Samples, Sampling, batches, caller, prom
 from quantdit.layers.quant_linear import QuantLinear, weight_bits
 from quantdit.models.known_models import EMBEDDED
 from quantdit.pipelines.pipeline import (
-    ENCODERS,
-    PARTS,
+    COMPONENTS,
     SEEDS,
     BareTransformer,
     Source,
@@ -145,7 +144,7 @@ def keep_only(candidate: LoadedModel, original: LoadedModel, only: Sequence[str]
     Raises:
         ValueError: a name that the candidate has no component of.
     """
-    parts = {name: part for name in (*PARTS, *ENCODERS) if isinstance(part := getattr(candidate.pipeline, name, None), nn.Module)}
+    parts = {name: part for name in COMPONENTS if isinstance(part := getattr(candidate.pipeline, name, None), nn.Module)}
     kept = named_parts(only, tuple(parts), candidate.source.label)
     for name in parts.keys() - set(kept):
         setattr(candidate.pipeline, name, getattr(original.pipeline, name))

@@ -312,7 +312,7 @@ ADAPTERS: dict[str, Adapter] = {
 }
 
 # Text encoders whose blocks cannot be told by their weights: the vision tower of Qwen2.5-VL is never called with texts.
-ENCODERS = {
+ENCODER_ADAPTERS = {
     "Qwen2_5_VLForConditionalGeneration": Adapter(("model.language_model.layers",)),
     "Qwen2_5_VLModel": Adapter(("language_model.layers",)),
 }
@@ -348,7 +348,7 @@ def adapter_for(model: nn.Module) -> Adapter:
     Raises:
         ValueError: the model has no list of blocks with linears, so there is nothing to stream.
     """
-    known = (ADAPTERS | ENCODERS).get(type(model).__name__)
+    known = (ADAPTERS | ENCODER_ADAPTERS).get(type(model).__name__)
     if known is not None:
         return known
     inputs, unknown = likely_inputs(model)

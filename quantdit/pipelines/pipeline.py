@@ -18,7 +18,8 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from quantdit.checkpoints import checkpoint, sources, streaming
+from quantdit.checkpoints import checkpoint, streaming
+from quantdit.checkpoints.libraries import DIFFUSERS, TRANSFORMERS
 from quantdit.checkpoints.streaming import is_streamed
 from quantdit.models.class_names import class_number
 from quantdit.models.known_models import KNOWN_MODELS, locate
@@ -46,7 +47,6 @@ NUMBERS: dict[str, tuple[type, int | None, int | None]] = {
 }
 GIVEN = ("prompt", "class_labels", "generator", "num_inference_steps", "output_type")  # whenever a pipeline is called
 DEFAULT_MEMORY = 0.8  # of the machine's
-ANY_SIZE = 2**31  # in the config of a text encoder: its vocabulary, tokens, bases
 
 # Written for quantdit, and of its licence. The order is fixed: a calibration with n samples takes the first n.
 PROMPTS = (
@@ -309,7 +309,7 @@ def load_pipeline(
         raise ValueError(f"{folder}: {index['_class_name']} has no transformer; quantdit quantizes diffusion transformers")
     source = Source(model, folder, found, memory_budget=memory_budget)
     _check_class(source, weights)
-    encoders = [name for name in ENCODERS if present.get(name, ("",))[0] == "transformers"]
+    encoders = [name for name in ENCODERS if present.get(name, ("",))[0] == TRANSFORMERS.name]
     source = replace(source, parts=named_parts(components, (*found, *encoders), str(folder)))
     # A pipeline is sampled with its transformers, whether they are to be quantized or not.
     ours = (*found, *source.encoders)
@@ -365,8 +365,8 @@ def _components(folder: Path, index: dict) -> dict[str, tuple[str, str]]:
         for path in _inside(folder / name):
             if path.name == "config.json":
                 weights = (file for file in _inside(folder / name) if file.suffix == ".safetensors")
-                limit = checkpoint.MAX_NUMBER if found[name][0] == "diffusers" else ANY_SIZE
-                checkpoint.check_numbers(files.read_json(path, finite=False), sum(map(_tensors, weights)), path, limit)
+                library = DIFFUSERS if found[name][0] == DIFFUSERS.name else TRANSFORMERS
+                checkpoint.check_numbers(files.read_json(path, finite=False), sum(map(_tensors, weights)), path, library.largest)
     if (path := folder / checkpoint.SCHEDULER).exists():
         checkpoint.check_numbers(files.read_json(path, finite=False), 0, path)
     return found
@@ -470,9 +470,6 @@ def _compiled(
             if not accept_config and not source.bare:
                 checkpoint.check_scheduler(source.folder, folder)
             continue
-        sources.check_method(files.read_json(folder / "config.json"), folder / "config.json")
-        if not any(folder.glob("*.safetensors")):
-            raise ValueError(f"{folder} has no safetensors weights, and pickled ones (.bin) are not read: they can run any code")
         needs[name] = streaming.need_of(folder, dtype, names[name])
     if not needs:
         return parts

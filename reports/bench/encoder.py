@@ -10,7 +10,6 @@ seconds of all follow. Rows that are there are kept. Writes encoder.jsonl and en
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -107,11 +106,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "quantdit-encoder", help="(%(default)s)")
     work = parser.parse_args().work
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    rows = measure.read_rows(ROWS)
     for name in RUNS:
         if all(row["run"] != name for row in rows):
             rows.append(make_row(name, work))
-            ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            measure.write_rows(rows, ROWS)
     write_page(rows)
 
 
