@@ -38,6 +38,7 @@ from quantdit.pipelines.pipeline import MODEL, PARTS, BareTransformer, Source, c
 from quantdit.pipelines.sampling import sample, sampled_times, sampling_plan_for
 from quantdit.recipes.presets import (
     BEST,
+    encoder_bits_of,
     finetuning_for,
     finetuning_of,
     from_any,
@@ -117,7 +118,7 @@ def calibrate(
         progress.say(f"loading {model}")  # seconds go into it
         stack.enter_context(progress.alone())
         pipeline, source = _open(model, given | {"components": components}, scratch)
-        chosen = with_encoders(chosen, source.encoders, encoder_bits)
+        chosen = with_encoders(chosen, source.encoders, encoder_bits or (encoder_bits_of(recipe) if is_bits(recipe) else None))
         device = str(given.get("device", "cpu"))
         sampling = sampling_plan_for(pipeline, source, device, {key: given[key] for key in SAMPLING if key in given})
         wanted = {field: given.get(name) for name, field in FINETUNING.items()}

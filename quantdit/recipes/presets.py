@@ -206,23 +206,23 @@ def with_words(recipe: Recipe) -> Recipe:
     return replace(recipe, rules=(words, *recipe.rules))
 
 
+def encoder_bits_of(bits: str) -> str:
+    """Return what text encoders are quantized to beside a transformer of these bits; X that are left open count as 4."""
+    return ENCODER_DEFAULTS[4 if bits.startswith(AUTO) else _widths(bits)[0]]
+
+
 def with_encoders(recipe: Recipe, encoders: Sequence[str], bits: str | None = None) -> Recipe:
     """Return a recipe that says, too, how each of some text encoders is quantized: as it says, else to `bits`.
 
     Raises:
-        ValueError: bits that are none of ENCODER_BITS, or not given where neither the recipe nor its name tells; a section of a
-            component that is none of these encoders.
+        ValueError: bits that are none of ENCODER_BITS, or None where the recipe does not say; a section of a component that is
+            none of these encoders.
     """
     if other := next((name for name in recipe.components if name not in encoders), None):
         raise ValueError(f"recipe {recipe.name} has a section of {other}, which is not among the components to be quantized")
     missing = [name for name in encoders if name not in recipe.components]
     if not missing:
         return recipe
-    known = re.match(r"w(\d+)a\d+", recipe.name)
-    if bits is None and recipe.name.startswith(AUTO):
-        bits = ENCODER_DEFAULTS[4]
-    elif bits is None and known is not None and int(known[1]) in ENCODER_DEFAULTS:
-        bits = ENCODER_DEFAULTS[int(known[1])]
     if bits is None:
         raise ValueError(
             f"recipe {recipe.name} does not say how {missing[0]} is quantized; give --encoder-bits w4a16, or"

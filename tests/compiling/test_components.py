@@ -17,6 +17,7 @@ from quantdit.checkpoints import checkpoint, streaming
 from quantdit.compiling import quantize_blocks
 from quantdit.compiling.report import REPORT
 from quantdit.layers.quant_embedding import QuantEmbedding
+from quantdit.recipes.presets import encoder_bits_of
 from quantdit.system import files
 
 ENCODERS = {
@@ -167,6 +168,21 @@ def test_a_recipe_has_a_section_for_each_encoder(wan, cli, tmp_path: Path) -> No
     assert ran.code == 0, ran.err
     layers = files.read_json(tmp_path / "out" / "text_encoder" / "config.json")["quantization_config"]["layers"]
     assert layers and all("DenseReluDense" in name and entry["weight"]["format"] == "int4" for name, entry in layers.items())
+
+
+@pytest.mark.parametrize("name", ["w4a8", "mine"])
+def test_a_recipe_without_a_section_does_not_say_by_its_name(name: str, wan, cli, tmp_path: Path) -> None:
+    full, how = wan
+    recipe = tmp_path / f"{name}.toml"
+    recipe.write_text('[[rule]]\nmatch = "*"\nweight = "int8"\n')
+    arguments = ("calibrate", "--model", full, "--recipe", recipe, "--components", "all", *how)
+    ran = cli(*arguments, "--output", tmp_path / "out")
+    assert ran.code == 1 and "does not say how text_encoder is quantized; give --encoder-bits" in ran.err, ran.err
+
+
+@pytest.mark.parametrize(("bits", "expected"), [("w2a16", "w3a16"), ("w3a8", "w3a16"), ("w6a8", "w8a16"), ("autoa8", "w4a16")])
+def test_encoders_are_as_narrow_as_the_transformer_with_wider_inputs(bits: str, expected: str) -> None:
+    assert encoder_bits_of(bits) == expected
 
 
 REFUSED = {
