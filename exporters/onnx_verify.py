@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from quantdit.calibration import errors
-from quantdit.calibration.observe.prediction import prediction_of
 from quantdit.checkpoints import checkpoint
 from quantdit.exporters import onnx_session
 from quantdit.exporters.onnx_session import OnnxForward, arguments_of
 from quantdit.models.adapter import adapter_for
+from quantdit.models.prediction import prediction_of
 from quantdit.pipelines.pipeline import BareTransformer
 from quantdit.pipelines.sampling import sample
 from quantdit.recipes.sampling_plan import SamplingPlan, Size

@@ -27,6 +27,7 @@ if _TYPE_CHECKING:  # what _LATER imports
     from quantdit.evaluation.run import evaluate
     from quantdit.inspection.inspection import inspect
     from quantdit.integrations.quantdit_config import QuantDiTConfig
+    from quantdit.step_plans.following import step_plan
 
 __version__ = _VERSION
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "inspect",
     "load",
     "quantize",
+    "step_plan",
 ]
 
 # Imported when they are asked for: they bring diffusers along.
@@ -58,6 +60,7 @@ _LATER = {
     "inspect": "quantdit.inspection.inspection",
     "load": "quantdit.compiling.in_memory",
     "quantize": "quantdit.compiling.in_memory",
+    "step_plan": "quantdit.step_plans.following",
 }
 
 

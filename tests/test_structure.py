@@ -33,7 +33,7 @@ ORDER = (
     ("tensors",),
     ("recipes",),
     ("models", "kernels"),
-    ("layers", "calibration"),
+    ("layers", "calibration", "step_plans"),
     ("checkpoints",),
     ("integrations",),
     ("pipelines",),
@@ -45,7 +45,7 @@ ORDER = (
 )
 
 # Imported when they are asked for.
-LATER = {"QuantDiTConfig", "calibrate", "evaluate", "export", "gate", "generate", "inspect", "load", "quantize"}
+LATER = {"QuantDiTConfig", "calibrate", "evaluate", "export", "gate", "generate", "inspect", "load", "quantize", "step_plan"}
 PUBLIC = sorted({"FORMATS", "Format", "QSpec", "QTensor", "Recipe", "Rule"} | LATER)
 HEAVY = (
     "diffusers",

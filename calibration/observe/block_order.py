@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from quantdit.calibration.observe.prediction import predicting, prediction_of
 from quantdit.calibration.observe.recorded_calls import Call, Key
+from quantdit.models.prediction import predicting, prediction_of
 
 Outputs = tuple[Tensor | None, ...]
 

@@ -13,10 +13,10 @@ from quantdit.calibration import errors
 from quantdit.calibration import stats as statistics
 from quantdit.calibration.observe import recorded_calls as call_files
 from quantdit.calibration.observe.block_order import predict, run_call
-from quantdit.calibration.observe.prediction import predicting, prediction_of
 from quantdit.calibration.observe.recorded_calls import Call, StoredCalls
 from quantdit.calibration.stats import Stats
 from quantdit.models.call_view import times_rise, view
+from quantdit.models.prediction import predicting, prediction_of
 from quantdit.tensors.timesteps import buckets_of, rising
 
 

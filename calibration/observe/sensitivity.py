@@ -24,10 +24,10 @@ from quantdit.calibration.errors import squared
 from quantdit.calibration.layer import Quantized, quantize_layer
 from quantdit.calibration.observe.block_order import replaced, run_call, tensors_of
 from quantdit.calibration.observe.capture import run_block
-from quantdit.calibration.observe.prediction import prediction_of
 from quantdit.calibration.observe.recorded_calls import Call, rows_of
 from quantdit.calibration.stats import Stats
 from quantdit.formats import FORMATS, QSpec
+from quantdit.models.prediction import prediction_of
 from quantdit.recipes.resolve import layer_without_data
 from quantdit.recipes.rules import LayerPlan
 from quantdit.tensors.layer_spec import LayerSpec, stored_bytes

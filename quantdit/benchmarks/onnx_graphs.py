@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from quantdit.benchmarks import cpu_linear
-from quantdit.calibration.observe.prediction import prediction_of
 from quantdit.checkpoints.random_weights import write_random_transformer
 from quantdit.compiling.compile import compile
 from quantdit.compiling.plan import Plan
 from quantdit.exporters import onnx_session, onnx_verify, to_onnx
 from quantdit.models.adapter import adapter_for
 from quantdit.models.known_models import transformer_config
+from quantdit.models.prediction import prediction_of
 from quantdit.models.synthetic import synthetic_inputs
 from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.recipes.presets import from_bits, with_weight_format

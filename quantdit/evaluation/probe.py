@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from quantdit.calibration.observe.prediction import prediction_of
 from quantdit.models.call_view import view
+from quantdit.models.prediction import prediction_of
 
 STEPS = 4  # of a trajectory that are looked at, evenly spread
 

@@ -169,9 +169,14 @@ class PixelWanPipeline(DiffusionPipeline, WanLoraLoaderMixin):  # pyright: ignor
         self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps), device=device)
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):  # pyright: ignore[reportArgumentType, reportCallIssue] - undecorated
             inputs = torch.cat([x, x]) if guided else x
-            clip = self.transformer(
-                with_positions(inputs).to(dtype), timestep=t.expand(len(inputs)), encoder_hidden_states=text, return_dict=False
-            )[0].float()
+            # What caches of diffusers ask for. Both halves of guidance are one call.
+            with self.transformer.cache_context("cond", step_index=i, num_inference_steps=num_inference_steps):
+                clip = self.transformer(
+                    with_positions(inputs).to(dtype),
+                    timestep=t.expand(len(inputs)),
+                    encoder_hidden_states=text,
+                    return_dict=False,
+                )[0].float()
             if guided:
                 conditional, unconditional = clip.chunk(2)
                 clip = unconditional + guidance_scale * (conditional - unconditional)

@@ -20,13 +20,13 @@ import quantdit
 import tiny_models
 from quantdit import Recipe, Rule
 from quantdit.calibration.observe.capture import transformer_calls
-from quantdit.calibration.observe.prediction import prediction_of
 from quantdit.checkpoints.checkpoint import quant_layers, read_transformer
 from quantdit.compiling import quantize_blocks
 from quantdit.exporters.to_comfyui import express
 from quantdit.exporters.to_onnx import graph_of
 from quantdit.kernels.triton_ops import dispatch
 from quantdit.models.adapter import adapter_for
+from quantdit.models.prediction import prediction_of
 from quantdit.models.synthetic import latent_of, moved_inputs, synthetic_inputs
 from quantdit.tensors.layer_spec import ActivationSpec
 

@@ -10,10 +10,10 @@ import torch
 import quantdit
 import tiny_models
 from quantdit import Recipe, Rule
-from quantdit.calibration.observe.prediction import prediction_of
 from quantdit.exporters.onnx_session import OnnxForward, open_graph
 from quantdit.exporters.to_onnx import graph_of, save
 from quantdit.models.adapter import adapter_for
+from quantdit.models.prediction import prediction_of
 from quantdit.models.synthetic import latent_of, moved_inputs, synthetic_inputs
 
 pytest.importorskip("onnx")

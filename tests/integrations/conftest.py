@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import quantdit
 import tiny_models
-from quantdit.calibration.observe.prediction import prediction_of
 from quantdit.models.adapter import adapter_for
+from quantdit.models.prediction import prediction_of
 from quantdit.models.synthetic import synthetic_inputs
 from quantdit.recipes.rules import Recipe, Rule
 

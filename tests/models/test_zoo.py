@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import tiny_models
-from quantdit.calibration.observe.prediction import prediction_of
 from quantdit.checkpoints import streaming
 from quantdit.checkpoints.checkpoint import quant_layers, read_transformer
 from quantdit.compiling.compile import compile
 from quantdit.compiling.plan import Plan
 from quantdit.compiling.report import REPORT
 from quantdit.models.adapter import adapter_for, layers
+from quantdit.models.prediction import prediction_of
 from quantdit.models.synthetic import synthetic_inputs
 from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.recipes.presets import from_bits

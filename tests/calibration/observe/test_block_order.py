@@ -21,8 +21,8 @@ from quantdit.calibration.observe.block_order import (
     outputs_of,
     run_call,
 )
-from quantdit.calibration.observe.prediction import prediction_of
 from quantdit.calibration.observe.recorded_calls import Call, Key
+from quantdit.models.prediction import prediction_of
 
 WIDTH = 4
 

@@ -1,4 +1,4 @@
-"""What of a model's output its pipeline computes with: the tensor that a model's error is measured on."""
+"""What of a model's output its pipeline computes with: the tensor that errors are measured on and that step plans forecast."""
 
 from __future__ import annotations
 
@@ -28,3 +28,22 @@ def predicting(model: nn.Module) -> nn.Module:
     """
     base = getattr(model, "base_model", model)  # of transformers
     return base if isinstance(base, nn.Module) else model
+
+
+def with_prediction(output: object, prediction: Tensor) -> object:
+    """Return an output like a given one, of another prediction: what `prediction_of` returns of it.
+
+    Args:
+        output: of a call of the same model.
+        prediction: in the shape of that output's.
+    """
+    if isinstance(output, Tensor):
+        return prediction
+    if isinstance(output, list) and isinstance(output[0], Tensor):
+        return list(prediction.unbind())
+    if isinstance(output, dict):  # outputs of diffusers and of transformers are
+        key = next(key for key, value in output.items() if prediction_of(value) is not None)
+        return type(output)(**{**output, key: with_prediction(output[key], prediction)})
+    assert isinstance(output, tuple | list)
+    place = next(i for i, value in enumerate(output) if prediction_of(value) is not None)
+    return type(output)((*output[:place], with_prediction(output[place], prediction), *output[place + 1 :]))

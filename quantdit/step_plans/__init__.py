@@ -1,0 +1,1 @@
+"""Step plans: which steps of a trajectory a transformer computes, and how the outputs of the others are forecast."""
