@@ -25,6 +25,7 @@ from quantdit.pipelines.pipeline import (
     makes_clips,
     sampling_arguments,
 )
+from quantdit.pipelines.step_plans import carried, following
 from quantdit.system import files, progress
 from quantdit.system.output_places import PICTURES, require_picture, require_suffix
 
@@ -56,6 +57,7 @@ def generate(
     samples: int | None = None,
     dtype: str | torch.dtype = "float32",
     accept_config: bool = False,
+    steps_plan: bool = False,
     **options: Unpack[SamplingOptions],
 ) -> Tensor:
     """Sample images or clips from a model, full precision or quantized, and write a picture of them.
@@ -69,6 +71,7 @@ def generate(
         samples: how many; None: one of each prompt, or 40 images or 8 clips without prompts.
         dtype: of everything that is not quantized: torch.float32, torch.bfloat16, torch.float16, or the name of one of them.
         accept_config: load a quantized model although its config or its scheduler's config was changed since it was written.
+        steps_plan: follow the step plan that the model carries: compute some of the steps, and forecast the others.
         options: of `pipeline.Sampling`: seed, steps, guidance, prompts, classes, negative_prompt, height, width, frames, batch.
 
     Returns:
@@ -100,7 +103,9 @@ def generate(
     count = asked.samples if samples is not None else len(asked.prompts) if asked.prompts else CLIPS if clips else IMAGES
     settled = asdict(asked)
     del settled["samples"]
-    made = pipeline.generate(made_by, count, **settled)
+    plans = carried(made_by, source.label) if steps_plan else {}
+    with following(made_by, plans):
+        made = pipeline.generate(made_by, count, **settled)
     output.parent.mkdir(parents=True, exist_ok=True)
     in_a_row = int(in_a_row or (CLIP_COLUMNS if clips else IMAGE_COLUMNS))
     if clips:

@@ -73,6 +73,13 @@ def _add_recipe(sub: argparse.ArgumentParser) -> None:
         metavar="wXaY",
         help=f"of the text encoders among them: {' '.join(ENCODER_BITS)} (by the transformer's X: w8a16, w4a16 or w3a16)",
     )
+    sub.add_argument(
+        "--steps-plan",
+        type=options.number,
+        metavar="SHARE",
+        help="compute this share of the sampling steps (0.5: half) and forecast the others, as measures best on the quantized"
+        " model; transformer.enable_cache(quantdit.step_plan(transformer)) turns it on",
+    )
     whose = sub.add_argument_group("whose method makes a recipe of --bits", _methods())
     whose.add_argument("--method", metavar="NAME", default=BEST, help="(%(default)s)")
 
@@ -150,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
             max_output_error=args.max_output_error,
             components=args.components,
             encoder_bits=args.encoder_bits,
+            steps_plan=args.steps_plan,
             resume=args.resume,
             overwrite=args.overwrite,
             **given,
@@ -176,7 +184,20 @@ def _print(result: CompileResult) -> None:
         f" mean {kind} {error:.4f}, {sum(result.seconds.values()):.0f} s, at most"
         f" {result.memory['peak_bytes'] / 2**30:.1f} GiB of memory; report in {result.output / REPORT}"
     )
+    _print_steps(result)
     _print_rest(result)
+
+
+def _print_steps(result: CompileResult) -> None:
+    """Print which step plan the output has, and what it costs."""
+    if result.step_plan is None or (best := result.step_plan["chosen"]) is None:
+        return
+    computed, count = next(iter(result.step_plan["computed"].values())), result.step_plan["asked"]["count"]
+    fewer = result.step_plan["fewer_steps"]
+    print(
+        f"step plan: {len(computed)} of {count} steps computed, the others forecast ({best['forecast']}): {best['psnr']:.1f} dB"
+        f" from every step; {fewer['steps']} steps without a plan: {fewer['psnr']:.1f} dB"
+    )
 
 
 def _print_rest(result: CompileResult) -> None:

@@ -63,6 +63,11 @@ def add(commands: Commands) -> None:
         metavar="NAMES",
         help="components of CAND to compare, with commas between, such as transformer; the others are REF's (all)",
     )
+    sub.add_argument(
+        "--steps-plan",
+        action="store_true",
+        help="sample CAND by the step plan that it carries (calibrate --steps-plan), and show what as many steps give otherwise",
+    )
     options.add_sampling(sub)
 
 
@@ -77,7 +82,10 @@ def run(args: argparse.Namespace) -> int:
     from quantdit.evaluation.run import FOLDERS, SUMMARY, evaluate
 
     options.quiet()
-    others = {key: getattr(args, key) for key in ("seeds", "probes", "device", "noise_floor", "accept_config", "only", *FOLDERS)}
+    others = {
+        key: getattr(args, key)
+        for key in ("seeds", "probes", "device", "noise_floor", "accept_config", "only", "steps_plan", *FOLDERS)
+    }
     evaluate(args.reference, args.candidate, args.output, **asked, **others)
     print((args.output / SUMMARY).read_text())
     print(args.output / "report.html")

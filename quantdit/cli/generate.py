@@ -48,6 +48,7 @@ def add(commands: Commands) -> None:
         metavar="FILE",
         help="let graphs that were exported from DIR compute in the transformer's place",
     )
+    sub.add_argument("--steps-plan", action="store_true", help="follow the step plan that the model carries")
     options.add_sampling(sub)
 
 
@@ -62,8 +63,9 @@ def run(args: argparse.Namespace) -> int:
     from quantdit.api import generate
 
     options.quiet()
+    how = {"onnx": args.onnx or (), "accept_config": args.accept_config, "steps_plan": args.steps_plan}
     try:
-        generate(args.model, args.output, args.columns, args.device, args.onnx or (), accept_config=args.accept_config, **asked)
+        generate(args.model, args.output, args.columns, args.device, **how, **asked)
     except ValueError as error:
         if args.prompt is None or "--prompts" not in str(error):
             raise

@@ -23,7 +23,7 @@ from quantdit.calibration.observe.timestep_salience import salient_calls
 from quantdit.checkpoints import checkpoint, streaming
 from quantdit.checkpoints.random_weights import open_scratch, write_random_transformer
 from quantdit.checkpoints.streaming import Stream, stream_of
-from quantdit.compiling import quantize_blocks, report, work_folder
+from quantdit.compiling import choose_steps, quantize_blocks, report, work_folder
 from quantdit.compiling.block_inputs import describe_chain, links_of
 from quantdit.compiling.choose_widths import quantize_to_target
 from quantdit.compiling.identity import identity_of, run_of
@@ -49,6 +49,7 @@ from quantdit.recipes.presets import (
 )
 from quantdit.recipes.rules import Recipe
 from quantdit.recipes.sampling_plan import SamplingPlan
+from quantdit.recipes.steps import Steps
 from quantdit.system import files, memory, progress
 from quantdit.system.threads import threads
 from quantdit.tensors.timesteps import buckets_of
@@ -69,6 +70,7 @@ def calibrate(
     max_output_error: float | None = None,
     components: str | Sequence[str] = PARTS[0],
     encoder_bits: str | None = None,
+    steps_plan: float | None = None,
     resume: bool = False,
     overwrite: bool = False,
     **options: object,
@@ -86,6 +88,8 @@ def calibrate(
             text encoders; `all`, these and the transformers.
         encoder_bits: of the text encoders among them, one of presets.ENCODER_BITS; None: as the recipe says, with bits `w8a16`,
             `w4a16` or `w3a16` by the transformer's bits a weight.
+        steps_plan: share of the sampling steps that are computed, such as 0.5; the others are forecast, in the way that measures
+            best on the quantized model. The checkpoint carries the plan; `quantdit.step_plan` turns it on.
         resume: go on with an interrupted run of the same settings.
         overwrite: replace an output that quantdit wrote, unless it holds files of yours.
         options: what is sampled (fields of SamplingPlan: samples, steps, seed, guidance, height, width, frames, prompts,
@@ -105,6 +109,8 @@ def calibrate(
     has_target = size_budget is not None or max_output_error is not None
     target = Target(size_budget, max_output_error) if has_target else None
     chosen = recipe_for(recipe, method, target, given.get("weight_format"))
+    if steps_plan is not None:
+        chosen = replace(chosen, steps=replace(chosen.steps or Steps(steps_plan), compute=steps_plan))
     output = Path(files.check_path("output", output))
     if method != BEST and given.get("samples") == 0:
         raise ValueError(f"--method {method} calibrates on samples that the model makes itself; leave out --samples 0")
@@ -211,6 +217,8 @@ def _compile(pipeline: object, source: Source, plan: Plan, output: Path, resume:
     plan = plan.for_its_data()
     components = {part: component(t, plan.of(part).recipe) for part, t in transformers.items()}
     check(plan, components)
+    if plan.recipe.steps is not None:
+        choose_steps.check(pipeline, plan.recipe.steps, plan.sampling, any(map(streaming.is_streamed, transformers.values())))
     for transformer in transformers.values():
         check_finite(transformer)
     identity = identity_of(pipeline, source, plan)
@@ -227,11 +235,17 @@ def _compile(pipeline: object, source: Source, plan: Plan, output: Path, resume:
                 made[part] = quantize_blocks.quantize(job, components[part].plans, job.folder / "blocks")
             else:
                 made[part], allocation = quantize_to_target(job, components[part], job.plan.target)
-    quantized = time.perf_counter()
+    quantized, step_plan = time.perf_counter(), None
+    if plan.recipe.steps is not None:
+        with without_cache(transformers.values()), threads(plan.sampling.threads):
+            planned = {part: job.transformer for part, job in jobs.items() if part not in source.encoders}
+            step_plan = choose_steps.choose(pipeline, planned, plan.recipe.steps, plan.sampling)
+    chosen = time.perf_counter()
     written = _write(source, jobs, partial, identity)
-    seconds = {"sample": captured - began, "quantize": quantized - captured, "write": time.perf_counter() - quantized}
+    seconds = {"sample": captured - began, "quantize": quantized - captured, "write": time.perf_counter() - chosen}
+    seconds |= {"steps": chosen - quantized} if step_plan is not None else {}
     result = _result(output, source, identity, components, jobs, made, seconds)
-    result = replace(result, allocation=allocation, files=written)
+    result = replace(result, allocation=allocation, step_plan=step_plan, files=written)
     files.write_json(partial / REPORT, report.to_json(result))
     work_folder.publish(partial, output, identity)
     return result

@@ -167,6 +167,11 @@ def _recipe(given: Recipe | Mapping | str | Path, method: str, has_inputs: bool,
             f"recipe {recipe.name} leaves widths open, which quantdit.quantize does not choose; give bits such as 'w4a8', or have"
             " the command line choose: quantdit calibrate --bits auto --max-output-error 0.02"
         )
+    if recipe.steps is not None:
+        raise ValueError(
+            f"recipe {recipe.name} asks for a step plan, which is chosen by sampling with the whole pipeline: use"
+            " quantdit.calibrate, or leave out [steps]"
+        )
     return recipe if has_inputs else without_data(recipe, "give quantdit.quantize some inputs=")
 
 

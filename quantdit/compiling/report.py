@@ -57,6 +57,7 @@ class CompileResult:
         dense_layers: how many linears were left as they are; None in reports of versions that did not count.
         allocation: how open weights were chosen for the plan's target; None without one.
         model_rel_rmse_of_parts: by transformer, where there are several.
+        step_plan: what step plans were tried and which is kept; None if none was asked for.
         warning: what a user must know of the output.
         already_finished: a run before made it; nothing was done.
     """
@@ -78,6 +79,7 @@ class CompileResult:
     dense_layers: int | None = None
     allocation: dict | None = None
     model_rel_rmse_of_parts: dict[str, float | None] | None = None
+    step_plan: dict | None = None
     warning: str | None = None
     already_finished: bool = False
 

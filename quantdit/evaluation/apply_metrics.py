@@ -213,6 +213,12 @@ def drift_of(
     }
 
 
+def psnr_of(reference: Samples, candidate: Tensor) -> dict[str, object]:
+    """Return the mean PSNR in dB of samples against the reference's, with its interval over prompts."""
+    found = psnr(as_images(reference.images), as_images(candidate))
+    return _mean(capped(found), clusters_of(reference.prompts, LEAST_PROMPTS), PSNR_CEILING)
+
+
 def _mean(values: Tensor, clusters: np.ndarray, largest: float) -> dict[str, object]:
     """Return the mean and its interval, which ends at the largest possible value."""
     found = bootstrap(values.double().numpy(), clusters)

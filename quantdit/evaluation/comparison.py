@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from quantdit.checkpoints import checkpoint
 from quantdit.checkpoints.streaming import is_streamed
 from quantdit.compiling.report import size_of
+from quantdit.evaluation import equal_compute
 from quantdit.evaluation.apply_metrics import (
     alone_of,
     cmmd_of,
@@ -48,6 +49,8 @@ from quantdit.pipelines.pipeline import (
     named_parts,
     sample_seed,
 )
+from quantdit.pipelines.step_plans import following
+from quantdit.step_plans.step_plan import StepPlan
 from quantdit.system import files, progress
 
 LEAST_SAMPLES = 4
@@ -195,18 +198,26 @@ def sample_reference(
     return Reference(model, sampling, samples, other, floor, backbone, pair, alone, alignment, clip, cache)
 
 
-def compare_models(reference: Reference, candidate: LoadedModel, real: Tensor | None = None, probes: int = PROBES) -> Comparison:
+def compare_models(
+    reference: Reference,
+    candidate: LoadedModel,
+    real: Tensor | None = None,
+    probes: int = PROBES,
+    plans: Mapping[str, StepPlan] | None = None,
+) -> Comparison:
     """Sample the candidate, which makes samples of the reference's shape, with the reference's seeds, and measure.
 
     Args:
         reference: sampled.
         candidate: loaded.
         real: features `[n, d]` of real images.
-        probes: samples whose inputs both transformers are given.
+        probes: samples whose inputs both transformers are given; the probe computes every step.
+        plans: that the candidate is sampled by, by the names of its transformers; None: it computes every step.
     """
     first, sampling, backbone = reference.samples, reference.sampling, reference.backbone
     cache = None if candidate.only else reference.cache  # kept samples are known by the folder of a whole model
-    second = sample(candidate.pipeline, candidate.source, sampling, cache, candidate.source.label)
+    with following(candidate.pipeline, plans or {}):
+        second = sample(candidate.pipeline, candidate.source, sampling, cache, candidate.source.label)
     features = (reference.features[0], backbone.of_samples(second.images))
     paired = paired_of(first.images, second.images)
     sets = sets_of(*features, reference.features[1], first.prompts, backbone)
@@ -219,7 +230,7 @@ def compare_models(reference: Reference, candidate: LoadedModel, real: Tensor | 
         sets[f"CMMD ({reference.clip.name})"] = cmmd_of(embedded[0], embedded[1], embedded[2], first.prompts)
     report = {
         "format": FORMAT,
-        "identity": _identity(reference) | ({"only": list(candidate.only)} if candidate.only else {}),
+        "identity": _identity(reference) | _identity_of_candidate(candidate, plans),
         "versions": versions(),
         "reference": _json(reference.model),
         "candidate": _json(candidate),
@@ -234,6 +245,9 @@ def compare_models(reference: Reference, candidate: LoadedModel, real: Tensor | 
         "measures": meanings(rows[0]),
         "samples": rows,
     }
+    if plans:
+        original, quantized = ((m.pipeline, m.source) for m in (reference.model, candidate))
+        report["step_plan"] = equal_compute.rows_of(original, quantized, plans, sampling, first, second)
     return Comparison(report, second)
 
 
@@ -293,6 +307,12 @@ def _identity(reference: Reference) -> dict:
         "dtype": sampling.dtype,
         "shape": list(reference.samples.images.shape[1:]),
     }
+
+
+def _identity_of_candidate(candidate: LoadedModel, plans: Mapping[str, StepPlan] | None) -> dict:
+    """Return what of the candidate the two must have in common: what is compared, and how many steps it computes."""
+    found: dict[str, object] = {"only": list(candidate.only)} if candidate.only else {}
+    return found | ({"step plan": [f"{len(p.computed)} of {len(p.times)} steps" for p in plans.values()]} if plans else {})
 
 
 def _layer_sizes(transformer: nn.Module) -> dict[str, dict]:

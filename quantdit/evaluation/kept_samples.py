@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantdit.pipelines.pipeline import Sampling, Source
+from quantdit.pipelines.step_plans import followed
 from quantdit.system import files
 
 PACKAGES = ("quantdit", "torch", "diffusers", "numpy")
@@ -28,14 +29,18 @@ RECORD = "sample"  # key of what a kept file says of its sample
 def identity_of(pipeline: Any, source: Source, asked: Sampling) -> dict:
     """Return all that a sample depends on besides its prompt and seed."""
     options = {key: value for key, value in asdict(asked).items() if key not in ("samples", "seed", "prompts", "classes")}
-    return options | {
-        "model": folder_digest(source.folder),
-        "pipeline": type(pipeline).__name__,
-        "device": str(getattr(pipeline, "device", "cpu")).split(":")[0],
-        "loaded dtype": str(getattr(pipeline, "dtype", "")),
-        "versions": versions(),
-        "code": _code_digest(),
-    }
+    return (
+        options
+        | {
+            "model": folder_digest(source.folder),
+            "pipeline": type(pipeline).__name__,
+            "device": str(getattr(pipeline, "device", "cpu")).split(":")[0],
+            "loaded dtype": str(getattr(pipeline, "dtype", "")),
+            "versions": versions(),
+            "code": _code_digest(),
+        }
+        | ({"step plans": {part: plan.to_dict() for part, plan in plans.items()}} if (plans := followed(pipeline)) else {})
+    )
 
 
 def versions() -> dict[str, str]:

@@ -31,6 +31,7 @@ from quantdit.evaluation.report.picture import first_frames, side_by_side
 from quantdit.evaluation.report.summary import summary
 from quantdit.evaluation.samples import Samples, Sampling, shape_of_one
 from quantdit.pipelines.pipeline import MODEL, check_options, checked_numbers, makes_clips, sampling_arguments
+from quantdit.pipelines.step_plans import carried
 from quantdit.system import files, progress
 from quantdit.system.optional_import import require
 from quantdit.system.output_places import require_folder
@@ -63,6 +64,7 @@ class Request:
         vbench: folder of an environment that has the vbench package.
         vbench_weights: folder of its networks.
         accept_config: as `load_pipeline` takes it, for both models.
+        steps_plan: sample the candidate by the step plan that it carries, and compare that with as many steps spent otherwise.
         only: components of the candidate that are compared, such as `transformer`; the others are the reference's. None: all.
     """
 
@@ -82,6 +84,7 @@ class Request:
     vbench_weights: Path | None = None
     accept_config: bool = False
     only: str | Sequence[str] | None = None
+    steps_plan: bool = False
 
 
 NO_OPTIONS = ("reference", "candidate", "output", "sampling")  # fields of Request that `evaluate` fills itself
@@ -123,6 +126,7 @@ def run(request: Request) -> dict:
     clip = load_clip(request.clip_weights) if request.clip_weights else None
     real = torch.cat([backbone.features(x) for x in read_images(request.real)]) if request.real else None
     candidate = open_model(request.candidate, request.device, request.sampling.dtype, request.accept_config)
+    plans = carried(candidate.pipeline, candidate.source.label) if request.steps_plan else None
     sampling = _settled(request, candidate.pipeline)
     original = open_model(request.reference, request.device, sampling.dtype, request.accept_config)
     if request.only is not None:
@@ -130,7 +134,7 @@ def run(request: Request) -> dict:
     _check_shapes(original, candidate, sampling, request.vbench is not None)
     cache = request.output / "samples" if request.cache is None else request.cache
     reference = sample_reference(original, sampling, cache, request.noise_floor, backbone, clip, request.accept_config)
-    made = compare_models(reference, candidate, real, request.probes)
+    made = compare_models(reference, candidate, real, request.probes, plans)
     if request.vbench:
         both = {"reference": reference.samples, "candidate": made.samples}
         made.report["vbench"] = vbench_scores.run(request.vbench, request.vbench_weights, both, request.output / "vbench")

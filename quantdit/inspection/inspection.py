@@ -17,6 +17,7 @@ from quantdit.inspection.report_checks import checked_allocation, checked_report
 from quantdit.inspection.text_table import wrapped
 from quantdit.layers.quant_linear import QuantLinear
 from quantdit.pipelines.pipeline import COMPONENTS, PARTS, check_quantized
+from quantdit.step_plans.step_plan import StepPlan
 from quantdit.system import files
 
 WORST = 10
@@ -35,6 +36,7 @@ class Inspection:
         report: what calibration_report.json says of each; empty without that file.
         allocation: how weight formats were chosen, None if they were not.
         size: as compiler.size_of.
+        plans: by transformer, its step plan; those without one are left out.
         edges: by transformer, the times that the wider activations of the first and of the last steps end at; those without such
             activations are left out.
     """
@@ -45,6 +47,7 @@ class Inspection:
     report: dict[str, dict]
     allocation: dict | None
     size: Size
+    plans: dict[str, StepPlan]
     edges: dict[str, tuple[float, float]]
 
     def __repr__(self) -> str:
@@ -80,6 +83,8 @@ class Inspection:
         if len(shown) < len(layers):
             lines += ["", f"the {len(shown)} worst of {len(layers)} layers; --all lists every one"]
         lines += ["", *layer_table(shown, width)]
+        for part, plan in self.plans.items():
+            lines += wrapped([f"step plan of {part}: {plan}"], width)
         for part, levels in self.edges.items():
             lines += wrapped([EDGES.format(part, *levels)], width)
         names = [layer.name for layer in shown]
@@ -92,6 +97,7 @@ class Inspection:
         """Return what `text` shows, of every layer, for JSON: `layers`, `size`, `allocation`, and `report` of each layer."""
         layers = {name: asdict(layer) | {"report": self.report.get(name)} for name, layer in self.layers.items()}
         known = {"folder": str(self.folder), "size": self.size, "layers": layers, "allocation": self.allocation}
+        known |= {"step_plans": {part: plan.to_dict() for part, plan in self.plans.items()}} if self.plans else {}
         return known | ({"edges": self.edges} if self.edges else {})
 
     def plot(self, output: str | Path) -> None:
@@ -141,7 +147,7 @@ def inspect(folder: str | Path, accept_config: bool = False) -> Inspection:
     modules: dict[str, QuantLinear] = {}
     roles: dict[str, tuple[str, str]] = {}
     errors: dict[str, dict] = {}
-    sizes, edges = [], {}
+    sizes, edges, plans = [], {}, {}
     for part, place in quantized.items():
         transformer = checkpoint.read_transformer(place, accept_config=accept_config)
         own = checkpoint.quant_layers(transformer)
@@ -150,13 +156,15 @@ def inspect(folder: str | Path, accept_config: bool = False) -> Inspection:
         roles |= {f"{prefix}{name}": where for name, where in roles_of(transformer).items()}
         errors |= {f"{prefix}{name}": entry for name, entry in stated_errors(place, own).items()}
         sizes.append(size_of(transformer, place))
+        if isinstance(plan := getattr(transformer, "step_plan", None), StepPlan):
+            plans[part or PARTS[0]] = plan
         if any(module.layer_spec.activation.edge_bits for module in own.values()):
             times = list(getattr(transformer, "timestep_edges", ()))
             edges[part or PARTS[0]] = (times[0], times[-2])
     report, chosen = _report_in(folder, modules)
     known = report or errors
     layers = {name: describe_layer(name, module, *roles[name], known.get(name, {})) for name, module in modules.items()}
-    return Inspection(folder, layers, modules, report, chosen, added(sizes), edges)
+    return Inspection(folder, layers, modules, report, chosen, added(sizes), plans, edges)
 
 
 def _report_in(folder: Path, names: Collection[str]) -> tuple[dict[str, dict], dict | None]:

@@ -77,6 +77,8 @@ class QuantDiTConfig:
                 f" {method}, or with quantdit.quantize(model, {bits!r}, inputs=..., method={method!r})"
             )
         wanted = without_data(with_weight_format(wanted, weight_format) if weight_format else wanted, CALIBRATE)
+        if wanted.steps is not None:
+            raise ValueError(f"recipe {wanted.name} asks for a step plan, which loading cannot choose: use quantdit.calibrate")
         left_alone = tuple(Rule(f"*{name}*", weight=DENSE, optional=True) for name in modules_to_not_convert or ())
         self.recipe = Recipe(wanted.name, (*left_alone, *wanted.rules))
         # Bits leave open what a text encoder's table of words is stored as.

@@ -15,8 +15,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import BaseState, StateManager
+from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
 from torch import Tensor, nn
 
 from quantdit.models.call_view import view
@@ -74,7 +73,7 @@ class _Trajectory:
         self.calls += 1
         while len(self.streams) < self.calls:
             self.streams.append(_Stream())
-        # Several calls at the first step may be those of a run that was interrupted there, and of this one; the second step tells.
+        # Several calls at the first step may be of an interrupted run and of this one; the second step tells.
         is_unsure = self.step == 1 and self.calls_a_step > 1
         weights = () if self.wrong or is_unsure else self.plan.weights[self.step]
         return self.streams[self.calls - 1], weights
@@ -114,7 +113,7 @@ class _Contexts(StateManager):
     """What `cache_context` of a model tells its hooks."""
 
     def __init__(self, threads: _PerThread) -> None:
-        super().__init__(BaseState)
+        super().__init__(BaseState)  # pyright: ignore[reportArgumentType] - it takes the class
         self._threads = threads
 
     def set_context(self, context: Any) -> None:
@@ -135,20 +134,21 @@ class StepPlanHook(ModelHook):
         self._contexts = _Contexts(self._threads)  # found and told by diffusers
         self._has_warned = False
 
-    def reset_state(self, module: nn.Module) -> None:
+    def reset_state(self, module: nn.Module) -> nn.Module:
         """Forget this thread's trajectory: its pipeline is done."""
         self._threads.trajectories.clear()
+        return module
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> object:
         """Stand in the place of the module's forward."""
-        stream, weights = self._follow(module, args, kwargs)
-        if not weights:
-            output = self.fn_ref.original_forward(*args, **kwargs)
-            self._keep(stream, output)
-            return output
-        return self._forecast(stream, weights)
+        assert self.fn_ref is not None and self.fn_ref.original_forward is not None  # of a registered hook
+        stream, weights = torch.compiler.disable(self._follow)(module, args, kwargs)
+        if weights:
+            return torch.compiler.disable(self._forecast)(stream, weights)
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        torch.compiler.disable(self._keep)(stream, output)
+        return output
 
-    @torch.compiler.disable
     def _follow(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[_Stream, tuple[float, ...]]:
         """Return the stream of a call, and the weights of its forecast; () if it is to be computed."""
         called, threads = view(module, args, kwargs), self._threads
@@ -159,7 +159,6 @@ class StepPlanHook(ModelHook):
         has_outputs = len(stream.outputs) >= max(1, len(weights)) and len(stream.outputs[0]) == called.batch
         return stream, weights if has_outputs else ()
 
-    @torch.compiler.disable
     def _keep(self, stream: _Stream, output: object) -> None:
         self.counted["computed"] += 1
         prediction = prediction_of(output)
@@ -171,7 +170,6 @@ class StepPlanHook(ModelHook):
         stream.outputs.appendleft(prediction)
         stream.last = output
 
-    @torch.compiler.disable
     def _forecast(self, stream: _Stream, weights: tuple[float, ...]) -> object:
         self.counted["forecast"] += 1
         total = weights[0] * stream.outputs[0].float()

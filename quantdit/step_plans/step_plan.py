@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from quantdit.recipes.steps import FORECASTS, MOST_STEPS
+
 SPEC = 1
-FORECASTS = ("reuse", "taylor1", "taylor2", "fit")
 HISTORY = 4  # computed outputs at most that a forecast is made of
-MOST_STEPS = 1000
 MOST_WEIGHT = 1e3
 MOST_TIME = 1e9
 # What the times of a run may differ by from those of the plan, beside rounding to the dtype that the pipeline keeps them in.

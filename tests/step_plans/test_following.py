@@ -168,7 +168,7 @@ def test_every_form_of_an_output_takes_another_prediction() -> None:
 
 
 def test_enable_cache_takes_the_plan_that_the_model_carries(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match="--steps-plan 0.5"):
+    with pytest.raises(ValueError, match=r"--steps-plan 0\.5"):
         quantdit.step_plan(model)
     carry(model, PLAN)
     try:
@@ -192,6 +192,16 @@ def test_enable_cache_takes_the_plan_that_the_model_carries(model: nn.Module) ->
         carry(model, None)
     with pytest.raises(ValueError, match="has no step plan"):
         quantdit.step_plan(model)
+
+
+def test_a_compiled_model_follows_it(model: nn.Module) -> None:
+    enable(model, PLAN)
+    ours = run(model)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        found = [prediction_of(compiled(**inputs(model, time))) for time in TIMES]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, ours, strict=True))
+    assert hook_of(model).counted == {"computed": 6, "forecast": 4}
 
 
 def test_a_class_without_caches_gets_the_methods() -> None:

@@ -21,6 +21,8 @@ def summary(report: dict, frechet: str, kernel: str) -> str:
         ("bits per weight, scales included", *(f"{m['bits_per_weight']:.2f}" for m in (first, second))),
     ]
     parts = ["\n".join(markdown_table(rows)), _drift_table(report["drift"], frechet, kernel)]
+    if "step_plan" in report:
+        parts.append(_step_plan_table(report["step_plan"]))
     if given := _given(report):
         parts.append("\n".join(markdown_table([("by the networks given", first["name"], second["name"]), *given])))
     probed = report["probe"]
@@ -47,6 +49,16 @@ def _given(report: dict) -> list[tuple[str, str, str]]:
             rows.append((name, f"{number(entry['noise_floor'])} (other seeds)", number(entry["drift"])))
     first, second = (report.get("vbench", {}).get(side, {}) for side in ("reference", "candidate"))
     return rows + [(f"VBench {name}", number(value), number(second[name])) for name, value in first.items()]
+
+
+def _step_plan_table(found: dict) -> str:
+    """Return what the step plan is worth, beside as many computed steps spent otherwise."""
+    rows = [("at equal compute", "steps computed", "PSNR to the reference, dB")]
+    for row in found["rows"]:
+        low, high = row["PSNR"]["interval"]
+        rows.append((row["what"], f"{row['computed']} of {found['of']}", f"{row['PSNR']['mean']:.2f} [{low:.2f}, {high:.2f}]"))
+    plans = "; ".join(f"{part}: {plan}" for part, plan in found["plans"].items())
+    return "\n".join([*markdown_table(rows), "", f"Step plan of {plans}."])
 
 
 def _drift_table(drift: dict, frechet: str, kernel: str) -> str:
