@@ -35,19 +35,19 @@ from quantdit.kernels.schema import Op, Output, flat
 from quantdit.tensors.qtensor import QTensor
 from quantdit.tensors.transform import Transform, apply, kept_in, weight_back
 
-_LIBRARY = torch.library.Library("quantdit", "DEF")
+LIBRARY = torch.library.Library("quantdit", "DEF")
 OPS: dict[str, Op] = {}
 
 
-def _op(outputs: Callable[..., list[Output]]) -> Callable[[Callable], Callable]:
+def define(outputs: Callable[..., list[Output]]) -> Callable[[Callable], Callable]:
     """Define the op that a function `NAME_reference` is the definition of; `outputs` as `Op` takes it."""
 
-    def define(reference: Callable) -> Callable:
+    def register(reference: Callable) -> Callable:
         name = reference.__name__.removesuffix("_reference")
-        OPS[name] = Op(_LIBRARY, name, reference, outputs)
+        OPS[name] = Op(LIBRARY, name, reference, outputs)
         return reference
 
-    return define
+    return register
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _rotate_outputs(x: Tensor, premultiplier: Tensor, block: int) -> list[Output
 
 
 # x :: [..., k] float, premultiplier :: [k] int8 or f32  ->  [..., k] like x, float32 for float16
-@_op(_rotate_outputs)
+@define(_rotate_outputs)
 def rotate_reference(x: Tensor, premultiplier: Tensor, block: int) -> Tensor:
     return apply(Transform(premultiplier, block), x)
 
@@ -99,7 +99,7 @@ def _check_tokens(op: str, x: Tensor, bits: int, group_size: int) -> None:
 
 
 # x :: [m, k] float  ->  I :: [m, k] int8, scale :: [m] f32;  x ~= scale[:, None] * I
-@_op(_code_outputs)
+@define(_code_outputs)
 def quantize_tokens_reference(
     x: Tensor, bits: int, group_size: int = 0, affine: bool = False, static_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -185,7 +185,7 @@ def _fp8_code_outputs(x: Tensor) -> list[Output]:
 
 
 # x :: [m, k] float  ->  codes :: [m, k] e4m3, scale :: [m] f32;  x ~= scale[:, None] * codes
-@_op(_fp8_code_outputs)
+@define(_fp8_code_outputs)
 def quantize_tokens_fp8_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float().contiguous()
     scale = x.abs().amax(dim=1) / LARGEST
@@ -215,7 +215,7 @@ def _rotated_code_outputs(
 
 # x :: [m, k] float, premultiplier :: [k], down :: [r, k]
 #   ->  codes :: [m, k] int8 or e4m3, scale :: [m] f32, low_rank_hidden :: [m, r] like what `rotate` returns
-@_op(_rotated_code_outputs)
+@define(_rotated_code_outputs)
 def rotate_quantize_reference(
     x: Tensor,
     premultiplier: Tensor,
@@ -246,7 +246,7 @@ def project(tokens: Tensor, down: Tensor | None) -> Tensor:
 
 
 # stored weight  ->  I :: [n, k] int8 or e4m3
-@_op(lambda weight: [((weight.spec.out_features, weight.spec.in_features), FORMATS[weight.spec.format].decoded_dtype)])
+@define(lambda weight: [((weight.spec.out_features, weight.spec.in_features), FORMATS[weight.spec.format].decoded_dtype)])
 def decode8_reference(weight: QTensor) -> Tensor:
     decoded = weight.decode8()
     return decoded.clone() if decoded is weight.data else decoded  # an op's output may not alias its input
@@ -292,7 +292,7 @@ def _check_gemm(op: str, x: Tensor, decoded: Tensor, scale: Tensor) -> None:
 
 
 # codes :: [m, k], decoded :: [n, k] (int8 or e4m3), scale :: [n] f32  ->  [m, n] dtype
-@_op(_product_outputs)
+@define(_product_outputs)
 def gemm_w8a8_reference(codes: Tensor, decoded: Tensor, scale: Tensor, after: Epilogue) -> Tensor:
     """Define `gemm_w8a8`: float64 holds every sum of up to 2^39 int8 products exactly."""
     product = codes.float().double() @ decoded.float().double().T
@@ -320,14 +320,14 @@ def finished(product: Tensor, after: Epilogue) -> Tensor:
 
 
 # as gemm_w8a8, the weight as it is stored
-@_op(_packed_a8_outputs)
+@define(_packed_a8_outputs)
 def gemm_packed_a8_reference(codes: Tensor, weight: QTensor, after: Epilogue) -> Tensor:
     """Define `gemm_packed_a8`."""
     return gemm_w8a8_reference(codes, decode8_reference(weight), weight.scale, after)
 
 
 # x :: [m, k] float, the weight as it is stored  ->  [m, n] dtype
-@_op(_packed_a16_outputs)
+@define(_packed_a16_outputs)
 def gemm_packed_a16_reference(x: Tensor, weight: QTensor, after: Epilogue) -> Tensor:
     """Define `gemm_packed_a16`: integers times x in float32, scaled afterwards."""
     return finished(torch.nn.functional.linear(x.float(), weight.decode8().float()) * weight.scale, after)
@@ -339,7 +339,7 @@ def _dense_outputs(x: Tensor, decoded: Tensor, scale: Tensor) -> list[Output]:
 
 
 # x :: [m, k] float, decoded :: [n, k] int8 or e4m3, scale :: [n] f32, bias :: [n]  ->  [m, n] like x
-@_op(_dense_outputs)
+@define(_dense_outputs)
 def gemm_w8a16_reference(x: Tensor, decoded: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     # The weight is scaled before the product: x I^T alone would overflow float16.
     dense = (decoded.float() * scale[:, None]).to(x.dtype)
@@ -347,7 +347,7 @@ def gemm_w8a16_reference(x: Tensor, decoded: Tensor, scale: Tensor, bias: Tensor
 
 
 # y :: [m, n], x :: [m, k], bias :: [n], the parts of the layer that made y of x  ->  [m, n] like y
-@_op(lambda y: [(y.shape, y.dtype)])
+@define(lambda y: [(y.shape, y.dtype)])
 def straight_through_reference(
     y: Tensor, x: Tensor, bias: Tensor | None, weight: QTensor, up: Tensor | None, down: Tensor | None, transform: Transform
 ) -> Tensor:
@@ -373,11 +373,11 @@ def _straight_through_backward(ctx: Any, gradient: Tensor) -> tuple:
     return None, of_x, of_bias, *(None for _ in layer)
 
 
-torch.library.register_autograd("quantdit::straight_through", _straight_through_backward, setup_context=_keep_layer, lib=_LIBRARY)
+torch.library.register_autograd("quantdit::straight_through", _straight_through_backward, setup_context=_keep_layer, lib=LIBRARY)
 
 
 # gradient :: [m, n] float, the parts of a layer  ->  [m, k] like gradient
-@_op(lambda gradient, weight: [((gradient.shape[0], weight.spec.in_features), gradient.dtype)])
+@define(lambda gradient, weight: [((gradient.shape[0], weight.spec.in_features), gradient.dtype)])
 def input_gradient_reference(
     gradient: Tensor, weight: QTensor, up: Tensor | None, down: Tensor | None, transform: Transform
 ) -> Tensor:

@@ -32,8 +32,10 @@ from quantdit.checkpoints.libraries import (
     settings_of,
     tie,
 )
+from quantdit.layers import quant_attention
 from quantdit.layers.quant_embedding import QuantEmbedding, put_layer, scale_of
 from quantdit.layers.quant_linear import QuantLinear, follow_timesteps
+from quantdit.recipes.attention import AttentionSpec
 from quantdit.step_plans.step_plan import StepPlan
 from quantdit.system import memory
 from quantdit.system.files import (
@@ -61,7 +63,8 @@ READABLE_VERSIONS = (2, 3, FORMAT_VERSION)
 MAX_TIMESTEP = 1e9
 METHOD = "quantdit"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
-KEYS = {"quant_method", "spec", "recipe", "provenance", "timestep_edges", "layers", "step_plan", "sha256"}
+COMPUTED_BY = ("layers", "timestep_edges", "attention", "step_plan")
+KEYS = {"quant_method", "spec", "recipe", "provenance", *COMPUTED_BY, "sha256"}
 MAX_DEPTH = 32  # of tables in a model's config
 # Numbers in tables that a model computes, such as one of positions, beside as many as its file has.
 FREE_TABLE = 2**26
@@ -181,15 +184,17 @@ def _check_unchanged(then: object, now: dict, where: Path) -> None:
 
 def describe(model: nn.Module, recipe: dict, provenance: dict) -> dict:
     """Return the quantization_config of a transformer with QuantLinear layers, but for the sha256 of its file."""
-    plan = getattr(model, "step_plan", None)
-    return {
+    plan, attention = getattr(model, "step_plan", None), getattr(model, "attention_specs", {})
+    found = {
         "quant_method": METHOD,
         "spec": FORMAT_VERSION,
         "recipe": recipe,
         "provenance": provenance,
         "timestep_edges": list(getattr(model, "timestep_edges", ())),
         "layers": {name: m.layer_spec.to_dict() for name, m in quant_layers(model).items()},
-    } | ({"step_plan": plan.to_dict()} if isinstance(plan, StepPlan) else {})
+    }
+    found |= {"attention": {name: spec.to_dict() for name, spec in attention.items()}} if attention else {}
+    return found | ({"step_plan": plan.to_dict()} if isinstance(plan, StepPlan) else {})
 
 
 def is_quantized(folder: Path) -> bool:
@@ -307,6 +312,7 @@ def prepare(
             raise CheckpointError(f"{where}: quantization_config.{key} must be a table; copy it again")
     _put_layers(model, quantization, where)
     edges = _timestep_edges(quantization, quant_layers(model), where)
+    _put_attention(model, quantization, where)
     _put_step_plan(model, quantization, where)
     weights = _place(paths)
     places = tensors_in(paths)
@@ -402,8 +408,8 @@ def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def layers_digest(quantization: Mapping) -> str:
-    """Return the sha256 of what a quantization_config says that a model computes by: layers, timestep edges, a step plan."""
-    read_by = {key: quantization[key] for key in ("layers", "timestep_edges", "step_plan") if key in quantization}
+    """Return the sha256 of what a quantization_config says that a model computes by."""
+    read_by = {key: quantization[key] for key in COMPUTED_BY if key in quantization}
     return hashlib.sha256(json.dumps(read_by, sort_keys=True).encode()).hexdigest()
 
 
@@ -636,6 +642,16 @@ def _timestep_edges(quantization: dict, layers: dict[str, QuantLinear], where: P
                 f"{where}: layer {name!r} has timestep bucket {last} as its last, but there are {len(edges)} timestep_edges"
             )
     return tuple(float(e) for e in edges)
+
+
+def _put_attention(model: nn.Module, quantization: dict, where: Path) -> None:
+    specs = quantization.get("attention", {})
+    try:
+        if not isinstance(specs, dict):
+            raise ValueError(f"expected a table of modules, got {specs!r:.40}")
+        quant_attention.put(model, {name: AttentionSpec.from_dict(content) for name, content in specs.items()})
+    except ValueError as error:
+        raise CheckpointError(f"{where}: quantization_config.attention: {error}; copy it again") from error
 
 
 def _put_step_plan(model: nn.Module, quantization: dict, where: Path) -> None:

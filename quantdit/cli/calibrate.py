@@ -74,6 +74,11 @@ def _add_recipe(sub: argparse.ArgumentParser) -> None:
         help=f"of the text encoders among them: {' '.join(ENCODER_BITS)} (by the transformer's X: w8a16, w4a16 or w3a16)",
     )
     sub.add_argument(
+        "--attention",
+        choices=("int8",),
+        help="8-bit attention, too (Wan, FLUX, FLUX.2, Qwen-Image, LTX, Chroma, Z-Image); a recipe's [[attention]] says more",
+    )
+    sub.add_argument(
         "--steps-plan",
         type=options.number,
         metavar="SHARE",
@@ -157,6 +162,7 @@ def run(args: argparse.Namespace) -> int:
             max_output_error=args.max_output_error,
             components=args.components,
             encoder_bits=args.encoder_bits,
+            attention=args.attention,
             steps_plan=args.steps_plan,
             resume=args.resume,
             overwrite=args.overwrite,

@@ -31,11 +31,13 @@ from quantdit.compiling.job import Job
 from quantdit.compiling.plan import Component, Plan, Target, check, check_finite, check_full_precision, component
 from quantdit.compiling.quantize_blocks import QuantizedTransformer
 from quantdit.compiling.report import REPORT, CompileResult
+from quantdit.layers.quant_attention import attention_of
 from quantdit.models.adapter import adapter_for, blocks
 from quantdit.models.known_models import KNOWN_MODELS, locate, transformer_config
 from quantdit.models.text_encoders import without_cache
 from quantdit.pipelines.pipeline import MODEL, PARTS, BareTransformer, Source, check_options, load_pipeline
 from quantdit.pipelines.sampling import sample, sampled_times, sampling_plan_for
+from quantdit.recipes.attention import AttentionRule, AttentionSpec
 from quantdit.recipes.presets import (
     BEST,
     encoder_bits_of,
@@ -70,6 +72,7 @@ def calibrate(
     max_output_error: float | None = None,
     components: str | Sequence[str] = PARTS[0],
     encoder_bits: str | None = None,
+    attention: str | None = None,
     steps_plan: float | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -88,6 +91,7 @@ def calibrate(
             text encoders; `all`, these and the transformers.
         encoder_bits: of the text encoders among them, one of presets.ENCODER_BITS; None: as the recipe says, with bits `w8a16`,
             `w4a16` or `w3a16` by the transformer's bits a weight.
+        attention: `int8`: all attention modules that diffusers' dispatcher serves compute in 8 bits.
         steps_plan: share of the sampling steps that are computed, such as 0.5; the others are forecast, in the way that measures
             best on the quantized model. The checkpoint carries the plan; `quantdit.step_plan` turns it on.
         resume: go on with an interrupted run of the same settings.
@@ -109,6 +113,8 @@ def calibrate(
     has_target = size_budget is not None or max_output_error is not None
     target = Target(size_budget, max_output_error) if has_target else None
     chosen = recipe_for(recipe, method, target, given.get("weight_format"))
+    if attention is not None:
+        chosen = replace(chosen, attention=(AttentionRule("*", AttentionSpec(attention)),))
     if steps_plan is not None:
         chosen = replace(chosen, steps=replace(chosen.steps or Steps(steps_plan), compute=steps_plan))
     output = Path(files.check_path("output", output))
@@ -217,6 +223,8 @@ def _compile(pipeline: object, source: Source, plan: Plan, output: Path, resume:
     plan = plan.for_its_data()
     components = {part: component(t, plan.of(part).recipe) for part, t in transformers.items()}
     check(plan, components)
+    for part, transformer in transformers.items():
+        attention_of(plan.of(part).recipe.attention, transformer)  # refuses what cannot be
     if plan.recipe.steps is not None:
         choose_steps.check(pipeline, plan.recipe.steps, plan.sampling, any(map(streaming.is_streamed, transformers.values())))
     for transformer in transformers.values():

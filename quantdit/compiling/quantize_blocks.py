@@ -26,6 +26,7 @@ from quantdit.checkpoints import checkpoint
 from quantdit.compiling.block_inputs import model_error, walk
 from quantdit.compiling.finetune import finetuned
 from quantdit.compiling.job import OUTSIDE, Job, Segment, linear_of
+from quantdit.layers import quant_attention
 from quantdit.layers.quant_embedding import put_layer, quantized_like
 from quantdit.layers.quant_linear import QuantLinear, follow_timesteps, weight_bits
 from quantdit.models.call_view import view
@@ -57,9 +58,12 @@ def quantize(job: Job, plans: Mapping[str, LayerPlan], folder: Path) -> Quantize
     finetuning = job.plan.finetuning
     end_to_end = finetuning is not None and finetuning.mode == "end-to-end" and len(job.calls) > 0
     linears = {name: linear_of(job.transformer, name) for name in plans} if end_to_end else {}
+    attention = quant_attention.attention_of(job.plan.recipe.attention, job.transformer)
     with progress.bar(len(plans), "quantize", "layer") as bar:
         for segment in walk(job, plans, job.calls, folder):
             reports |= _quantize_segment(job, segment, plans, folder, bar.update)
+            # From here on, so that the inputs of the next block have its error.
+            quant_attention.put(job.transformer, {n: s for n, s in attention.items() if _is_in(segment, n, job.blocks)})
     if idle := [name for name, report in reports.items() if not report.get("calibrated", True)]:
         more = f" and {len(idle) - 1} more" if len(idle) > 1 else ""
         text = f"no call reached {idle[0]}{more}, which are quantized from their weights alone; more samples may reach them"
@@ -74,6 +78,13 @@ def quantize(job: Job, plans: Mapping[str, LayerPlan], folder: Path) -> Quantize
     with job.timed("measure"):
         error = model_error(job, plans, folder)
     return QuantizedTransformer({name: reports[name] for name in plans}, error)
+
+
+def _is_in(segment: Segment, name: str, blocks: tuple[str, ...]) -> bool:
+    """Return whether a module is part of a segment."""
+    if segment.path != OUTSIDE:
+        return name.startswith(f"{segment.path}.")
+    return not name.startswith(tuple(f"{block}." for block in blocks))
 
 
 def _quantize_segment(

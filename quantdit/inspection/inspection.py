@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ class Inspection:
         report: what calibration_report.json says of each; empty without that file.
         allocation: how weight formats were chosen, None if they were not.
         size: as compiler.size_of.
+        attention: by transformer, how many of its attention modules compute in 8 bits, by how they do.
         plans: by transformer, its step plan; those without one are left out.
         edges: by transformer, the times that the wider activations of the first and of the last steps end at; those without such
             activations are left out.
@@ -47,6 +49,7 @@ class Inspection:
     report: dict[str, dict]
     allocation: dict | None
     size: Size
+    attention: dict[str, dict[str, int]]
     plans: dict[str, StepPlan]
     edges: dict[str, tuple[float, float]]
 
@@ -83,6 +86,9 @@ class Inspection:
         if len(shown) < len(layers):
             lines += ["", f"the {len(shown)} worst of {len(layers)} layers; --all lists every one"]
         lines += ["", *layer_table(shown, width)]
+        for part, kinds in self.attention.items():
+            found = ", ".join(f"{count} modules {kind}" for kind, count in kinds.items())
+            lines += wrapped([f"8-bit attention of {part}: {found}"], width)
         for part, plan in self.plans.items():
             lines += wrapped([f"step plan of {part}: {plan}"], width)
         for part, levels in self.edges.items():
@@ -97,6 +103,7 @@ class Inspection:
         """Return what `text` shows, of every layer, for JSON: `layers`, `size`, `allocation`, and `report` of each layer."""
         layers = {name: asdict(layer) | {"report": self.report.get(name)} for name, layer in self.layers.items()}
         known = {"folder": str(self.folder), "size": self.size, "layers": layers, "allocation": self.allocation}
+        known |= {"attention": self.attention} if self.attention else {}
         known |= {"step_plans": {part: plan.to_dict() for part, plan in self.plans.items()}} if self.plans else {}
         return known | ({"edges": self.edges} if self.edges else {})
 
@@ -147,7 +154,7 @@ def inspect(folder: str | Path, accept_config: bool = False) -> Inspection:
     modules: dict[str, QuantLinear] = {}
     roles: dict[str, tuple[str, str]] = {}
     errors: dict[str, dict] = {}
-    sizes, edges, plans = [], {}, {}
+    sizes, edges, plans, attention = [], {}, {}, {}
     for part, place in quantized.items():
         transformer = checkpoint.read_transformer(place, accept_config=accept_config)
         own = checkpoint.quant_layers(transformer)
@@ -156,6 +163,8 @@ def inspect(folder: str | Path, accept_config: bool = False) -> Inspection:
         roles |= {f"{prefix}{name}": where for name, where in roles_of(transformer).items()}
         errors |= {f"{prefix}{name}": entry for name, entry in stated_errors(place, own).items()}
         sizes.append(size_of(transformer, place))
+        if specs := getattr(transformer, "attention_specs", {}):
+            attention[part or PARTS[0]] = dict(Counter(map(str, specs.values())))
         if isinstance(plan := getattr(transformer, "step_plan", None), StepPlan):
             plans[part or PARTS[0]] = plan
         if any(module.layer_spec.activation.edge_bits for module in own.values()):
@@ -164,7 +173,7 @@ def inspect(folder: str | Path, accept_config: bool = False) -> Inspection:
     report, chosen = _report_in(folder, modules)
     known = report or errors
     layers = {name: describe_layer(name, module, *roles[name], known.get(name, {})) for name, module in modules.items()}
-    return Inspection(folder, layers, modules, report, chosen, added(sizes), plans, edges)
+    return Inspection(folder, layers, modules, report, chosen, added(sizes), attention, plans, edges)
 
 
 def _report_in(folder: Path, names: Collection[str]) -> tuple[dict[str, dict], dict | None]:

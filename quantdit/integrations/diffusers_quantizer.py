@@ -19,6 +19,7 @@ from quantdit.checkpoints.checkpoint import METHOD
 from quantdit.integrations.import_hooks import watch
 from quantdit.integrations.quantdit_config import QuantDiTConfig
 from quantdit.integrations.quantizer import Quantizer
+from quantdit.layers.quant_attention import take_away
 from quantdit.layers.quant_embedding import put_dense
 from quantdit.system import files
 from quantdit.tensors.layer_spec import as_computed
@@ -149,6 +150,7 @@ def dequantize(model: Any) -> Any:
     from diffusers.configuration_utils import FrozenDict
 
     put_dense(model, model.dtype)
+    take_away(model)
     # Without this, save_pretrained would call it quantized.
     model._internal_dict = FrozenDict({key: value for key, value in model.config.items() if key != "quantization_config"})
     return model

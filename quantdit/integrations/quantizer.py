@@ -19,6 +19,7 @@ from quantdit.checkpoints import checkpoint, class_tree
 from quantdit.checkpoints.checkpoint import METHOD, CheckpointError
 from quantdit.checkpoints.libraries import TRANSFORMERS, library_of
 from quantdit.integrations.quantdit_config import QuantDiTConfig
+from quantdit.layers import quant_attention
 from quantdit.layers.quant_embedding import QuantEmbedding, put_layer, quantized_like
 from quantdit.models import adapter as adapters
 from quantdit.recipes.resolve import resolve
@@ -142,6 +143,7 @@ class Quantizer:
             config = self.quantization_config
             provenance = {"quantdit": VERSION, "calibration": {"samples": 0, "seed": config.seed}}
             provenance["layers"] = self._errors  # what `inspect` shows
+            quant_attention.put(model, quant_attention.attention_of(config.recipe.attention, model))
             config.state = checkpoint.describe(model, config.recipe.to_dict(), provenance)
         self._state["spec"] = checkpoint.FORMAT_VERSION  # what it would be saved as
         if not any(hasattr(module, "_hf_hook") for module in model.modules()):  # accelerate has what it offloads elsewhere

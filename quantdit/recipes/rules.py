@@ -12,6 +12,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from quantdit.formats import FORMATS
+from quantdit.recipes.attention import AttentionRule
+from quantdit.recipes.attention import rules_of as attention_rules
 from quantdit.recipes.steps import Steps
 from quantdit.system import files
 from quantdit.tensors.layer_spec import ACTIVATION_BITS, ACTIVATION_FORMATS, ActivationSpec, decodes_to_fp8
@@ -203,12 +205,14 @@ class Recipe:
         rules: of a pipeline's transformers.
         components: recipes of its text encoders, by the names that the pipeline gives them.
         steps: what step plan is chosen; None for none.
+        attention: which attention modules of the transformers compute in 8 bits.
     """
 
     name: str
     rules: tuple[Rule, ...]
     components: Mapping[str, Recipe] = field(default_factory=dict)
     steps: Steps | None = None
+    attention: tuple[AttentionRule, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the rules go together.
@@ -247,6 +251,8 @@ class Recipe:
             content["component"] = {name: recipe.to_dict() for name, recipe in self.components.items()}
         if self.steps is not None:
             content["steps"] = self.steps.to_dict()
+        if self.attention:
+            content["attention"] = [rule.to_dict() for rule in self.attention]
         return content
 
 
@@ -291,7 +297,7 @@ def from_dict(content: Mapping, source: str = "recipe") -> Recipe:
     Raises:
         ValueError: as `from_toml`.
     """
-    _known_keys(content, ("name", "rule", "component", "steps"), source)
+    _known_keys(content, ("name", "rule", "component", "steps", "attention"), source)
     rules = content.get("rule")
     if not isinstance(rules, list) or not rules:
         raise ValueError(f'{source}: no [[rule]] found; a recipe needs at least one, such as match = "*" with weight = "int4"')
@@ -311,9 +317,10 @@ def from_dict(content: Mapping, source: str = "recipe") -> Recipe:
         raise ValueError(f"{source}: component must be tables, such as [[component.text_encoder.rule]]")
     name = str(content.get("name", source))
     inside = {part: from_dict({"name": f"{name} {part}", **section}, f"{source}, {part}") for part, section in sections.items()}
-    if wrong := next((part for part, recipe in inside.items() if recipe.steps is not None), None):
-        raise ValueError(f"{source}, {wrong}: [steps] is of transformers; write it outside of component")
-    return Recipe(name, tuple(built), inside, Steps.from_dict(content["steps"], source) if "steps" in content else None)
+    if wrong := next((part for part, recipe in inside.items() if recipe.steps is not None or recipe.attention), None):
+        raise ValueError(f"{source}, {wrong}: [steps] and [[attention]] are of transformers; write them outside of component")
+    steps = Steps.from_dict(content["steps"], source) if "steps" in content else None
+    return Recipe(name, tuple(built), inside, steps, attention_rules(content.get("attention", ()), source))
 
 
 def _renamed(table: Mapping, where: str) -> dict:
