@@ -188,7 +188,7 @@ def graph_of(
     Weights stay where they are until the model is saved. `narrow`: dense weights are stored in 16 bits where that loses nothing.
 
     Raises:
-        ValueError: the transformer cannot be traced, or its activations are wider on some steps.
+        ValueError: the transformer cannot be traced, its activations are wider on some steps, or it has 8-bit attention.
     """
     import onnx_ir as ir
 
@@ -198,6 +198,11 @@ def graph_of(
 
     layers = checkpoint.quant_layers(transformer)
     _check_edges(layers)
+    if getattr(transformer, "attention_specs", None):
+        raise ValueError(
+            "graphs of ONNX have no 8-bit attention; calibrate without --attention (the recipe's [[attention]]), or export --to"
+            " dense"
+        )
     adapter = adapter_for(transformer)
     example, shapes = _dynamic(transformer, adapter, arguments)
     with _opaque(layers), _without_hooks(transformer):

@@ -7,6 +7,7 @@
                       decoded first       from there on; e4m3 codes; a trellis: decode8 to scratch, then gemm_w8a8
     gemm_packed_a16   in registers        m up to `w4a16_up_to_m`
                       decoded first       more tokens, float32, split signs or a trellis: decode8, then torch's product
+    attention8        a kernel            heads of 32, 64, 128 channels; its definition otherwise
     gemm_w8a8         a kernel            m below `torch_from_m`
                       torch's product     from there on: torch._int_mm or torch._scaled_mm, the epilogue after it
 
@@ -38,7 +39,7 @@ import torch
 from torch import Tensor
 
 from quantdit.formats import FORMATS, Format
-from quantdit.kernels import ops
+from quantdit.kernels import attention, ops
 from quantdit.kernels.ops import Epilogue
 from quantdit.tensors.qtensor import QTensor
 
@@ -285,7 +286,38 @@ def gemm_packed_a16(x: Tensor, weight: QTensor, after: Epilogue) -> Tensor:
     return y.to(after.dtype)
 
 
+def attention8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_scale: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Run `attention8`."""
+    capability = capability_of(q.device)
+    if kernels_run(q):
+        from quantdit.kernels.triton_ops import attention8 as kernel
+
+        if kernel.takes(q, v, capability):
+            return kernel.attention8(q, k, v, q_scale, k_scale, v_scale, mask, causal, dtype, capability=capability)
+    return attention.attention8_reference(q, k, v, q_scale, k_scale, v_scale, mask, causal, dtype)
+
+
 # gemm_w8a16 is a product of 16 bits, which torch has.
-KERNELS = (rotate, quantize_tokens, quantize_tokens_fp8, rotate_quantize, decode8, gemm_w8a8, gemm_packed_a8, gemm_packed_a16)
+KERNELS = (
+    rotate,
+    quantize_tokens,
+    quantize_tokens_fp8,
+    rotate_quantize,
+    decode8,
+    gemm_w8a8,
+    gemm_packed_a8,
+    gemm_packed_a16,
+    attention8,
+)
 for _kernel in KERNELS:
     ops.OPS[_kernel.__name__].implement(_kernel, "CUDA")

@@ -6,6 +6,7 @@ Both libraries ask a configuration for attributes and methods, none for its clas
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,10 @@ class QuantDiTConfig:
         if wanted.steps is not None:
             raise ValueError(f"recipe {wanted.name} asks for a step plan, which loading cannot choose: use quantdit.calibrate")
         left_alone = tuple(Rule(f"*{name}*", weight=DENSE, optional=True) for name in modules_to_not_convert or ())
-        self.recipe = Recipe(wanted.name, (*left_alone, *wanted.rules))
+        self.recipe = replace(wanted, rules=(*left_alone, *wanted.rules))
         # Bits leave open what a text encoder's table of words is stored as.
         of_encoder = wanted if bits is None else with_words(wanted)
-        self.encoder_recipe = Recipe(wanted.name, (*left_alone, *of_encoder.rules))
+        self.encoder_recipe = replace(of_encoder, rules=(*left_alone, *of_encoder.rules))
 
     @classmethod
     def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: object) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from quantdit.formats.float8 import LARGEST
 from quantdit.kernels import attention as definition  # noqa: F401 - defines the op
+from quantdit.kernels.triton_ops import dispatch
 from quantdit.recipes.attention import AttentionRule, AttentionSpec, resolve
 from quantdit.tensors.hadamard import block_size
 
@@ -44,8 +45,8 @@ def attention_of(rules: Sequence[AttentionRule], transformer: nn.Module) -> dict
     if not known:
         raise ValueError(
             f"{type(transformer).__name__} computes attention by itself, not through diffusers' dispatcher, so it has no 8-bit"
-            " attention; leave out --attention (the recipe's [[attention]]). Wan, FLUX, FLUX.2, Qwen-Image, LTX, Chroma and"
-            " Z-Image have it"
+            " attention; leave out --attention (the recipe's [[attention]]). Wan, FLUX, FLUX.2, Qwen-Image, LTX, Chroma,"
+            " HunyuanVideo and Z-Image have it"
         )
     return resolve(rules, known)
 
@@ -135,17 +136,23 @@ def attend(
         `[b, h, m, d]` in q's dtype.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if (library := _library(q, spec, mask)) is not None:
-        return library(q, k, v, tensor_layout="HND", is_causal=causal, sm_scale=scale)
     added = None if mask is None else _added(mask, q.dtype)
-    keys = k.float() - k.float().mean(2, keepdim=True) if spec.smooth else k
-    (q8, q_scale), (k8, k_scale) = (_codes(x, spec.rotate) for x in (q, keys))
-    v8, v_scale, mean = _values(v, spec)
-    y = torch.ops.quantdit.attention8(q8, k8, v8, q_scale * scale, k_scale, v_scale, added, causal, torch.float32)
-    y = (y if mean is None else y + mean).to(q.dtype)
+    with torch.no_grad():
+        y = _computed(q, k, v, spec, added, causal, scale)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return torch.ops.quantdit.straight_through_attention(y, q, k, v, added, causal, scale)
     return y
+
+
+def _computed(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """Return what `attend` does, without a gradient."""
+    if (library := _library(q, spec, mask)) is not None:
+        return library(q, k, v, tensor_layout="HND", is_causal=causal, sm_scale=scale)
+    keys = k.float() - k.float().mean(2, keepdim=True) if spec.smooth else k
+    (q8, q_scale), (k8, k_scale) = (_codes(x, spec.rotate) for x in (q, keys))
+    v8, v_scale, mean = _values(v, spec)
+    y = torch.ops.quantdit.attention8(q8, k8, v8, q_scale * scale, k_scale, v_scale, mask, causal, torch.float32)
+    return (y if mean is None else y + mean).to(q.dtype)
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -182,7 +189,7 @@ def _values(v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor | No
 
 def _library(q: Tensor, spec: AttentionSpec, mask: Tensor | None) -> Callable | None:
     """Return SageAttention's function where it computes what `auto` leaves open: on a GPU, without a mask."""
-    if spec.pv != "auto" or mask is not None or not q.is_cuda or find_spec(LIBRARY) is None:
+    if spec.pv != "auto" or mask is not None or not dispatch.on_gpu(q) or find_spec(LIBRARY) is None:
         return None
     from sageattention import sageattn  # pyright: ignore[reportMissingImports] - of an optional package
 

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from quantdit.formats import FORMATS, QSpec
-from quantdit.kernels.triton_ops import decode8, decode_trellis, dispatch, gemm_packed, gemm_w8a8, quantize_tokens
+from quantdit.kernels.triton_ops import attention8, decode8, decode_trellis, dispatch, gemm_packed, gemm_w8a8, quantize_tokens
 from quantdit.kernels.triton_ops.tuning import Config
 
 FOLDER = Path(__file__).parent
@@ -67,7 +67,7 @@ class Case:
         return self.kernel, self.variant, self.arch
 
 
-MODULES = (quantize_tokens, decode8, decode_trellis, gemm_w8a8, gemm_packed)
+MODULES = (quantize_tokens, decode8, decode_trellis, gemm_w8a8, gemm_packed, attention8)
 JIT = {name: value for module in MODULES for name, value in vars(module).items() if name.endswith("_kernel")}
 BRANCH = dict.fromkeys(("hidden_ptr", "up_ptr"))
 BRANCH_TYPES = dict.fromkeys(BRANCH, "*bf16")
@@ -329,11 +329,39 @@ def sum_cases(arch: int) -> Iterator[Case]:
             yield Case("sum_splits_kernel", f"{splits} of {sums}", arch, types, constants, 4, 3)
 
 
+def attention_cases(arch: int) -> Iterator[Case]:
+    """Every configuration with each type of values and the usual head; once with a mask, causal, and with the other heads."""
+    pointers = {"q_ptr": "*i8", "k_ptr": "*i8", "y_ptr": "*fp32", "q_scale_ptr": "*fp32", "k_scale_ptr": "*fp32"}
+    pointers |= {"v_scale_ptr": "*fp32"} | dict.fromkeys(("M", "N", "H", "v_row", "mask_b", "mask_h", "mask_m", "mask_n"), "i32")
+    for pv, v, product in (("int8", "i8", "int8"), ("e4m3", "fp8e4nv", "e4m3"), ("float", "bf16", "bf16")):
+        if pv == "e4m3" and arch < 89:
+            continue
+        first, *rest = attention8.SMALL if pv == "float" else attention8.CONFIGS[arch]
+        others = ((c, "", 128) for c in rest)
+        masked = ((c, " masked", 128) for c in attention8.SMALL)
+        for c, what, d in ((first, "", 128), (first, " causal", 128), (first, "", 64), *masked, *others):
+            types = pointers | {"v_ptr": f"*{v}"} | ({"mask_ptr": "*fp32"} if what == " masked" else {})
+            constants = {"CAUSAL": what == " causal", "PV": pv, "D": d, "BM": c.bm, "BN": c.bn}
+            constants |= {} if what == " masked" else {"mask_ptr": None}
+            variant = f"{pv} d={d}{what}, {c.bm}x{c.bn} w{c.warps} s{c.stages}"
+            macs = c.bm * c.bn * d
+            yield Case("attention8_kernel", variant, arch, types, constants, c.warps, c.stages, product, macs)
+
+
 def cases(arch: int) -> list[Case]:
     """Return everything that is shipped for an architecture."""
     return [
         c
-        for make in (quantize_cases, project_cases, decode_cases, trellis_cases, w8a8_cases, packed_cases, sum_cases)
+        for make in (
+            quantize_cases,
+            project_cases,
+            decode_cases,
+            trellis_cases,
+            w8a8_cases,
+            packed_cases,
+            sum_cases,
+            attention_cases,
+        )
         for c in make(arch)
     ]
 
@@ -342,7 +370,7 @@ def compiled(case: Case):
     """Compile as the JIT would for pointers and sizes that are multiples of 16."""
     kernel = JIT[case.kernel]
     signature = {name: "constexpr" if name in case.constants else case.types[name] for name in kernel.arg_names}
-    aligned = {"K", "N", "row_bytes", "rank"}
+    aligned = {"K", "N", "row_bytes", "rank", "v_row"}
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)

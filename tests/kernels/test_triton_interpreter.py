@@ -21,6 +21,7 @@ FILES = {
     "test_decode8.py": {"decode8_kernel", "decode_trellis_kernel"},
     "test_gemm_w8a8.py": {"gemm_w8a8_kernel"},
     "test_gemm_packed.py": {"gemm_packed_kernel", "sum_splits_kernel"},
+    "test_attention8.py": {"attention8_kernel", "quantize_tokens_kernel"},
     "test_checkpoint.py": {"quantize_tokens_kernel", "gemm_packed_kernel", "sum_splits_kernel"},
     "test_linear.py": {
         "quantize_tokens_kernel",
