@@ -40,6 +40,7 @@ PLAN = (
     *(Task("many", *shape) for shape in _FIRST),
     *(Task("few", *shape) for shape in MODULATION),
     *(Task("many", *shape) for shape in FEED_FORWARD[2:]),
+    *(Task("attention", m, 2 * 12 * m, 128) for m in (32760, 8190)),  # of Wan 1.3B at 480p, 81 and 17 frames
     *(Task("ways of many", m, n, k) for n, k in (WAN[0], DIT[0]) for m in MANY),
     *(Task("ways of few", m, n, k) for n, k in ((6912, 1152), (1536, 1536)) for m in FEW),
     *(Task("baselines of many", *shape) for shape in _FIRST),

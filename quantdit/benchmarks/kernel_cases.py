@@ -27,7 +27,9 @@ from quantdit.kernels import ops
 from quantdit.kernels.ops import Epilogue
 from quantdit.kernels.schema import flat
 from quantdit.kernels.triton_ops import dispatch
+from quantdit.layers import quant_attention
 from quantdit.layers.quant_linear import QuantLinear
+from quantdit.recipes.attention import AttentionSpec
 from quantdit.tensors import hadamard
 from quantdit.tensors.layer_spec import ActivationSpec, LayerSpec
 from quantdit.tensors.qtensor import spec_fields
@@ -39,6 +41,7 @@ COPIED = 2**29  # bytes of the copy that is the ceiling of what moves
 LARGE = 8192  # m, n, k of the products that are the ceiling of what multiplies
 PAUSE = 1_000_000  # GPU cycles, half a millisecond: longer than Python takes to launch a linear
 BF16 = "torch.matmul bfloat16"
+BF16_ATTENTION = "torch attention bfloat16"
 Run = Callable[[], Any]
 Check = Callable[[Any], None] | None
 
@@ -293,6 +296,39 @@ def baseline_candidates(s: Setting, few: bool) -> dict[str, Candidate]:
     return {name: Candidate(partial(make, name)) for name, baseline in BASELINES.items() if baseline.few == few}
 
 
+def attention_candidates(s: Setting) -> dict[str, Candidate]:
+    """Return torch's attention over m tokens of n / 2m heads (n counts scores and values), ours in 8 bits and SageAttention's."""
+    heads = max(1, s.n // (2 * s.m))
+    g = torch.Generator(s.device).manual_seed(0)
+    q, k, v = (torch.randn(1, heads, s.m, s.k, generator=g, device=s.device).to(torch.bfloat16) for _ in range(3))
+
+    def by_token(y: Tensor) -> Tensor:
+        return y[0].transpose(0, 1).flatten(1)
+
+    def plain() -> tuple[Run, Check]:
+        return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v), None
+
+    def ours(pv: str) -> tuple[Run, Check]:
+        spec = AttentionSpec(pv=pv)
+        with dispatch.using("reference"):
+            expected = torch.cat([by_token(quant_attention.attend(q[:, :, rows], k, v, spec)) for rows in ends_of(s.m)])
+        return lambda: by_token(quant_attention.attend(q, k, v, spec)), close(expected, 2e-2)
+
+    def sage() -> tuple[Run, Check]:
+        from sageattention import sageattn  # pyright: ignore[reportMissingImports] - of an optional package
+
+        expected = ends(by_token(torch.nn.functional.scaled_dot_product_attention(q, k, v)))
+        return lambda: by_token(sageattn(q, k, v, tensor_layout="HND")), close(expected, 5e-2)
+
+    makers = {BF16_ATTENTION: plain} | {f"attention8, {pv}": partial(ours, pv) for pv in ("uint8", "fp8", "none")}
+    return {name: Candidate(make) for name, make in (makers | {"sageattention": sage}).items()}
+
+
+def ends_of(m: int) -> tuple[slice, ...]:
+    """Return the rows that `ends` of m rows takes."""
+    return (slice(0, m),) if m <= 2 * CHECKED else (slice(0, CHECKED), slice(m - CHECKED, m))
+
+
 def _bfloat16(s: Setting) -> dict[str, Candidate]:
     return {BF16: torch_candidates(s)[BF16]}
 
@@ -310,6 +346,7 @@ MAKERS: dict[str, Callable[[Setting], dict[str, Candidate]]] = {
     "ways of few": lambda s: (
         _bfloat16(s) | {name: c for name, c in few_candidates(s).items() if name in ("gemm_packed_a16", "decode8 + gemm_w8a16")}
     ),
+    "attention": attention_candidates,
     "baselines of many": lambda s: (
         _bfloat16(s) | linear_candidates(s, ["w4a8", "w8a8"], ["auto"]) | baseline_candidates(s, few=False)
     ),
@@ -409,7 +446,7 @@ def work(connection: Connection, plan: Sequence[Task], broken: set[tuple[Task, s
                 torch.cuda.synchronize()  # raises, and ends the process, where the GPU took harm
         connection.send(("begin", task, "timing"))
         times = measured(runs, flush)
-        base = times.get(BF16, {}).get("us_median")
+        base = times.get(BF16, times.get(BF16_ATTENTION, {})).get("us_median")
         for name, found in times.items():
             connection.send(("row", row_of(task, name, candidates[name], found, base, top)))
         connection.send(("done", task))
