@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict, fields
 
+from quantdit.benchmarks.pipeline_prediction import Speeds
 from quantdit.cli import options
 from quantdit.cli.parser import Commands, add_command
 
@@ -19,8 +21,9 @@ def add(commands: Commands) -> None:
     )
     sub.add_argument(
         "what",
-        choices=("cpu", "kernels", "onnx", "memory"),
-        help="cpu; kernels: the Triton kernels on a CUDA GPU; onnx: exported graphs; memory: of whole pipelines, by arithmetic",
+        choices=("cpu", "kernels", "onnx", "memory", "pipeline"),
+        help="cpu; kernels: the Triton kernels on a CUDA GPU; onnx: exported graphs; memory: of whole pipelines, by arithmetic;"
+        " pipeline: seconds a clip with 8-bit attention and step plans",
     )
     sub.add_argument(
         "--output", type=options.path, required=True, metavar="FILE.jsonl", help="one row a measurement; a table beside it"
@@ -29,6 +32,12 @@ def add(commands: Commands) -> None:
     sub.add_argument(
         "--write-crossover", action="store_true", help="kernels: put the crossover points measured here where layers look them up"
     )
+    sub.add_argument("--predict", action="store_true", help="pipeline: only the arithmetic for Wan on an H100")
+    for name, default in asdict(Speeds()).items():
+        what = "part of a step that nothing makes faster" if name == "untouched" else f"TFLOP/s of {name}"
+        sub.add_argument(
+            f"--assume-{name}", type=options.finite, default=default, metavar="X", help=f"pipeline: {what} (%(default)g)"
+        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,6 +58,12 @@ def run(args: argparse.Namespace) -> int:
 
         options.quiet()
         memory.run(args.output)
+    elif args.what == "pipeline":
+        from quantdit.benchmarks import pipeline_speed
+
+        options.quiet()
+        assumed = {each.name: getattr(args, f"assume_{each.name}") for each in fields(Speeds)}
+        pipeline_speed.run(args.output, args.predict, Speeds(**assumed))
     else:
         from quantdit.benchmarks import cpu_linear
 

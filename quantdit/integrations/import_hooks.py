@@ -14,6 +14,7 @@ REGISTER = {
     "diffusers.quantizers.auto": "quantdit.integrations.diffusers_quantizer",
     "transformers.quantizers.auto": "quantdit.integrations.transformers_quantizer",
     "transformers.modeling_utils": "quantdit.integrations.transformers_quantizer",
+    "diffusers.models.cache_utils": "quantdit.integrations.caching",
     "diffusers.models.modeling_utils": "quantdit.integrations.diffusers_saving",
     "diffusers.pipelines.pipeline_utils": "quantdit.integrations.diffusers_saving",
     "diffusers.loaders.lora_pipeline": "quantdit.integrations.flux_lora",

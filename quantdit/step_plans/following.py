@@ -32,6 +32,7 @@ SKIPPING = (
     "mag_cache",
     "pyramid_attention_broadcast",
     "sea_cache",
+    "text_kv_cache",
     "taylorseer_cache",
 )
 
