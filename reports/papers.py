@@ -123,6 +123,66 @@ CLAIMS = {
         ("DiT-XL/2 shrinks from 2553.35 to 162.08 MiB", "reproduced from shapes in bench/vq-size.md"),
     ),
 }
+# Papers that make fewer steps, or less attention, of a trajectory: what they do, what we know of it on emoji-wan (32 x 32 pixels,
+# 128 tokens, 2 to 8 clips a figure, measured once with scripts that are not kept unless a page is named), how to combine.
+NO_MODEL = "emoji-wan is no model for it: 95 % of attention needs half of its tokens, spread over 79 to 99 % of blocks"
+TRAJECTORY = (
+    (
+        "TaylorSeer (arXiv 2503.06923)",
+        "forecasts what modules return from a Taylor series over the computed steps",
+        "forecasting the transformer's output works: `pipeline.md`, and `caches.md` for diffusers' own",
+        "step plans are its idea, chosen by measurement; `TaylorSeerCacheConfig` works, in lite mode or with modules named",
+    ),
+    (
+        "Delta-DiT (arXiv 2406.01125)",
+        "caches what ranges of blocks add, the back ones early and the front ones late",
+        "a measured plan over steps and blocks lost to evenly spaced steps: 31.2 against 41.3 dB at half the computations",
+        "not built; step plans take its place",
+    ),
+    (
+        "Sparse VideoGen2 (arXiv 2505.18875)",
+        "sorts tokens by k-means, then computes the blocks that matter",
+        "at a quarter of the blocks 21 dB by position, 31 with centroids of those left out; 38.5 where attention's output is"
+        " reused at two steps of three",
+        "its attention processors take the place of the class's; linears stay quantdit's",
+    ),
+    (
+        "AdaSpa (arXiv 2502.21079)",
+        "searches each head's blocks once, and keeps them over steps",
+        NO_MODEL,
+        "as Sparse VideoGen2",
+    ),
+    (
+        "DraftAttention (arXiv 2505.14708)",
+        "finds the blocks in attention of pooled tokens",
+        "not measured by itself; which blocks are kept mattered less than how many each head gets",
+        "as Sparse VideoGen2",
+    ),
+    (
+        "Sparse-vDiT",
+        "gives each head a fixed pattern",
+        "fixed blocks at density .75: 30.1 dB; with budgets shared by heads 36.9",
+        "as Sparse VideoGen2",
+    ),
+    (
+        "Re-ttention",
+        "corrects the softmax of sparse attention by what earlier steps had",
+        "not measured; centroids of blocks left out, which do the same for one step, gain 6 to 9 dB",
+        "as Sparse VideoGen2",
+    ),
+    (
+        "SpargeAttention",
+        "skips blocks by a threshold of each head, in 8 bits",
+        "needs a GPU; not measured",
+        "no backend of diffusers' dispatcher yet; its function as a processor's",
+    ),
+    (
+        "FlexAttention (torch)",
+        "compiles attention with a mask of blocks",
+        "diffusers' backend `flex` on a w4a8 Wan of two blocks, compiled: within 2e-7 of SDPA (tests, slow)",
+        '`transformer.set_attention_backend("flex")`, `transformer.compile_repeated_blocks()`; not with `--attention`',
+    ),
+)
 DIFFERENCES = {
     LRQ: (
         "TLQ's steps and zero points belong to output channels and signs, as in the paper. The released code searches the offset"
@@ -322,6 +382,10 @@ def page(rows: list[dict]) -> str:
         for (model, bits), parts in grouped(shown(rows, paper)).items():
             lines += ["", f"### {model}, {bits}", "", *table(parts, PAPERS[paper][1](bits))]
         lines += ["", "What differs from the paper:", "", *(f"- {text}" for text in DIFFERENCES[paper])]
+    lines += ["", "## Steps and sparse attention", ""]
+    lines += ["quantdit has no sparse attention of its own: neither a model that is sparse nor a GPU was there to judge one.", ""]
+    lines += ["| paper | what it does | what we know | with a quantdit checkpoint |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(cells)} |" for cells in TRAJECTORY]
     return "\n".join(lines) + "\n"
 
 

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from quantdit.models.adapter import adapter_for
 from quantdit.models.prediction import prediction_of
 from quantdit.models.synthetic import synthetic_inputs
 from quantdit.recipes.attention import AttentionSpec
+from quantdit.recipes.sampling_plan import Size
 from quantdit.system import files
 
 # Of the zoo, those whose attention diffusers dispatches.
@@ -221,6 +223,19 @@ def test_a_compiled_model_computes_the_same(made: tuple[nn.Module, object]) -> N
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         assert torch.equal(prediction_of(compiled(**inputs)), output(model, size))
+
+
+@pytest.mark.slow
+def test_a_quantized_model_takes_the_compiled_flex_backend() -> None:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 64, "in_channels": 4, "out_channels": 4, "num_layers": 2}
+    model = WanTransformer3DModel(**sizes, text_dim=32, freq_dim=16, ffn_dim=64).eval()
+    quantdit.quantize(model, "w4a8")
+    size = Size(1, 2, 16, 16, 16)
+    before = output(model, size)
+    for module in modules_of(model).values():  # set_attention_backend changes that of the whole process, too
+        module.processor._attention_backend = AttentionBackendName.FLEX
+    model.compile_repeated_blocks()
+    assert error(output(model, size), before) < 1e-5
 
 
 def test_a_library_is_used_on_a_gpu_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
