@@ -180,7 +180,7 @@ TRAJECTORY = (
         "FlexAttention (torch)",
         "compiles attention with a mask of blocks",
         "diffusers' backend `flex` on a w4a8 Wan of two blocks, compiled: within 2e-7 of SDPA (tests, slow)",
-        '`transformer.set_attention_backend("flex")`, `transformer.compile_repeated_blocks()`; not with `--attention`',
+        '`set_attention_backend("flex")` of the self-attention modules, `compile_repeated_blocks()`; not with `--attention`',
     ),
 )
 DIFFERENCES = {

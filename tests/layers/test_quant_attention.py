@@ -232,8 +232,9 @@ def test_a_quantized_model_takes_the_compiled_flex_backend() -> None:
     quantdit.quantize(model, "w4a8")
     size = Size(1, 2, 16, 16, 16)
     before = output(model, size)
-    for module in modules_of(model).values():  # set_attention_backend changes that of the whole process, too
-        module.processor._attention_backend = AttentionBackendName.FLEX
+    for name, module in modules_of(model).items():
+        if name.endswith("attn1"):  # torch cannot compile it for a few tokens of text on a CPU
+            module.processor._attention_backend = AttentionBackendName.FLEX
     model.compile_repeated_blocks()
     assert error(output(model, size), before) < 1e-5
 
