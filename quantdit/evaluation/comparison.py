@@ -40,6 +40,7 @@ from quantdit.layers.quant_linear import QuantLinear, weight_bits
 from quantdit.models.known_models import EMBEDDED
 from quantdit.pipelines.pipeline import (
     COMPONENTS,
+    PARTS,
     SEEDS,
     BareTransformer,
     Source,
@@ -312,6 +313,10 @@ def _identity(reference: Reference) -> dict:
 def _identity_of_candidate(candidate: LoadedModel, plans: Mapping[str, StepPlan] | None) -> dict:
     """Return what of the candidate the two must have in common: what is compared, and how many steps it computes."""
     found: dict[str, object] = {"only": list(candidate.only)} if candidate.only else {}
+    specs = {
+        str(spec) for part in PARTS for spec in getattr(getattr(candidate.pipeline, part, None), "attention_specs", {}).values()
+    }
+    found |= {"attention": sorted(specs)} if specs else {}
     return found | ({"step plan": [f"{len(p.computed)} of {len(p.times)} steps" for p in plans.values()]} if plans else {})
 
 

@@ -163,19 +163,25 @@ def _watch_output(transformer: nn.Module, candidate: nn.Module, sums: _Sums, cho
 
 
 def _watch_layers(transformer: nn.Module, candidate: nn.Module, sums: _Sums, prefix: str) -> list[RemovableHandle]:
-    """Add up the errors of each linear that differs in the candidate, on the reference's own inputs."""
-    theirs = dict(candidate.named_modules())
+    """Add up the errors of each linear that differs in the candidate, and of its modules of 8-bit attention, linears included.
 
-    def hook(name: str) -> Callable[[nn.Linear, tuple, Tensor], None]:
-        def compare(module: nn.Linear, args: tuple, output: Tensor) -> None:
+    All are asked on the reference's own inputs.
+    """
+    theirs = dict(candidate.named_modules())
+    attention = getattr(candidate, "attention_specs", {})
+
+    def hook(name: str) -> Callable[[nn.Module, tuple, dict, object], None]:
+        def compare(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
             if sums.looking is not None and not sums.asking:
-                pair = sums.pair(output, _tensor_of(sums.ask(theirs[name], args[0])), module.bias)
+                bias = module.bias if isinstance(module, nn.Linear) else None
+                pair = sums.pair(_tensor_of(output), _tensor_of(sums.ask(theirs[name], *args, **kwargs)), bias)
                 sums.layers[prefix + name] = sums.layers.get(prefix + name, 0) + pair
 
         return compare
 
-    return [
-        layer.register_forward_hook(hook(name))
-        for name, layer in transformer.named_modules()
-        if isinstance(layer, nn.Linear) and name in theirs and not _same(layer, theirs[name])
-    ]
+    differ = (
+        (name, module)
+        for name, module in transformer.named_modules()
+        if name in attention or (isinstance(module, nn.Linear) and name in theirs and not _same(module, theirs[name]))
+    )
+    return [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in differ]
