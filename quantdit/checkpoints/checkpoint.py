@@ -63,7 +63,8 @@ READABLE_VERSIONS = (2, 3, FORMAT_VERSION)
 MAX_TIMESTEP = 1e9
 METHOD = "quantdit"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
-COMPUTED_BY = ("layers", "timestep_edges", "attention", "step_plan")
+SWITCHES = ("attention", "step_plan")
+COMPUTED_BY = ("layers", "timestep_edges", *SWITCHES)
 KEYS = {"quant_method", "spec", "recipe", "provenance", *COMPUTED_BY, "sha256"}
 MAX_DEPTH = 32  # of tables in a model's config
 # Numbers in tables that a model computes, such as one of positions, beside as many as its file has.
@@ -184,16 +185,20 @@ def _check_unchanged(then: object, now: dict, where: Path) -> None:
 
 def describe(model: nn.Module, recipe: dict, provenance: dict) -> dict:
     """Return the quantization_config of a transformer with QuantLinear layers, but for the sha256 of its file."""
-    plan, attention = getattr(model, "step_plan", None), getattr(model, "attention_specs", {})
-    found = {
+    return {
         "quant_method": METHOD,
         "spec": FORMAT_VERSION,
         "recipe": recipe,
         "provenance": provenance,
         "timestep_edges": list(getattr(model, "timestep_edges", ())),
         "layers": {name: m.layer_spec.to_dict() for name, m in quant_layers(model).items()},
-    }
-    found |= {"attention": {name: spec.to_dict() for name, spec in attention.items()}} if attention else {}
+    } | describe_switches(model)
+
+
+def describe_switches(model: nn.Module) -> dict:
+    """Return the quantization_config's entries for 8-bit attention and a step plan, where the model has them."""
+    plan, attention = getattr(model, "step_plan", None), getattr(model, "attention_specs", {})
+    found = {"attention": {name: spec.to_dict() for name, spec in attention.items()}} if attention else {}
     return found | ({"step_plan": plan.to_dict()} if isinstance(plan, StepPlan) else {})
 
 

@@ -150,6 +150,13 @@ class Quantizer:
             checkpoint.check_in_memory(model, where)
         self._paths = []
 
+    def note(self, model: nn.Module) -> None:
+        """Take note of what is written with a model, which may have changed since it was quantized or loaded."""
+        self.config = checkpoint.config_of(model)
+        for key in checkpoint.SWITCHES:
+            self._state.pop(key, None)
+        self._state.update(checkpoint.describe_switches(model))  # in place: the model's config holds the same
+
     def check_savable(self, model: nn.Module, safe_serialization: bool = True, use_flashpack: bool = False) -> None:
         """Refuse what `save_pretrained` could not write, before it writes anything.
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from torch import nn
 
-from quantdit.checkpoints import checkpoint
 from quantdit.integrations.quantizer import Quantizer
 from quantdit.layers.quant_embedding import QuantEmbedding
 from quantdit.layers.quant_linear import QuantLinear
@@ -34,7 +33,7 @@ def checks_before_saving(save: Callable) -> Callable:
             model = getattr(part, "_orig_mod", part)  # of torch.compile
             if isinstance(quantizer := getattr(model, "hf_quantizer", None), Quantizer):
                 quantizer.check_savable(model, **wanted)
-                quantizer.config = checkpoint.config_of(model)
+                quantizer.note(model)
         return save(self, *args, **kwargs)
 
     return checked

@@ -19,7 +19,9 @@ def test_attention_is_probed_and_part_of_the_identity(tmp_path: Path, cli) -> No
     for name, options in (("plain", {}), ("attention", {"attention": "int8"})):
         quantdit.calibrate(wan, "w4a8", tmp_path / name, samples=1, steps=2, **SIZE, **options)
     how = {"samples": 4, "steps": 2, "probes": 2, "noise_floor": True, "cache": tmp_path / "cache", **SIZE}
-    reports = {name: quantdit.evaluate(wan, tmp_path / name, tmp_path / f"{name}-drift", **how) for name in ("plain", "attention")}
+    reports = {
+        name: quantdit.evaluate(wan, tmp_path / name, tmp_path / f"{name}-drift", **how) for name in ("plain", "attention")
+    }
     modules = set(modules_of(quantdit.load(tmp_path / "attention").transformer))
     assert modules
     assert not modules & reports["plain"]["probe"]["layers"].keys()
