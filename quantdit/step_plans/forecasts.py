@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,13 +17,13 @@ ORDERS = {"reuse": 0, "taylor1": 1, "taylor2": 2}
 RIDGE = 1e-6
 
 
-def placed(steps: int, computed: int, bend: float = 1.0) -> tuple[int, ...]:
+def placed(steps: int, computed: int, ends: float = 0.0) -> tuple[int, ...]:
     """Return the numbers of the steps that are computed, the first and the last among them.
 
     Args:
         steps: of the trajectory.
-        computed: how many of them; fewer come out where two fall on one.
-        bend: 1 spaces them evenly, more makes them denser at the noisy end.
+        computed: how many of them.
+        ends: 0 spaces them evenly, 1 as a cosine does: densely at both ends of the trajectory; between, a mixture.
 
     Raises:
         ValueError: fewer than LEAST computed.
@@ -31,7 +32,12 @@ def placed(steps: int, computed: int, bend: float = 1.0) -> tuple[int, ...]:
         raise ValueError(f"{computed} of {steps} steps computed is too few; at least {LEAST} are")
     if computed >= steps:
         return tuple(range(steps))
-    return tuple(sorted({round((steps - 1) * (i / (computed - 1)) ** bend) for i in range(computed)}))
+    parts = [i / (computed - 1) for i in range(computed)]
+    found = sorted({round((steps - 1) * ((1 - ends) * u + ends * (1 - math.cos(math.pi * u)) / 2)) for u in parts})
+    while len(found) < computed:  # where two fell on one, the largest gap is halved
+        gap = max(range(len(found) - 1), key=lambda i: found[i + 1] - found[i])
+        found.insert(gap + 1, (found[gap] + found[gap + 1]) // 2)
+    return tuple(found)
 
 
 def polynomial(name: str, times: Sequence[float], computed: Sequence[int]) -> StepPlan:
@@ -43,13 +49,20 @@ def polynomial(name: str, times: Sequence[float], computed: Sequence[int]) -> St
     return StepPlan(name, tuple(times), tuple(rows))
 
 
-def fit(times: Sequence[float], computed: Sequence[int], trajectories: Sequence[Sequence[Tensor]]) -> StepPlan:
+def fit(
+    times: Sequence[float],
+    computed: Sequence[int],
+    wanted: Sequence[Sequence[Tensor]],
+    known: Sequence[Sequence[Tensor]] | None = None,
+) -> StepPlan:
     """Return the plan whose weights have the least squared error on trajectories.
 
     Args:
         times: of the calls.
         computed: numbers of the calls that are computed.
-        trajectories: of each the output of every call, all of one shape.
+        wanted: of each trajectory the output of every call, all of one shape: what forecasts are to be.
+        known: what they are made of, if that is another trajectory from the same noise, such as one that followed a plan; only
+            computed calls of it are looked at.
 
     Solved in float64, with a ridge of RIDGE times the outputs' mean power towards the weights of a first-order Taylor series.
     """
@@ -60,14 +73,13 @@ def fit(times: Sequence[float], computed: Sequence[int], trajectories: Sequence[
             rows.append(())
             continue
         points = _latest(step, computed)[:HISTORY]
-        outputs = [[t[point].double().flatten() for point in points] for t in trajectories]
         start = torch.tensor([*towards.weights[step], *[0.0] * HISTORY][: len(points)], dtype=torch.float64)
         gram = torch.zeros(len(points), len(points), dtype=torch.float64)
         missed = torch.zeros(len(points), dtype=torch.float64)
-        for t, found in zip(trajectories, outputs, strict=True):
-            x = torch.stack(found)
+        for of, target in zip(wanted if known is None else known, wanted, strict=True):
+            x = torch.stack([of[point].double().flatten() for point in points])
             gram += x @ x.T
-            missed += x @ (t[step].double().flatten() - start @ x)
+            missed += x @ (target[step].double().flatten() - start @ x)
         ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(points), dtype=torch.float64)
         rows.append(tuple((start + torch.linalg.solve(gram + ridge, missed)).tolist()))
     return StepPlan("fit", tuple(times), tuple(rows))

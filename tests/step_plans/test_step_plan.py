@@ -58,9 +58,13 @@ def test_what_is_no_table_is_refused(content: object) -> None:
 def test_steps_are_placed_from_the_first_to_the_last() -> None:
     assert placed(20, 10) == (0, 2, 4, 6, 8, 11, 13, 15, 17, 19)
     assert placed(5, 9) == (0, 1, 2, 3, 4)
-    bent = placed(20, 10, 1.5)
-    assert (bent[0], bent[-1]) == (0, 19)
-    assert bent[1] < placed(20, 10)[1]
+    assert placed(20, 10, 0.75) == (0, 1, 3, 5, 8, 11, 14, 16, 18, 19)
+    for computed in range(3, 20):
+        for ends in (0.0, 0.75, 1.0):
+            found = placed(20, computed, ends)
+            assert len(found) == computed
+            assert (found[0], found[-1]) == (0, 19)
+            assert list(found) == sorted(set(found))
     with pytest.raises(ValueError, match="too few"):
         placed(20, 2)
 
@@ -81,6 +85,13 @@ def test_least_squares_find_what_combines_the_outputs() -> None:
     trajectory[4] = 0.5 * trajectory[3] - 0.25 * trajectory[1] + 2 * trajectory[0]
     plan = fit(TIMES, (0, 1, 3, 5, 9), [trajectory])
     assert plan.weights[4] == pytest.approx((0.5, -0.25, 2), abs=1e-4)
+
+
+def test_forecasts_are_led_to_another_trajectory() -> None:
+    torch.manual_seed(0)
+    wanted, known = ([torch.randn(4, 30) for _ in range(10)] for _ in range(2))
+    wanted[4] = 0.5 * known[3] - 0.25 * known[1] + 2 * known[0]
+    assert fit(TIMES, (0, 1, 3, 5, 9), [wanted], [known]).weights[4] == pytest.approx((0.5, -0.25, 2), abs=1e-4)
 
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float16])
