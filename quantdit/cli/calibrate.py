@@ -190,6 +190,10 @@ def _print(result: CompileResult) -> None:
         f" mean {kind} {error:.4f}, {sum(result.seconds.values()):.0f} s, at most"
         f" {result.memory['peak_bytes'] / 2**30:.1f} GiB of memory; report in {result.output / REPORT}"
     )
+    for part, error in (result.model_rel_rmse_together or {}).items():
+        alone = (result.model_rel_rmse_of_parts or {}).get(part)
+        beside = "" if alone is None else f", {alone:.4f} on embeddings in full precision"
+        print(f"{part}: error of its output on the quantized text encoders' embeddings {error:.4f}{beside}")
     _print_steps(result)
     _print_rest(result)
 
@@ -216,6 +220,14 @@ def _print_rest(result: CompileResult) -> None:
     advice = "; --components all quantizes text encoders, too" if any(sizes.get(name) for name in ENCODERS) else ""
     if rest:
         print(f"the rest of the pipeline, as it was: {', '.join(rest)}{advice}")
+    if "vae" in sizes:
+        from quantdit.benchmarks.vae_advice import vae_advice
+
+        sampling = result.provenance["calibration"]
+        small = [sum(p.stat().st_size for p in (result.output / part).glob("*.safetensors")) for part in result.blocks]
+        largest = max([*small, *(size for name, size in sizes.items() if name != "vae")])
+        if said := vae_advice(result.output, {name: sampling.get(name) for name in ("height", "width", "frames")}, largest):
+            print(said)
 
 
 def _methods() -> str:

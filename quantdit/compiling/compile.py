@@ -28,6 +28,7 @@ from quantdit.compiling.block_inputs import describe_chain, links_of
 from quantdit.compiling.choose_widths import quantize_to_target
 from quantdit.compiling.identity import identity_of, run_of
 from quantdit.compiling.job import Job
+from quantdit.compiling.measure_together import together as together_errors
 from quantdit.compiling.plan import Component, Plan, Target, check, check_finite, check_full_precision, component
 from quantdit.compiling.quantize_blocks import QuantizedTransformer
 from quantdit.compiling.report import REPORT, CompileResult
@@ -243,6 +244,7 @@ def _compile(pipeline: object, source: Source, plan: Plan, output: Path, resume:
                 made[part] = quantize_blocks.quantize(job, components[part].plans, job.folder / "blocks")
             else:
                 made[part], allocation = quantize_to_target(job, components[part], job.plan.target)
+        together = _together(pipeline, source, components, jobs)
     quantized, step_plan = time.perf_counter(), None
     if plan.recipe.steps is not None:
         with without_cache(transformers.values()), threads(plan.sampling.threads):
@@ -253,7 +255,7 @@ def _compile(pipeline: object, source: Source, plan: Plan, output: Path, resume:
     seconds = {"sample": captured - began, "quantize": quantized - captured, "write": time.perf_counter() - chosen}
     seconds |= {"steps": chosen - quantized} if step_plan is not None else {}
     result = _result(output, source, identity, components, jobs, made, seconds)
-    result = replace(result, allocation=allocation, step_plan=step_plan, files=written)
+    result = replace(result, allocation=allocation, step_plan=step_plan, model_rel_rmse_together=together, files=written)
     files.write_json(partial / REPORT, report.to_json(result))
     work_folder.publish(partial, output, identity)
     return result
@@ -339,6 +341,19 @@ def _captured(
         if sampling.timestep_choice == "salience" and sampling.samples and sampling.timesteps and part not in source.encoders:
             jobs[part] = _salient(jobs[part], sampling.timesteps)
     return jobs
+
+
+def _together(
+    pipeline: object, source: Source, components: Mapping[str, Component], jobs: Mapping[str, Job]
+) -> dict[str, float] | None:
+    """Return the errors of the transformers that read quantized text encoders' embeddings, where they can be measured."""
+    sampling = next(iter(jobs.values())).plan.sampling
+    transformers = {part: job for part, job in jobs.items() if part not in source.encoders}
+    is_whole = sampling.samples and not sampling.timesteps and all(job.stream is None for job in jobs.values())
+    if not is_whole or not transformers or len(transformers) == len(jobs):
+        return None
+    adapters = {part: each.adapter for part, each in components.items()}
+    return together_errors(transformers, lambda: sample(pipeline, sampling, adapters))
 
 
 def _rest(pipeline: object, source: Source) -> Iterator[Stream]:

@@ -57,6 +57,8 @@ class CompileResult:
         dense_layers: how many linears were left as they are; None in reports of versions that did not count.
         allocation: how open weights were chosen for the plan's target; None without one.
         model_rel_rmse_of_parts: by transformer, where there are several.
+        model_rel_rmse_together: by transformer, the error where it reads quantized text encoders' embeddings; None where none is
+            quantized, blocks are streamed, or steps were left out.
         step_plan: what step plans were tried and which is kept; None if none was asked for.
         warning: what a user must know of the output.
         already_finished: a run before made it; nothing was done.
@@ -79,6 +81,7 @@ class CompileResult:
     dense_layers: int | None = None
     allocation: dict | None = None
     model_rel_rmse_of_parts: dict[str, float | None] | None = None
+    model_rel_rmse_together: dict[str, float] | None = None
     step_plan: dict | None = None
     warning: str | None = None
     already_finished: bool = False

@@ -36,7 +36,8 @@ class Inspection:
         modules: the same as modules.
         report: what calibration_report.json says of each; empty without that file.
         allocation: how weight formats were chosen, None if they were not.
-        size: as compiler.size_of.
+        size: of all of them, as compiling.report.size_of.
+        components: the size of each component; layers of others than the first begin with its name.
         attention: by transformer, how many of its attention modules compute in 8 bits, by how they do.
         plans: by transformer, its step plan; those without one are left out.
         edges: by transformer, the times that the wider activations of the first and of the last steps end at; those without such
@@ -49,6 +50,7 @@ class Inspection:
     report: dict[str, dict]
     allocation: dict | None
     size: Size
+    components: dict[str, Size]
     attention: dict[str, dict[str, int]]
     plans: dict[str, StepPlan]
     edges: dict[str, tuple[float, float]]
@@ -82,7 +84,11 @@ class Inspection:
         errors = {layer.name: layer.error for layer in layers if layer.error is not None}
         worst = sorted(errors, key=lambda name: errors[name], reverse=True)[:WORST]
         shown = layers if every or not worst else [self.layers[name] for name in worst]
-        lines = [*wrapped([self._total()], width), "", *group_table(layers, by, width)]
+        lines = wrapped([self._total()], width)
+        for name, size in self.components.items():
+            own = self._layers_of(name)
+            lines += ["", *(wrapped([f"{name}: {_counted(len(own), size)}"], width) if len(self.components) > 1 else [])]
+            lines += group_table(own, by, width)
         if len(shown) < len(layers):
             lines += ["", f"the {len(shown)} worst of {len(layers)} layers; --all lists every one"]
         lines += ["", *layer_table(shown, width)]
@@ -102,7 +108,13 @@ class Inspection:
     def to_dict(self) -> dict:
         """Return what `text` shows, of every layer, for JSON: `layers`, `size`, `allocation`, and `report` of each layer."""
         layers = {name: asdict(layer) | {"report": self.report.get(name)} for name, layer in self.layers.items()}
-        known = {"folder": str(self.folder), "size": self.size, "layers": layers, "allocation": self.allocation}
+        known = {
+            "folder": str(self.folder),
+            "size": self.size,
+            "components": self.components,
+            "layers": layers,
+            "allocation": self.allocation,
+        }
         known |= {"attention": self.attention} if self.attention else {}
         known |= {"step_plans": {part: plan.to_dict() for part, plan in self.plans.items()}} if self.plans else {}
         return known | ({"edges": self.edges} if self.edges else {})
@@ -125,12 +137,23 @@ class Inspection:
             )
         plot.draw(output, self.folder.name, self.modules, self.report, self.allocation)
 
+    def _layers_of(self, component: str) -> list[InspectedLayer]:
+        """Return the layers of a component; those of the first have no prefix."""
+        others = tuple(f"{name}." for name in list(self.components)[1:])
+        if component == next(iter(self.components)):
+            return [layer for layer in self.layers.values() if not layer.name.startswith(others)]
+        return [layer for layer in self.layers.values() if layer.name.startswith(f"{component}.")]
+
     def _total(self) -> str:
-        size = self.size
-        return (
-            f"{len(self.layers)} layers, {size['quantized_weights']:,} weights at {size['bits_per_weight']:.3f} bits with scales,"
-            f" {size['dense_values']:,} dense values, file {size['file_bytes'] / 1e6:.2f} MB"
-        )
+        return _counted(len(self.layers), self.size)
+
+
+def _counted(layers: int, size: Size) -> str:
+    """Return how much a component holds, or all of them."""
+    return (
+        f"{layers} layers, {size['quantized_weights']:,} weights at {size['bits_per_weight']:.3f} bits with scales,"
+        f" {size['dense_values']:,} dense values, file {size['file_bytes'] / 1e6:.2f} MB"
+    )
 
 
 def inspect(folder: str | Path, accept_config: bool = False) -> Inspection:
@@ -154,7 +177,7 @@ def inspect(folder: str | Path, accept_config: bool = False) -> Inspection:
     modules: dict[str, QuantLinear] = {}
     roles: dict[str, tuple[str, str]] = {}
     errors: dict[str, dict] = {}
-    sizes, edges, plans, attention = [], {}, {}, {}
+    sizes, edges, plans, attention = {}, {}, {}, {}
     for part, place in quantized.items():
         transformer = checkpoint.read_transformer(place, accept_config=accept_config)
         own = checkpoint.quant_layers(transformer)
@@ -162,7 +185,7 @@ def inspect(folder: str | Path, accept_config: bool = False) -> Inspection:
         modules |= {f"{prefix}{name}": module for name, module in own.items()}
         roles |= {f"{prefix}{name}": where for name, where in roles_of(transformer).items()}
         errors |= {f"{prefix}{name}": entry for name, entry in stated_errors(place, own).items()}
-        sizes.append(size_of(transformer, place))
+        sizes[part or PARTS[0]] = size_of(transformer, place)
         if specs := getattr(transformer, "attention_specs", {}):
             attention[part or PARTS[0]] = dict(Counter(map(str, specs.values())))
         if isinstance(plan := getattr(transformer, "step_plan", None), StepPlan):
@@ -173,7 +196,7 @@ def inspect(folder: str | Path, accept_config: bool = False) -> Inspection:
     report, chosen = _report_in(folder, modules)
     known = report or errors
     layers = {name: describe_layer(name, module, *roles[name], known.get(name, {})) for name, module in modules.items()}
-    return Inspection(folder, layers, modules, report, chosen, added(sizes), attention, plans, edges)
+    return Inspection(folder, layers, modules, report, chosen, added(list(sizes.values())), sizes, attention, plans, edges)
 
 
 def _report_in(folder: Path, names: Collection[str]) -> tuple[dict[str, dict], dict | None]:

@@ -146,11 +146,12 @@ def attend(
 
 def _computed(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     """Return what `attend` does, without a gradient."""
-    if (library := _library(q, spec, mask)) is not None:
+    pv = _values_of(spec, q.shape[2], k.shape[2])
+    if pv == "auto" and (library := _library(q, mask)) is not None:
         return library(q, k, v, tensor_layout="HND", is_causal=causal, sm_scale=scale)
     keys = k.float() - k.float().mean(2, keepdim=True) if spec.smooth else k
     (q8, q_scale), (k8, k_scale) = (_codes(x, spec.rotate) for x in (q, keys))
-    v8, v_scale, mean = _values(v, spec)
+    v8, v_scale, mean = _values(v, "uint8" if pv == "auto" else pv, spec.smooth)
     y = torch.ops.quantdit.attention8(q8, k8, v8, q_scale * scale, k_scale, v_scale, mask, causal, torch.float32)
     return (y if mean is None else y + mean).to(q.dtype)
 
@@ -173,23 +174,32 @@ def _codes(x: Tensor, rotate: bool) -> tuple[Tensor, Tensor]:
     return codes.reshape(x.shape), scale.reshape(x.shape[:-1])
 
 
-def _values(v: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor | None]:
+def _values_of(spec: AttentionSpec, queries: int, keys: int) -> str:
+    """Return how values are computed with.
+
+    `auto` leaves those of text alone, which has fewer keys than there are queries: their products cost little, and emoji-wan's
+    cross-attention is 71.3 dB from float32 with them in floats, 39.3 in uint8 and 39.0 in e4m3 (4 clips, seed 1).
+    """
+    return "none" if spec.pv == "auto" and keys < queries else spec.pv
+
+
+def _values(v: Tensor, pv: str, smooth: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the values by channel `[b, h, d, tokens]`, the channels' scales `[b, h, d]`, and the mean that was taken off."""
+    if pv == "none":
+        return v.mT.contiguous(), torch.ones(*v.shape[:2], v.shape[3], dtype=torch.float32, device=v.device), None
     by_channel = v.float().mT
-    if spec.pv == "none":
-        return by_channel.contiguous(), torch.ones(by_channel.shape[:3], dtype=torch.float32, device=v.device), None
-    mean = by_channel.mean(3, keepdim=True) if spec.smooth else None
+    mean = by_channel.mean(3, keepdim=True) if smooth else None
     centred = by_channel if mean is None else by_channel - mean
-    largest = LARGEST if spec.pv == "fp8" else INT8
+    largest = LARGEST if pv == "fp8" else INT8
     scale = centred.abs().amax(3) / largest
     codes = centred / scale.masked_fill(scale == 0, 1)[..., None]
-    codes = codes.clamp(-largest, largest).to(torch.float8_e4m3fn) if spec.pv == "fp8" else codes.round().to(torch.int8)
+    codes = codes.clamp(-largest, largest).to(torch.float8_e4m3fn) if pv == "fp8" else codes.round().to(torch.int8)
     return codes.contiguous(), scale, None if mean is None else mean.mT
 
 
-def _library(q: Tensor, spec: AttentionSpec, mask: Tensor | None) -> Callable | None:
-    """Return SageAttention's function where it computes what `auto` leaves open: on a GPU, without a mask."""
-    if spec.pv != "auto" or mask is not None or not dispatch.on_gpu(q) or find_spec(LIBRARY) is None:
+def _library(q: Tensor, mask: Tensor | None) -> Callable | None:
+    """Return SageAttention's function where it is installed: on a GPU, without a mask."""
+    if mask is not None or not dispatch.on_gpu(q) or find_spec(LIBRARY) is None:
         return None
     from sageattention import sageattn  # pyright: ignore[reportMissingImports] - of an optional package
 

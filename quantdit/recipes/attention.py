@@ -18,8 +18,8 @@ class AttentionSpec:
         qk: queries and keys as `int8`, a step each token and head (SageAttention, arXiv 2410.02367, section 4), or `none`: the
             module is left alone.
         pv: probabilities and values: `uint8` (each row of a tile of keys on 255 steps up to its largest; values int8, a step each
-            channel), `fp8` (both e4m3; SageAttention2, arXiv 2411.10958, section 3.3), `none` (floats), or `auto`: a library's
-            kernel where one is installed on a GPU, else `uint8`.
+            channel), `fp8` (both e4m3; SageAttention2, arXiv 2411.10958, section 3.3), `none` (floats), or `auto`: floats where
+            there are fewer keys than queries, as of text; elsewhere a library's kernel if one is installed on a GPU, or `uint8`.
         rotate: a Hadamard over the channels of queries and keys, which spreads outliers and changes no product.
         smooth: keys without their mean over tokens, which softmax does not see; values without theirs, which is added back.
     """

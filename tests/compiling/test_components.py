@@ -65,6 +65,9 @@ def test_every_component_is_quantized_and_smaller(made) -> None:
     name, _, small, _ = made
     report = files.read_json(small / REPORT)
     assert report["recipe"]["component"].keys() == set(ENCODERS[name])
+    together = report["model_rel_rmse_together"]["transformer"]
+    # The encoders add to what the transformer's own quantization costs.
+    assert 0.9 * report["model_rel_rmse_of_parts"]["transformer"] < together < 0.5
     for part in ENCODERS[name]:
         config = files.read_json(small / part / "config.json")["quantization_config"]
         kinds = {entry["weight"]["format"] for entry in config["layers"].values()}

@@ -61,6 +61,12 @@ def test_it_is_near_to_ordinary_attention(pv: str, limit: float, m: int, n: int,
     assert error(attend(q, k, v, AttentionSpec(pv=pv)), nn.functional.scaled_dot_product_attention(q, k, v)) < limit
 
 
+def test_values_of_few_keys_stay_floats_by_default() -> None:
+    few, many = qkv(100, 20), qkv(100, 100)
+    assert torch.equal(attend(*few, AttentionSpec()), attend(*few, AttentionSpec(pv="none")))
+    assert torch.equal(attend(*many, AttentionSpec()), attend(*many, AttentionSpec(pv="uint8")))
+
+
 def test_long_even_rows_keep_their_small_probabilities() -> None:
     """All keys but one are alike, and that one takes a third: 8 bits beside the largest alone would lose the others."""
     q, k, v = torch.zeros(1, 1, 8, 64), torch.zeros(1, 1, 8000, 64), torch.randn(1, 1, 8000, 64)
