@@ -26,16 +26,17 @@ from quantdit.step_plans.forecasts import LEAST, fit, placed, polynomial
 from quantdit.step_plans.step_plan import StepPlan
 from quantdit.system.files import Advice
 
-# Forecast, and how much denser computed steps lie at both ends (forecasts.placed). The first of equals is taken.
+# Forecast, and where computed steps lie: how much denser at both ends, and which they lean to (forecasts.placed). The first of
+# equals is taken.
 CANDIDATES = (
-    ("reuse", 0.0),
-    ("taylor1", 0.0),
-    ("taylor2", 0.0),
-    ("fit", 0.0),
-    ("taylor1", 0.75),
-    ("taylor2", 0.75),
-    ("fit", 0.75),
-    ("fit", 1.0),
+    ("reuse", 0.0, 1.0),
+    ("taylor1", 0.0, 1.0),
+    ("taylor2", 0.0, 1.0),
+    ("fit", 0.0, 1.0),
+    ("taylor1", 0.75, 1.0),
+    ("fit", 0.75, 1.0),
+    ("fit", 0.75, 0.85),
+    ("fit", 0.75, 1.15),
 )
 HELD_OUT, FITTED = 2, 2  # samples that candidates are judged by, and that weights are fitted to
 # Numbers of the samples, of which calibration takes the first.
@@ -108,10 +109,10 @@ def choose(pipeline: Any, transformers: Mapping[str, nn.Module], steps: Steps, s
     whole = sampled(FIRST_HELD_OUT, HELD_OUT, count, "steps: every step")
     tried: list[dict] = []
     plans: list[dict[str, StepPlan]] = []
-    for forecast, ends in CANDIDATES:
+    for forecast, ends, lean in CANDIDATES:
         if steps.forecast not in (AUTO_FORECAST, forecast):
             continue
-        made = {part: _plan(forecast, ends, steps.compute, found) for part, found in trajectories.items()}
+        made = {part: _plan(forecast, (ends, lean), steps.compute, found) for part, found in trajectories.items()}
         if forecast == "fit":
             # Weights fitted to outputs along the whole trajectory meet others along their own: these are led back to it.
             with following(pipeline, made), _recorded(transformers) as followed:
@@ -123,7 +124,7 @@ def choose(pipeline: Any, transformers: Mapping[str, nn.Module], steps: Steps, s
         with following(pipeline, made):
             psnr = _psnr(whole, sampled(FIRST_HELD_OUT, HELD_OUT, count, f"steps: {forecast}"))
         plans.append(made)
-        tried.append({"forecast": forecast, "ends": ends, "psnr": round(psnr, 2)})
+        tried.append({"forecast": forecast, "ends": ends, "lean": lean, "psnr": round(psnr, 2)})
     fewer = round(steps.compute * count)
     of_fewer = round(_psnr(whole, sampled(FIRST_HELD_OUT, HELD_OUT, fewer, f"steps: {fewer} instead")), 2)
     best = max(range(len(tried)), key=lambda i: tried[i]["psnr"])
@@ -145,10 +146,10 @@ def choose(pipeline: Any, transformers: Mapping[str, nn.Module], steps: Steps, s
     }
 
 
-def _plan(forecast: str, ends: float, share: float, found: Trajectory) -> StepPlan:
+def _plan(forecast: str, where: tuple[float, float], share: float, found: Trajectory) -> StepPlan:
     """Return a candidate for one transformer; one that has too few steps computes all of them."""
     steps = len(found.times)
-    computed = placed(steps, max(min(LEAST, steps), round(share * steps)), ends)
+    computed = placed(steps, max(min(LEAST, steps), round(share * steps)), *where)
     if forecast == "fit":
         return fit(found.times, computed, found.streams)
     return polynomial(forecast, found.times, computed)

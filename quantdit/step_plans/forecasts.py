@@ -17,13 +17,14 @@ ORDERS = {"reuse": 0, "taylor1": 1, "taylor2": 2}
 RIDGE = 1e-6
 
 
-def placed(steps: int, computed: int, ends: float = 0.0) -> tuple[int, ...]:
+def placed(steps: int, computed: int, ends: float = 0.0, lean: float = 1.0) -> tuple[int, ...]:
     """Return the numbers of the steps that are computed, the first and the last among them.
 
     Args:
         steps: of the trajectory.
         computed: how many of them.
         ends: 0 spaces them evenly, 1 as a cosine does: densely at both ends of the trajectory; between, a mixture.
+        lean: above 1 has them denser at the noisy end, below 1 at the clean end.
 
     Raises:
         ValueError: fewer than LEAST computed.
@@ -32,7 +33,7 @@ def placed(steps: int, computed: int, ends: float = 0.0) -> tuple[int, ...]:
         raise ValueError(f"{computed} of {steps} steps computed is too few; at least {LEAST} are")
     if computed >= steps:
         return tuple(range(steps))
-    parts = [i / (computed - 1) for i in range(computed)]
+    parts = [(i / (computed - 1)) ** lean for i in range(computed)]
     found = sorted({round((steps - 1) * ((1 - ends) * u + ends * (1 - math.cos(math.pi * u)) / 2)) for u in parts})
     while len(found) < computed:  # where two fell on one, the largest gap is halved
         gap = max(range(len(found) - 1), key=lambda i: found[i + 1] - found[i])

@@ -116,6 +116,35 @@ def make_alone(folder: Path, root: Path) -> None:
     shutil.copytree(root / "saved" / "transformer", folder)
 
 
+def make_encoder(folder: Path, root: Path) -> None:
+    """Make a quantized text encoder, its table of words too, as `save_pretrained` of transformers writes it."""
+    import quantdit
+
+    model = models("tiny_encoders").encoder("T5EncoderModel")
+    quantdit.quantize(model, "w4a8")
+    model.save_pretrained(folder)
+
+
+def make_encoder_sharded(folder: Path, root: Path) -> None:
+    """Make the same in shards."""
+    import quantdit
+
+    quantdit.load(root / "encoder").save_pretrained(folder, max_shard_size="20KB")
+
+
+def make_planned(folder: Path, root: Path) -> None:
+    """Make a transformer with 8-bit attention and a step plan."""
+    import quantdit
+    from quantdit.step_plans.following import carry
+    from quantdit.step_plans.forecasts import placed, polynomial
+
+    model, _ = models("tiny_models").tiny("WanTransformer3DModel")
+    recipe = {"name": "both", "rule": [{"match": "*", "weight": "int8"}], "attention": [{"match": "*"}]}
+    quantdit.quantize(model, recipe)
+    carry(model, polynomial("taylor1", [900.0, 600.0, 300.0, 100.0], placed(4, 3)))
+    model.save_pretrained(folder)
+
+
 def make_recipe(folder: Path, root: Path) -> None:
     """Make a recipe and a list of prompts."""
     folder.mkdir()
@@ -168,11 +197,34 @@ def make_partial(folder: Path, root: Path) -> None:
 
 MAKERS = {
     name: globals()[f"make_{name}"]
-    for name in ("source", "quantized", "sharded", "saved", "alone", "recipe", "gate", "samples", "onnx", "partial")
+    for name in (
+        "source",
+        "quantized",
+        "sharded",
+        "saved",
+        "alone",
+        "encoder",
+        "encoder_sharded",
+        "planned",
+        "recipe",
+        "gate",
+        "samples",
+        "onnx",
+        "partial",
+    )
 }
 
 
 # ---- how they are opened
+
+
+@functools.cache
+def models(name: str):
+    """Return a file of tests/models."""
+    spec = importlib.util.spec_from_file_location(f"fuzz_{name}", TESTS / "models" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextlib.contextmanager
@@ -223,6 +275,47 @@ def of_model(model: nn.Module, finite: bool = True) -> str:
     if digest(*once) != digest(*again):
         raise Wrong("two calls differ")
     return digest(*tensors, *once)
+
+
+def of_encoder(model: nn.Module) -> str:
+    """Return what stands for a text encoder: its tensors and its states of some words."""
+    with torch.no_grad():
+        states = model(torch.arange(12)[None]).last_hidden_state
+    return digest(*model.parameters(), *model.buffers(), states)
+
+
+def encoder(folder: Path) -> str:
+    """Open a text encoder with quantdit.load."""
+    import quantdit
+
+    return of_encoder(quantdit.load(folder))
+
+
+def encoder_by_transformers(folder: Path) -> str:
+    """Open a text encoder with transformers' own from_pretrained."""
+    from transformers import T5EncoderModel
+
+    import quantdit  # noqa: F401 - registers
+
+    return of_encoder(T5EncoderModel.from_pretrained(folder, local_files_only=True).eval())
+
+
+def planned(folder: Path) -> str:
+    """Open a transformer, follow its plan, and call it along the trajectory."""
+    import quantdit
+    from quantdit.models.adapter import adapter_for
+    from quantdit.models.prediction import prediction_of
+    from quantdit.models.synthetic import synthetic_inputs
+
+    model = quantdit.load(folder)
+    model.enable_cache(quantdit.step_plan(model))
+    size = models("tiny_models").tiny("WanTransformer3DModel")[1]
+    with torch.no_grad():
+        made = [
+            prediction_of(model(**synthetic_inputs(model, adapter_for(model), size, torch.Generator().manual_seed(0), time)))
+            for time in (900.0, 600.0, 300.0, 100.0)
+        ]
+    return digest(*model.parameters(), *model.buffers(), *made)
 
 
 def of_pipeline(pipeline) -> str:
@@ -402,6 +495,10 @@ TARGETS = {
         Target("saved-by-diffusers", "saved", MODEL, by_diffusers, foreign=True),
         Target("transformer-alone", "alone", ("*",), loaded),
         Target("transformer-alone-by-diffusers", "alone", ("*",), by_diffusers, foreign=True, share=0.5),
+        Target("encoder", "encoder", ("*",), encoder, share=2),
+        Target("encoder-sharded", "encoder_sharded", ("*",), encoder),
+        Target("encoder-by-transformers", "encoder", ("*",), encoder_by_transformers, foreign=True),
+        Target("planned", "planned", ("*",), planned, share=2),
         Target("source", "source", ("*", "*/*"), in_full_precision, strict=False, share=2),
         Target("source-quantized-while-loading", "source", MODEL, quantized_while_loading, strict=False, foreign=True),
         Target("inspected", "quantized", ("calibration_report.json",), inspected, strict=False),

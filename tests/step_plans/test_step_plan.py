@@ -59,9 +59,10 @@ def test_steps_are_placed_from_the_first_to_the_last() -> None:
     assert placed(20, 10) == (0, 2, 4, 6, 8, 11, 13, 15, 17, 19)
     assert placed(5, 9) == (0, 1, 2, 3, 4)
     assert placed(20, 10, 0.75) == (0, 1, 3, 5, 8, 11, 14, 16, 18, 19)
+    assert placed(20, 7, 0.75, 0.85) == (0, 3, 7, 11, 15, 18, 19)
     for computed in range(3, 20):
-        for ends in (0.0, 0.75, 1.0):
-            found = placed(20, computed, ends)
+        for ends, lean in ((0.0, 1.0), (0.75, 0.85), (0.75, 1.15), (1.0, 1.0)):
+            found = placed(20, computed, ends, lean)
             assert len(found) == computed
             assert (found[0], found[-1]) == (0, 19)
             assert list(found) == sorted(set(found))
