@@ -26,6 +26,8 @@ def place(plain_dit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for model, output in ((place / "PATH" / "TO" / "PIPELINE", "mine"), ("fashion-dit", "fashion-dit-w4a8")):
         arguments = ["--model", str(model), "--bits", "w8a8", "--samples", "0", "--output", str(place / "out" / output)]
         assert main(["calibrate", *arguments]) == 0
+    fast = ["--bits", "w8a8", "--samples", "0", "--steps", "6", "--steps-plan", "0.5", "--output", str(place / "out" / "fast")]
+    assert main(["calibrate", "--model", "fashion-dit", *fast]) == 0
     graph = ["export", str(place / "out" / "fashion-dit-w4a8"), "--to", "onnx", "--output", str(place / "out" / "dit.onnx")]
     assert main([*graph, "--no-verify"]) == 0
     return place

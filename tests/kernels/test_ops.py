@@ -64,7 +64,19 @@ def opcheck_samples() -> dict[str, list[tuple]]:
     blocks = torch.linalg.qr(random(3, 8, 8)).Q.contiguous()
     outlier = flat(Transform(None, 1, blocks, torch.arange(24, dtype=torch.int32).flip(0), blocks))
     rotated = flat(Transform(random_sign(24, 0), 8))
+    q8, k8, v8 = random_int8(2, 3, 5, 8), random_int8(2, 3, 7, 8, seed=1), random_int8(2, 3, 8, 7, seed=2)
+    scales = tuple(random(2, 3, n).abs() / 50 for n in (5, 7, 8))
+    q, k, v = (random(2, 3, n, 8, seed=n) for n in (5, 7, 7))
     return {
+        "attention8": [
+            (q8, k8, v8, *scales, None, False, torch.float32),
+            (q8, k8, v8.to(torch.float8_e4m3fn), *scales, random(5, 7), False, torch.bfloat16),
+            (q8, k8, v8.half(), *scales, None, True, torch.float16),
+        ],
+        "straight_through_attention": [
+            (random(2, 3, 5, 8), q, k.requires_grad_(), v, None, False, 0.3),
+            (random(2, 5, 3, 8).transpose(1, 2), q, k.detach(), v, random(5, 7), False, 0.3),
+        ],
         "rotate": [
             (random(3, 24), random_sign(24, 0), 8),
             (random(4, 2, 24).transpose(0, 1).half(), random_sign(24, 0), 4),
