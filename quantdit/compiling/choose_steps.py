@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quantdit.models.call_view import view
 from quantdit.models.prediction import prediction_of
-from quantdit.pipelines.pipeline import BareTransformer, generate, sample_seed
+from quantdit.pipelines.pipeline import BareTransformer, generate, sample_seed, sampling_arguments
 from quantdit.pipelines.step_plans import following
 from quantdit.recipes.sampling_plan import SamplingPlan
 from quantdit.recipes.steps import AUTO_FORECAST, Steps
@@ -38,7 +38,8 @@ CANDIDATES = (
     ("fit", 0.75, 0.85),
     ("fit", 0.75, 1.15),
 )
-HELD_OUT, FITTED = 2, 2  # samples that candidates are judged by, and that weights are fitted to
+HELD_OUT, FITTED = 2, 4  # samples that candidates are judged by, and that weights are fitted to; of prompts all over the list
+LISTED = 1000  # prompts or classes at most that are looked at
 # Numbers of the samples, of which calibration takes the first.
 FIRST_HELD_OUT, FIRST_FITTED = 100_003, 200_003
 
@@ -98,15 +99,16 @@ def choose(pipeline: Any, transformers: Mapping[str, nn.Module], steps: Steps, s
     """
     count = steps.count or sampling.steps
 
-    def sampled(first: int, samples: int, of_steps: int, what: str) -> Tensor:
-        options = {name: v for name in ("height", "width", "frames") if (v := getattr(sampling, name)) is not None}
-        prompts = sampling.prompts or None
-        seed = sample_seed(sampling.seed, first)
-        return generate(pipeline, samples, seed, of_steps, sampling.guidance, samples, prompts, what, **options)
+    held_out, fitted = _conditions(pipeline, sampling)
+
+    def sampled(first: int, given: dict[str, list], of_steps: int, what: str) -> Tensor:
+        options = {name: v for name in ("height", "width", "frames") if (v := getattr(sampling, name)) is not None} | given
+        number, seed = len(next(iter(given.values()))), sample_seed(sampling.seed, first)
+        return generate(pipeline, number, seed, of_steps, sampling.guidance, number, description=what, **options)
 
     with _recorded(transformers) as trajectories:
-        sampled(FIRST_FITTED, FITTED, count, "steps: fit")
-    whole = sampled(FIRST_HELD_OUT, HELD_OUT, count, "steps: every step")
+        sampled(FIRST_FITTED, fitted, count, "steps: fit")
+    whole = sampled(FIRST_HELD_OUT, held_out, count, "steps: every step")
     tried: list[dict] = []
     plans: list[dict[str, StepPlan]] = []
     for forecast, ends, lean in CANDIDATES:
@@ -116,17 +118,17 @@ def choose(pipeline: Any, transformers: Mapping[str, nn.Module], steps: Steps, s
         if forecast == "fit":
             # Weights fitted to outputs along the whole trajectory meet others along their own: these are led back to it.
             with following(pipeline, made), _recorded(transformers) as followed:
-                sampled(FIRST_FITTED, FITTED, count, "steps: fit")
+                sampled(FIRST_FITTED, fitted, count, "steps: fit")
             made = {
                 part: fit(plan.times, plan.computed, trajectories[part].streams, followed[part].streams)
                 for part, plan in made.items()
             }
         with following(pipeline, made):
-            psnr = _psnr(whole, sampled(FIRST_HELD_OUT, HELD_OUT, count, f"steps: {forecast}"))
+            psnr = _psnr(whole, sampled(FIRST_HELD_OUT, held_out, count, f"steps: {forecast}"))
         plans.append(made)
         tried.append({"forecast": forecast, "ends": ends, "lean": lean, "psnr": round(psnr, 2)})
     fewer = round(steps.compute * count)
-    of_fewer = round(_psnr(whole, sampled(FIRST_HELD_OUT, HELD_OUT, fewer, f"steps: {fewer} instead")), 2)
+    of_fewer = round(_psnr(whole, sampled(FIRST_HELD_OUT, held_out, fewer, f"steps: {fewer} instead")), 2)
     best = max(range(len(tried)), key=lambda i: tried[i]["psnr"])
     is_kept = tried[best]["psnr"] > of_fewer
     for part, transformer in transformers.items():
@@ -144,6 +146,16 @@ def choose(pipeline: Any, transformers: Mapping[str, nn.Module], steps: Steps, s
         "chosen": tried[best] if is_kept else None,
         "computed": {part: list(plan.computed) for part, plan in plans[best].items()} if is_kept else None,
     }
+
+
+def _conditions(pipeline: Any, sampling: SamplingPlan) -> tuple[dict[str, list], dict[str, list]]:
+    """Return prompts or classes, as `generate` takes them, to judge by and to fit to: from all over the list, in turns."""
+    ((kind, values),) = sampling_arguments(pipeline, LISTED, sampling.prompts or None).items()
+    known = list(dict.fromkeys(values))
+    chosen = [known[i * len(known) // (HELD_OUT + FITTED)] for i in range(HELD_OUT + FITTED)]
+    judges = range(1, len(chosen), len(chosen) // HELD_OUT)
+    name = "classes" if kind == "class_labels" else "prompts"
+    return {name: [chosen[i] for i in judges]}, {name: [c for i, c in enumerate(chosen) if i not in judges]}
 
 
 def _plan(forecast: str, where: tuple[float, float], share: float, found: Trajectory) -> StepPlan:
