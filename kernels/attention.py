@@ -108,9 +108,9 @@ def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _backward(ctx: Any, gradient: Tensor) -> tuple:
     *inputs, mask = ctx.saved_tensors
     with torch.enable_grad():
-        qkv = [x.detach().requires_grad_() for x in inputs]
-        y = torch.nn.functional.scaled_dot_product_attention(*qkv, mask, is_causal=ctx.causal, scale=ctx.scale)
-        return None, *torch.autograd.grad(y, qkv, gradient), None, None, None
+        q, k, v = (x.detach().requires_grad_() for x in inputs)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=ctx.causal, scale=ctx.scale)
+        return None, *torch.autograd.grad(y, (q, k, v), gradient), None, None, None
 
 
 torch.library.register_autograd("quantdit::straight_through_attention", _backward, setup_context=_keep, lib=LIBRARY)

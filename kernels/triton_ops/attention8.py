@@ -63,8 +63,6 @@ def attention8_kernel(
     q = tl.load(q_ptr + (head * M + rows)[:, None] * D + channels[None, :], mask=inside[:, None], other=0)
     q_scale = tl.load(q_scale_ptr + head * M + rows, mask=inside, other=0.0)
     ZERO: tl.constexpr = 0 if PV == "int8" else 0.0
-    if mask_ptr is not None:
-        mask_at = mask_ptr + (head // H) * mask_b + (head % H) * mask_h
     total = tl.zeros((BM, D), tl.float32)
     weight = tl.zeros((BM,), tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
@@ -76,7 +74,7 @@ def attention8_kernel(
         k_scale = tl.load(k_scale_ptr + head * N + at, mask=seen, other=0.0)
         scores = tl.dot(q, k, out_dtype=tl.int32).to(tl.float32) * q_scale[:, None] * k_scale[None, :]
         if mask_ptr is not None:
-            places = mask_at + rows[:, None] * mask_m + at[None, :] * mask_n
+            places = (mask_ptr + (head // H) * mask_b + (head % H) * mask_h) + rows[:, None] * mask_m + at[None, :] * mask_n
             added = tl.load(places, mask=inside[:, None] & seen[None, :], other=0.0).to(tl.float32)
             scores += added * 1.4426950408889634
         if CAUSAL:

@@ -56,7 +56,7 @@ def _decode(vae: Any, config: dict, height: int, width: int, frames: int | None)
     import torch
 
     halvings = len(config.get("block_out_channels") or config.get("dim_mult") or (1,)) - 1
-    channels = config.get("latent_channels") or config.get("z_dim")
+    channels = int(config.get("latent_channels") or config["z_dim"])
     in_time = 2 ** sum(map(bool, config.get("temperal_downsample", ())))
     # Images of an AutoencoderKL have no frames, those of Qwen-Image one.
     length = () if "dim_mult" not in config else (1 if frames is None else (frames - 1) // in_time + 1,)

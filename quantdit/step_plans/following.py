@@ -24,6 +24,7 @@ from quantdit.step_plans.step_plan import HISTORY, StepPlan
 from quantdit.system.files import Advice
 
 NAME = "quantdit_step_plan"
+_eager: Any = torch.compiler.disable  # what a graph must not trace
 CACHES = "diffusers.hooks."
 # Modules of diffusers.hooks whose hooks skip computation.
 SKIPPING = (
@@ -143,11 +144,11 @@ class StepPlanHook(ModelHook):
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> object:
         """Stand in the place of the module's forward."""
         assert self.fn_ref is not None and self.fn_ref.original_forward is not None  # of a registered hook
-        stream, weights = torch.compiler.disable(self._follow)(module, args, kwargs)
+        stream, weights = _eager(self._follow)(module, args, kwargs)
         if weights:
-            return torch.compiler.disable(self._forecast)(stream, weights)
+            return _eager(self._forecast)(stream, weights)
         output = self.fn_ref.original_forward(*args, **kwargs)
-        torch.compiler.disable(self._keep)(stream, output)
+        _eager(self._keep)(stream, output)
         return output
 
     def _follow(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[_Stream, tuple[float, ...]]:
