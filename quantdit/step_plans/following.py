@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -234,7 +234,7 @@ def carry(transformer: nn.Module, plan: StepPlan | None) -> None:
         if plan is None:
             vars(transformer).pop(name, None)
         else:
-            vars(transformer)[name] = MethodType(method, transformer)
+            vars(transformer)[name] = partial(method, transformer)  # which pickles and copies, as a bound method does not
 
 
 def step_plan(transformer: nn.Module) -> StepPlanConfig:

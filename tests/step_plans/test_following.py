@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 import warnings
 from collections.abc import Iterator
@@ -202,6 +203,16 @@ def test_a_compiled_model_follows_it(model: nn.Module) -> None:
         found = [prediction_of(compiled(**inputs(model, time))) for time in TIMES]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, ours, strict=True))
     assert hook_of(model).counted == {"computed": 6, "forecast": 4}
+
+
+def test_a_model_that_carries_a_plan_is_pickled() -> None:
+    model = tiny_models.tiny("DiTTransformer2DModel")[0].eval()
+    carry(model, PLAN)
+    again = pickle.loads(pickle.dumps(model))
+    again.enable_cache(quantdit.step_plan(again))
+    run(again)
+    assert hook_of(again).counted == {"computed": 3, "forecast": 2}
+    assert hook_of(model) is None
 
 
 def test_a_class_without_caches_gets_the_methods() -> None:
