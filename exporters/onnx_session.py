@@ -16,7 +16,8 @@ from torch.utils._pytree import KeyPath, MappingKey, SequenceKey, tree_leaves_wi
 
 from quantdit.checkpoints import checkpoint
 from quantdit.exporters import onnx_digest
-from quantdit.pipelines.pipeline import Source, checked_numbers
+from quantdit.pipelines.arguments import checked_numbers
+from quantdit.pipelines.source import Source
 from quantdit.system.files import CheckpointError
 from quantdit.system.optional_import import PIP, install
 

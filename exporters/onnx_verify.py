@@ -27,8 +27,8 @@ from quantdit.exporters import onnx_session
 from quantdit.exporters.onnx_session import OnnxForward, arguments_of
 from quantdit.models.adapter import adapter_for
 from quantdit.models.prediction import prediction_of
-from quantdit.pipelines.pipeline import BareTransformer
 from quantdit.pipelines.sampling import sample
+from quantdit.pipelines.source import BareTransformer
 from quantdit.recipes.sampling_plan import SamplingPlan, Size
 from quantdit.system import memory
 

@@ -16,7 +16,8 @@ from quantdit.checkpoints import checkpoint
 from quantdit.compiling.report import REPORT
 from quantdit.compiling.work_folder import copy_rest
 from quantdit.layers.quant_embedding import put_dense
-from quantdit.pipelines.pipeline import COMPONENTS, dtype_of
+from quantdit.pipelines.arguments import dtype_of
+from quantdit.pipelines.components import COMPONENTS
 from quantdit.system import files
 
 

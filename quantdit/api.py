@@ -13,18 +13,12 @@ from torch import Tensor
 
 from quantdit.evaluation.report.clips import require_writer, write_clips
 from quantdit.evaluation.report.picture import side_by_side
-from quantdit.pipelines import pipeline
-from quantdit.pipelines.pipeline import (
-    MODEL,
-    Sampling,
-    check_options,
-    check_quantized,
-    checked_numbers,
-    dtype_of,
-    load_pipeline,
-    makes_clips,
-    sampling_arguments,
-)
+from quantdit.pipelines.arguments import check_options, checked_numbers, dtype_of
+from quantdit.pipelines.call_arguments import makes_clips, sampling_arguments
+from quantdit.pipelines.generate import Sampling
+from quantdit.pipelines.generate import generate as sample_from
+from quantdit.pipelines.pipeline import load_pipeline
+from quantdit.pipelines.source import MODEL, check_quantized
 from quantdit.pipelines.step_plans import carried, following
 from quantdit.system import files, progress
 from quantdit.system.output_places import PICTURES, require_picture, require_suffix
@@ -34,7 +28,7 @@ IMAGE_COLUMNS, CLIP_COLUMNS = 10, 4
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Options of `generate` that `pipeline.Sampling` explains."""
+    """Options of `generate` that `Sampling` explains."""
 
     seed: int
     steps: int
@@ -72,7 +66,7 @@ def generate(
         dtype: of everything that is not quantized: torch.float32, torch.bfloat16, torch.float16, or the name of one of them.
         accept_config: load a quantized model although its config or its scheduler's config was changed since it was written.
         steps_plan: follow the step plan that the model carries: compute some of the steps, and forecast the others.
-        options: of `pipeline.Sampling`: seed, steps, guidance, prompts, classes, negative_prompt, height, width, frames, batch.
+        options: of `Sampling`: seed, steps, guidance, prompts, classes, negative_prompt, height, width, frames, batch.
 
     Returns:
         Images `[n, c, h, w]` or clips `[n, f, c, h, w]`, float32 in [-1, 1].
@@ -105,7 +99,7 @@ def generate(
     del settled["samples"]
     plans = carried(made_by, source.label) if steps_plan else {}
     with following(made_by, plans):
-        made = pipeline.generate(made_by, count, **settled)
+        made = sample_from(made_by, count, **settled)
     output.parent.mkdir(parents=True, exist_ok=True)
     in_a_row = int(in_a_row or (CLIP_COLUMNS if clips else IMAGE_COLUMNS))
     if clips:

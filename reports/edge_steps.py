@@ -30,7 +30,8 @@ from quantdit.compiling.plan import Plan
 from quantdit.evaluation.metrics.intervals import bootstrap
 from quantdit.evaluation.metrics.paired import psnr
 from quantdit.evaluation.metrics.video import temporal_flickering
-from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.pipelines.generate import generate
+from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.recipes.presets import from_bits
 from quantdit.recipes.rules import Recipe
 from quantdit.recipes.sampling_plan import SamplingPlan

@@ -26,7 +26,8 @@ from quantdit.compiling.report import REPORT
 from quantdit.evaluation.metrics.intervals import bootstrap
 from quantdit.evaluation.metrics.paired import psnr
 from quantdit.evaluation.report.clips import write_clips
-from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.pipelines.generate import generate
+from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.system import files
 
 HERE = Path(__file__).parent

@@ -20,7 +20,8 @@ from quantdit.evaluation.metrics.paired import capped, psnr
 from quantdit.evaluation.samples import as_images
 from quantdit.exporters.onnx_session import use_graph
 from quantdit.exporters.to_onnx import to_onnx
-from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.pipelines.generate import generate
+from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.recipes.presets import from_bits, with_weight_format
 from quantdit.recipes.rules import Recipe, Rule
 from quantdit.recipes.sampling_plan import SamplingPlan

@@ -28,7 +28,7 @@ from quantdit.evaluation.metrics.intervals import bootstrap
 from quantdit.evaluation.metrics.paired import capped, psnr
 from quantdit.evaluation.metrics.video import temporal_flickering
 from quantdit.evaluation.samples import as_images
-from quantdit.pipelines.pipeline import generate
+from quantdit.pipelines.generate import generate
 from quantdit.step_plans.following import hook_of
 from quantdit.step_plans.forecasts import polynomial
 

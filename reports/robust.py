@@ -35,7 +35,8 @@ from quantdit.evaluation.metrics.paired import capped, psnr
 from quantdit.models.adapter import adapter_for
 from quantdit.models.planted_outliers import plant
 from quantdit.models.synthetic import synthetic_inputs
-from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.pipelines.generate import generate
+from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.system import files
 
 HERE = Path(__file__).parent

@@ -24,7 +24,8 @@ import quantdit
 from quantdit.checkpoints.checkpoint import quant_layers
 from quantdit.layers.quant_linear import weight_bits
 from quantdit.models.pixel_wan import minilm, states_of
-from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.pipelines.generate import generate
+from quantdit.pipelines.pipeline import load_pipeline
 
 HERE = Path(__file__).parent
 # PYTHONSAFEPATH, which the Makefile sets, keeps these folders off the path.

@@ -14,7 +14,7 @@ from quantdit.cli import options
 from quantdit.exporters.to_comfyui import to_comfyui
 from quantdit.exporters.to_dense import to_dense
 from quantdit.exporters.to_onnx import to_onnx
-from quantdit.pipelines.pipeline import Sampling
+from quantdit.pipelines.generate import Sampling
 
 EXPORTERS = {"dense": to_dense, "comfyui": to_comfyui, "onnx": to_onnx}
 

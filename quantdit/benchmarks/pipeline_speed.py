@@ -28,7 +28,7 @@ from quantdit.models.adapter import adapter_for
 from quantdit.models.call_view import view
 from quantdit.models.known_models import transformer_config
 from quantdit.models.synthetic import TRAIN_STEPS, latent_of, moved_inputs, synthetic_inputs
-from quantdit.pipelines.pipeline import generate
+from quantdit.pipelines.generate import generate
 from quantdit.recipes.attention import AttentionSpec
 from quantdit.recipes.sampling_plan import Size
 from quantdit.step_plans.following import disable, enable

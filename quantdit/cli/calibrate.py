@@ -212,7 +212,7 @@ def _print_steps(result: CompileResult) -> None:
 
 def _print_rest(result: CompileResult) -> None:
     """Print what the pipeline's other components take, and how to quantize more of them."""
-    from quantdit.pipelines.pipeline import ENCODERS
+    from quantdit.pipelines.components import ENCODERS
 
     folders = sorted(path for path in result.output.iterdir() if path.is_dir() and path.name not in result.blocks)
     sizes = {folder.name: sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in folders}

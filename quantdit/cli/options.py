@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-# Options that are fields of pipeline.Sampling.
+# Options that are fields of Sampling.
 SAMPLING = ("samples", "seed", "steps", "guidance", "negative_prompt", "height", "width", "frames", "dtype", "batch", "classes")
 
 
@@ -42,7 +42,7 @@ def add_sampling(sub: argparse.ArgumentParser) -> None:
 
 
 def asked(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what is asked of a model, by the names of pipeline.Sampling."""
+    """Return what is asked of a model, by the names of Sampling."""
     found = {key: getattr(args, key, None) for key in SAMPLING}
     found["prompts"] = read_prompts(args.prompts) if args.prompts else getattr(args, "prompt", None)
     return {key: value for key, value in found.items() if value is not None}

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from quantdit.models.call_view import view
 from quantdit.models.prediction import prediction_of
-from quantdit.pipelines.pipeline import BareTransformer, generate, sample_seed, sampling_arguments
+from quantdit.pipelines.call_arguments import sampling_arguments
+from quantdit.pipelines.generate import generate, sample_seed
+from quantdit.pipelines.source import BareTransformer
 from quantdit.pipelines.step_plans import following
 from quantdit.recipes.sampling_plan import SamplingPlan
 from quantdit.recipes.steps import AUTO_FORECAST, Steps

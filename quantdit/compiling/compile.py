@@ -36,8 +36,11 @@ from quantdit.layers.quant_attention import attention_of
 from quantdit.models.adapter import adapter_for, blocks
 from quantdit.models.known_models import KNOWN_MODELS, locate, transformer_config
 from quantdit.models.text_encoders import without_cache
-from quantdit.pipelines.pipeline import MODEL, PARTS, BareTransformer, Source, check_options, load_pipeline
+from quantdit.pipelines.arguments import check_options
+from quantdit.pipelines.components import PARTS
+from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.pipelines.sampling import sample, sampled_times, sampling_plan_for
+from quantdit.pipelines.source import MODEL, BareTransformer, Source
 from quantdit.recipes.attention import AttentionRule, AttentionSpec
 from quantdit.recipes.presets import (
     BEST,

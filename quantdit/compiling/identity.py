@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict
 
 from quantdit.compiling.plan import Plan
-from quantdit.pipelines.pipeline import Source
 from quantdit.pipelines.sampling import conditions
+from quantdit.pipelines.source import Source
 from quantdit.system import files
 from quantdit.system.version import VERSION
 

@@ -22,7 +22,9 @@ from quantdit.compiling.job import Job
 from quantdit.compiling.plan import Plan, check, check_finite, component
 from quantdit.integrations.attaching import attach
 from quantdit.models.text_encoders import without_cache
-from quantdit.pipelines.pipeline import MODEL, BareTransformer, checked_numbers, dtype_of, guesses_options, load_pipeline
+from quantdit.pipelines.arguments import checked_numbers, dtype_of, guesses_options
+from quantdit.pipelines.pipeline import load_pipeline
+from quantdit.pipelines.source import MODEL, BareTransformer
 from quantdit.recipes.presets import BEST, encoder_preset, finetuning_for, finetuning_of, from_any, is_bits
 from quantdit.recipes.resolve import without_data
 from quantdit.recipes.rules import AUTO, Recipe

@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from quantdit.checkpoints import checkpoint
-from quantdit.pipelines.pipeline import COMPONENTS
+from quantdit.pipelines.components import COMPONENTS
 from quantdit.system import checksummed_json, files
 
 REPORT = "calibration_report.json"

@@ -38,18 +38,12 @@ from quantdit.evaluation.real_images import load_real
 from quantdit.evaluation.samples import Samples, Sampling, batches, caller, prompts_of, sample
 from quantdit.layers.quant_linear import QuantLinear, weight_bits
 from quantdit.models.known_models import EMBEDDED
-from quantdit.pipelines.pipeline import (
-    COMPONENTS,
-    PARTS,
-    SEEDS,
-    BareTransformer,
-    Source,
-    accepted_arguments,
-    dtype_of,
-    load_pipeline,
-    named_parts,
-    sample_seed,
-)
+from quantdit.pipelines.arguments import SEEDS, dtype_of
+from quantdit.pipelines.call_arguments import accepted_arguments
+from quantdit.pipelines.components import COMPONENTS, PARTS, named_parts
+from quantdit.pipelines.generate import sample_seed
+from quantdit.pipelines.pipeline import load_pipeline
+from quantdit.pipelines.source import BareTransformer, Source
 from quantdit.pipelines.step_plans import following
 from quantdit.step_plans.step_plan import StepPlan
 from quantdit.system import files, progress

@@ -8,7 +8,7 @@ from typing import Any
 
 from quantdit.evaluation.apply_metrics import psnr_of
 from quantdit.evaluation.samples import Samples, Sampling, sample
-from quantdit.pipelines.pipeline import Source
+from quantdit.pipelines.source import Source
 from quantdit.pipelines.step_plans import following
 from quantdit.step_plans.forecasts import polynomial
 from quantdit.step_plans.step_plan import StepPlan

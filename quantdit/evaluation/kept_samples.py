@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantdit.pipelines.pipeline import Sampling, Source
+from quantdit.pipelines.generate import Sampling
+from quantdit.pipelines.source import Source
 from quantdit.pipelines.step_plans import followed
 from quantdit.system import files
 

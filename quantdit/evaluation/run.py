@@ -30,7 +30,9 @@ from quantdit.evaluation.report import page
 from quantdit.evaluation.report.picture import first_frames, side_by_side
 from quantdit.evaluation.report.summary import summary
 from quantdit.evaluation.samples import Samples, Sampling, shape_of_one
-from quantdit.pipelines.pipeline import MODEL, check_options, checked_numbers, makes_clips, sampling_arguments
+from quantdit.pipelines.arguments import check_options, checked_numbers
+from quantdit.pipelines.call_arguments import makes_clips, sampling_arguments
+from quantdit.pipelines.source import MODEL
 from quantdit.pipelines.step_plans import carried
 from quantdit.system import files, progress
 from quantdit.system.optional_import import require

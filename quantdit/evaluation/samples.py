@@ -17,15 +17,9 @@ from torch import Tensor
 from quantdit.evaluation import kept_samples
 from quantdit.models.call_view import view
 from quantdit.models.class_names import class_names
-from quantdit.pipelines.pipeline import (
-    Sampling,
-    Source,
-    call_options,
-    sample_seed,
-    samples_of,
-    sampling_arguments,
-    seeded_batches,
-)
+from quantdit.pipelines.call_arguments import call_options, sampling_arguments
+from quantdit.pipelines.generate import Sampling, sample_seed, samples_of, seeded_batches
+from quantdit.pipelines.source import Source
 from quantdit.system import progress
 
 

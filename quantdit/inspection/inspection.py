@@ -17,7 +17,8 @@ from quantdit.inspection.layer_tables import candidate_tables, group_table, laye
 from quantdit.inspection.report_checks import checked_allocation, checked_report, stated_errors
 from quantdit.inspection.text_table import wrapped
 from quantdit.layers.quant_linear import QuantLinear
-from quantdit.pipelines.pipeline import COMPONENTS, PARTS, check_quantized
+from quantdit.pipelines.components import COMPONENTS, PARTS
+from quantdit.pipelines.source import check_quantized
 from quantdit.step_plans.step_plan import StepPlan
 from quantdit.system import files
 

@@ -14,16 +14,10 @@ from torch import Tensor, nn
 from quantdit.models.adapter import Adapter
 from quantdit.models.known_models import KNOWN_MODELS
 from quantdit.models.synthetic import TRAIN_STEPS, latent_of, moved_inputs, own_time, prediction, synthetic_inputs
-from quantdit.pipelines.pipeline import (
-    SIZES,
-    BareTransformer,
-    Source,
-    accepted_arguments,
-    call_options,
-    sample_seed,
-    sampling_arguments,
-    seeded_batches,
-)
+from quantdit.pipelines.arguments import SIZES
+from quantdit.pipelines.call_arguments import accepted_arguments, call_options, sampling_arguments
+from quantdit.pipelines.generate import sample_seed, seeded_batches
+from quantdit.pipelines.source import BareTransformer, Source
 from quantdit.recipes.sampling_plan import SamplingPlan
 from quantdit.system import files, progress
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from quantdit.pipelines.pipeline import PARTS
+from quantdit.pipelines.components import PARTS
 from quantdit.step_plans.following import disable, enable, hook_of
 from quantdit.step_plans.step_plan import StepPlan
 

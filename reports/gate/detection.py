@@ -27,7 +27,7 @@ from scipy.stats import binomtest
 from quantdit.cli import main as quantdit
 from quantdit.evaluation.comparison import LoadedModel, Reference, compare_models, open_model, sample_reference
 from quantdit.evaluation.gate import judge
-from quantdit.pipelines.pipeline import Sampling
+from quantdit.pipelines.generate import Sampling
 
 HERE = Path(__file__).parent
 # PYTHONSAFEPATH, which the Makefile sets, keeps the folder of a script off the path.

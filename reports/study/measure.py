@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quantdit.models import adapter as adapters
-from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.pipelines.generate import generate
+from quantdit.pipelines.pipeline import load_pipeline
 
 MODEL, SAMPLES, STEPS, GUIDANCE = "fashion-dit", 64, 20, 2.0
 SEEDS, OTHER_SEEDS = (1, 2, 3, 4), (5, 6, 7, 8)

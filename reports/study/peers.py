@@ -33,7 +33,8 @@ from torch import Tensor, nn
 # PYTHONSAFEPATH, which the Makefile sets, keeps the folder of a script off the path.
 sys.path.append(str(Path(__file__).parent))
 import measure
-from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.pipelines.generate import generate
+from quantdit.pipelines.pipeline import load_pipeline
 
 # What calibrates where a package can be calibrated: as much as quantdit's own default takes.
 CALIBRATION_IMAGES, CALIBRATION_SEED = 32, 0

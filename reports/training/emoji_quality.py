@@ -125,7 +125,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path("reports/emoji-wan-quality.json"))
     args = parser.parse_args()
-    from quantdit.pipelines.pipeline import generate, load_pipeline
+    from quantdit.pipelines.generate import generate
+    from quantdit.pipelines.pipeline import load_pipeline
 
     labels, sprites = read_archives(args.data)
     things = [i * len(THINGS) // args.things for i in range(args.things)]

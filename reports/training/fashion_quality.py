@@ -10,7 +10,8 @@ import torch
 from scipy.stats import binomtest
 
 from fashion_classifier import CLASSIFIER, recognised
-from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.pipelines.generate import generate
+from quantdit.pipelines.pipeline import load_pipeline
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ from quantdit.compiling.compile import compile
 from quantdit.compiling.plan import Plan
 from quantdit.compiling.report import REPORT, to_json
 from quantdit.layers.quant_linear import QuantLinear
-from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.pipelines.generate import generate
+from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.recipes.presets import from_bits
 from quantdit.recipes.resolve import resolve, without_data
 from quantdit.recipes.rules import WEIGHTS, Layer, Recipe, Rule

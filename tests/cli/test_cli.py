@@ -23,7 +23,8 @@ from quantdit.checkpoints.checkpoint import quant_layers
 from quantdit.cli import command_line, options
 from quantdit.compiling.report import REPORT
 from quantdit.models.known_models import KNOWN_MODELS
-from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.pipelines.generate import generate
+from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.system import files
 from quantdit.system.optional_import import install
 

@@ -32,7 +32,8 @@ from quantdit.compiling.plan import Plan
 from quantdit.compiling.report import REPORT
 from quantdit.compiling.work_folder import clear_disk_errors
 from quantdit.layers.quant_linear import QuantLinear
-from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.pipelines.generate import generate
+from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.recipes.presets import from_bits
 from quantdit.recipes.resolve import resolve
 from quantdit.recipes.rules import Layer, Recipe, Rule, from_dict

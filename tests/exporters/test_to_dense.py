@@ -10,7 +10,8 @@ import torch
 from quantdit.compiling.compile import compile
 from quantdit.compiling.plan import Plan
 from quantdit.exporters.to_dense import to_dense
-from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.pipelines.generate import generate
+from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.recipes.presets import from_bits
 from quantdit.recipes.sampling_plan import SamplingPlan
 

@@ -14,7 +14,8 @@ from quantdit.compiling.compile import compile
 from quantdit.compiling.plan import Plan
 from quantdit.exporters import onnx_cleaning, onnx_digest, onnx_session, onnx_weights, to_onnx
 from quantdit.exporters.onnx_session import use_graph
-from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.pipelines.generate import generate
+from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.recipes.presets import from_bits
 from quantdit.recipes.sampling_plan import SamplingPlan
 from quantdit.system.files import CheckpointError, read_json, write_json

@@ -322,7 +322,7 @@ def of_pipeline(pipeline) -> str:
     """Return what stands for a pipeline: its transformer and a sample."""
     if not hasattr(pipeline, "transformer"):
         return of_model(pipeline)
-    from quantdit.pipelines.pipeline import generate
+    from quantdit.pipelines.generate import generate
 
     return of_model(pipeline.transformer) + digest(generate(pipeline, 1, 0, 2))
 

@@ -11,7 +11,8 @@ from fashion_classifier import recognised
 from quantdit.compiling.compile import compile
 from quantdit.compiling.plan import Plan
 from quantdit.evaluation.metrics.paired import psnr
-from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.pipelines.generate import generate
+from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.recipes.presets import from_bits
 from quantdit.recipes.rules import Recipe
 from quantdit.recipes.sampling_plan import SamplingPlan

@@ -13,7 +13,8 @@ import train_emoji_wan
 from emoji_clips import FRAMES, MOTIONS, SIZE, SPRITE, THINGS, caption, held_out, render
 from emoji_quality import centroid_and_size, foreground, motion_of, report_of
 from quantdit.models.known_models import EMBEDDED
-from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.pipelines.generate import generate
+from quantdit.pipelines.pipeline import load_pipeline
 
 LABELS = [name.removesuffix("-face").replace("-", " ") for name in THINGS]
 

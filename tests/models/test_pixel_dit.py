@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from quantdit.models.pixel_dit import PixelDiTPipeline
-from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.pipelines.generate import generate
+from quantdit.pipelines.pipeline import load_pipeline
 
 
 @pytest.fixture(scope="module")

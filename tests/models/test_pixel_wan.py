@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import quantdit
-from quantdit.pipelines.pipeline import Sampling, generate, load_pipeline, makes_clips, sampling_arguments
+from quantdit.pipelines.call_arguments import makes_clips, sampling_arguments
+from quantdit.pipelines.generate import Sampling, generate
+from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.recipes.sampling_plan import SamplingPlan
 from quantdit.system.optional_import import install
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from quantdit.pipelines.pipeline import PROMPTS
+from quantdit.pipelines.call_arguments import PROMPTS
 from tiny_models import TINY
 
 WIDTH = 48  # of the text states that the transformers of TINY take

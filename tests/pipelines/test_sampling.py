@@ -15,8 +15,9 @@ from quantdit.checkpoints.streaming import whole
 from quantdit.compiling.report import REPORT
 from quantdit.models import known_models
 from quantdit.models.adapter import adapter_for
-from quantdit.pipelines.pipeline import BareTransformer, load_pipeline
+from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.pipelines.sampling import trajectory
+from quantdit.pipelines.source import BareTransformer
 from quantdit.recipes.sampling_plan import SamplingPlan, Size
 from quantdit.system import files
 

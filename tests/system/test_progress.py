@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.pipelines.generate import generate
+from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.system import progress
 
 

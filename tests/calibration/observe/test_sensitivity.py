@@ -15,7 +15,8 @@ from quantdit.calibration.observe.recorded_calls import Call
 from quantdit.calibration.observe.sensitivity import MeasuredBlock
 from quantdit.layers.quant_linear import QuantLinear
 from quantdit.models import adapter as adapters
-from quantdit.pipelines.pipeline import generate, load_pipeline
+from quantdit.pipelines.generate import generate
+from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.recipes.presets import from_bits
 from quantdit.recipes.resolve import options
 from quantdit.recipes.rules import WEIGHTS, LayerPlan
