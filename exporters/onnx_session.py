@@ -250,14 +250,14 @@ def use_graph(pipeline: object, source: Source, path: Path) -> OnnxForward:
     """
     opened, content = open_graph(path)
     part = content.get("part")
-    folder = source.part(part) if part is not None and part in source.parts else None
+    folder = source.folder_of(part) if part is not None and part in source.components else None
     own = folder is not None and checkpoint.is_quantized(folder) and checkpoint.identity(folder) == content.get("sha256")
     if content and not own:
         raise ValueError(
             f"{path} was exported from another checkpoint than {source.label}; give the folder it was exported from, or export"
             f" this one: quantdit export {source.folder} --to onnx --output FILE.onnx"
         )
-    transformer = getattr(pipeline, part or source.parts[0])
+    transformer = getattr(pipeline, part or source.components[0])
     transformer.forward = OnnxForward(transformer, path, opened, content)
     return transformer.forward
 

@@ -90,15 +90,15 @@ def to_onnx(
     """
     _check(folder, output, storage, target, verify)
     pipeline, source = load_pipeline(str(folder), accept_config=accept_config)
-    names = source.parts
+    names = source.components
     if part is not None and part not in names:
         raise ValueError(f"{folder} has no {part}; it has {', '.join(names)}")
     part = part or names[0]
-    sha256 = checkpoint.identity(source.part(part))
+    sha256 = checkpoint.identity(source.folder_of(part))
     transformer = getattr(pipeline, part)
     keep_decoded(transformer)
     calls = recorded_calls(pipeline, part)
-    recipe = files.read_json(source.part(part) / "config.json")["quantization_config"].get("recipe")
+    recipe = files.read_json(source.folder_of(part) / "config.json")["quantization_config"].get("recipe")
     del pipeline
     model, content, cuts = graph_of(transformer, calls[0].arguments, storage, target)
     content |= {

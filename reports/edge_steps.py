@@ -102,7 +102,7 @@ def sampled(model: str, sizes: Sizes) -> tuple[torch.Tensor, dict]:
     pipeline, source = load_pipeline(model)
     prompts = list(getattr(pipeline, "prompts", ()))
     prompts = prompts[:: max(1, len(prompts) // sizes.clips)][: sizes.clips] or None
-    watch = Watch(getattr(pipeline, source.parts[0]))
+    watch = Watch(getattr(pipeline, source.components[0]))
     made = [
         generate(pipeline, sizes.clips, s, sizes.steps, GUIDANCE, BATCH, prompts, description=f"{Path(model).name} {s}")
         for s in sizes.seeds

@@ -151,7 +151,7 @@ def main() -> None:
         prompts = list(pipeline.prompts)
         made = {recipe: clips_of(recipe, prompts, work) for recipe in args.only or RECIPES}
     if not args.only:
-        stored = sum(path.stat().st_size for path in source.part("transformer").glob("*.safetensors"))
+        stored = sum(path.stat().st_size for path in source.folder_of("transformer").glob("*.safetensors"))
         write(prompts, stored, made)
 
 

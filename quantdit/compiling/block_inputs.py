@@ -40,12 +40,12 @@ def walk(job: Job, names: Collection[str], calls: StoredCalls, folder: Path) -> 
     rest = tuple(name for name in names if not name.startswith(done))
     if rest:
         with job.following():
-            yield Segment(OUTSIDE, len(job.blocks), rest, job.transformer, calls)
+            yield Segment(OUTSIDE, len(job.blocks), rest, job.model, calls)
 
 
 def _segment(job: Job, path: str, number: int, names: Collection[str], calls: StoredCalls | None) -> Segment:
     mine = tuple(name for name in names if name.startswith(f"{path}."))
-    return Segment(path, number, mine, job.transformer.get_submodule(path), calls)
+    return Segment(path, number, mine, job.model.get_submodule(path), calls)
 
 
 def _walk_chain(job: Job, links: list[BlockLink], names: Collection[str], calls: StoredCalls, inputs: Path) -> Iterator[Segment]:
@@ -71,7 +71,7 @@ def _walk_chain(job: Job, links: list[BlockLink], names: Collection[str], calls:
 def _first_inputs(job: Job, first: BlockLink, calls: StoredCalls, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i, call in enumerate(calls):
-        reached = block_order.first_call(job.transformer, first.path, call)
+        reached = block_order.first_call(job.model, first.path, call)
         call_files.save_call(folder / call_name(i), reached.args, reached.kwargs)
     call_files.finish(folder, {"base": folder.name, "fed": []}, job.run)
 
@@ -105,7 +105,7 @@ def _hand_on(job: Job, links: list[BlockLink], number: int, calls: StoredCalls, 
     is_needed = any(number in link.needs for link in links)
     if is_needed:
         (ends / _number(number)).mkdir(parents=True, exist_ok=True)
-    block = job.transformer.get_submodule(links[number].path)
+    block = job.model.get_submodule(links[number].path)
     needed = {*following.needs} - {number} if following is not None and replayed else set()
     earlier = {j: call_files.sums_of(ends / _number(j), job.run) for j in sorted(needed)}
     for i, call in enumerate(mine):
@@ -114,7 +114,7 @@ def _hand_on(job: Job, links: list[BlockLink], number: int, calls: StoredCalls, 
             call_files.save_outputs(ends / _number(number) / call_name(i), outputs)
         if replayed:
             recorded = {j: call_files.load_outputs(ends / _number(j) / call_name(i), sums) for j, sums in earlier.items()}
-            reached = block_order.next_call(job.transformer, links, number, calls[i], recorded | {number: outputs})
+            reached = block_order.next_call(job.model, links, number, calls[i], recorded | {number: outputs})
             call_files.save_call(folder / call_name(i), reached.args, reached.kwargs)
         else:
             call_files.save_outputs(folder / call_name(i), outputs)
@@ -137,13 +137,13 @@ def model_error(job: Job, names: Collection[str], folder: Path) -> float | None:
     prefixes = tuple(f"{link.path}." for link in links)
     if not links or not all(name.startswith(prefixes) for name in names):
         with job.following():
-            return capture.model_error(job.transformer, job.calls[::stride])
+            return capture.model_error(job.model, job.calls[::stride])
     last = folder / "inputs" / _number(len(links))
     sums = call_files.sums_of(last, job.run)
     pairs = []
     for i, call in enumerate(job.calls[::stride]):
         outputs = call_files.load_outputs(last / call_name(i * stride), sums)
-        pairs.append((block_order.last_prediction(job.transformer, links, call, outputs), call.output))
+        pairs.append((block_order.last_prediction(job.model, links, call, outputs), call.output))
     return capture.relative_error(pairs)
 
 
@@ -157,11 +157,11 @@ def links_of(job: Job) -> list[BlockLink]:
     if not path.exists():
         try:
             with job.timed("observe"), job.following():
-                links = block_order.observe(job.transformer, job.blocks, job.calls[0])
+                links = block_order.observe(job.model, job.blocks, job.calls[0])
         except BlocksNotSequential as error:
             if job.stream is not None:
                 raise ValueError(
-                    f"{type(job.transformer).__name__}: {error}; such a model must be in memory as a whole, give a larger"
+                    f"{type(job.model).__name__}: {error}; such a model must be in memory as a whole, give a larger"
                     " --memory-budget"
                 ) from error
             links = []

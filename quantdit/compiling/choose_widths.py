@@ -43,19 +43,19 @@ def quantize_to_target(job: Job, component: Component, target: Target) -> tuple[
     """
     widths = _sensitivities(job, component.options)
     choices = {name: tuple(Option(w, e["bytes"], e["error"]) for w, e in of.items()) for name, of in widths.items()}
-    full = {name: linear_of(job.transformer, name) for name in component.options}
+    full = {name: linear_of(job.model, name) for name in component.options}
     tried: list[Chosen] = []
 
     def quantize(chosen: Chosen) -> QuantizedTransformer:
         # Each attempt keeps its blocks: a later one may turn out worse, and an interrupted run goes through them again.
         if chosen not in tried:
             tried.append(chosen)
-        block_order.put(job.transformer, full)
+        block_order.put(job.model, full)
         plans = {name: plans[chosen[name].weight] for name, plans in component.options.items()}
         return quantize_blocks.quantize(job, plans, job.folder / f"blocks-{tried.index(chosen)}")
 
     if target.size_budget is not None:
-        found = _within_budget(job.transformer, choices, target.size_budget, component.bytes_in_16_bits, quantize)
+        found = _within_budget(job.model, choices, target.size_budget, component.bytes_in_16_bits, quantize)
     else:
         assert target.max_output_error is not None
         found = _within_error(choices, target.max_output_error, quantize)
@@ -63,7 +63,7 @@ def quantize_to_target(job: Job, component: Component, target: Target) -> tuple[
         **asdict(target),
         "bytes_in_16_bits": component.bytes_in_16_bits,
         "budget_bytes": found.budget,
-        "bytes": _stored_bytes(job.transformer),
+        "bytes": _stored_bytes(job.model),
         "predicted_model_rel_rmse": allocate.total_error(found.chosen),
         "model_rel_rmse": found.made.model_error,
         "attempts": [
@@ -141,7 +141,7 @@ def _sensitivities(job: Job, options: Mapping[str, Mapping[str, LayerPlan]]) -> 
                 result = sensitivity.sensitivity(
                     part,
                     options,
-                    job.transformer,
+                    job.model,
                     list(sensitivity.measured(calls)),
                     lambda made: QuantLinear.from_tensors(made.spec, made.tensors, made.bias),
                     job.seed_of(segment),

@@ -37,7 +37,7 @@ from quantdit.models.adapter import adapter_for, blocks
 from quantdit.models.known_models import KNOWN_MODELS, locate, transformer_config
 from quantdit.models.text_encoders import without_cache
 from quantdit.pipelines.arguments import check_options
-from quantdit.pipelines.components import PARTS
+from quantdit.pipelines.components import TRANSFORMER_NAMES
 from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.pipelines.sampling import sample, sampled_times, sampling_plan_for
 from quantdit.pipelines.source import MODEL, BareTransformer, Source
@@ -74,7 +74,7 @@ def calibrate(
     method: str = BEST,
     size_budget: float | None = None,
     max_output_error: float | None = None,
-    components: str | Sequence[str] = PARTS[0],
+    components: str | Sequence[str] = TRANSFORMER_NAMES[0],
     encoder_bits: str | None = None,
     attention: str | None = None,
     steps_plan: float | None = None,
@@ -222,7 +222,7 @@ def compile(
 
 def _compile(pipeline: object, source: Source, plan: Plan, output: Path, resume: bool, overwrite: bool) -> CompileResult:
     began = time.perf_counter()
-    transformers = {part: getattr(pipeline, part).eval() for part in source.parts}
+    transformers = {part: getattr(pipeline, part).eval() for part in source.components}
     check_full_precision(transformers, str(source.folder))
     plan = plan.for_its_data()
     components = {part: component(t, plan.of(part).recipe) for part, t in transformers.items()}
@@ -251,7 +251,7 @@ def _compile(pipeline: object, source: Source, plan: Plan, output: Path, resume:
     quantized, step_plan = time.perf_counter(), None
     if plan.recipe.steps is not None:
         with without_cache(transformers.values()), threads(plan.sampling.threads):
-            planned = {part: job.transformer for part, job in jobs.items() if part not in source.encoders}
+            planned = {part: job.model for part, job in jobs.items() if part not in source.encoders}
             step_plan = choose_steps.choose(pipeline, planned, plan.recipe.steps, plan.sampling)
     chosen = time.perf_counter()
     written = _write(source, jobs, partial, identity)
@@ -290,7 +290,7 @@ def _finished_before(output: Path, source: Source, identity: dict) -> CompileRes
     try:
         content = files.read_json(output / REPORT)
         before = report.from_json(content, output, already_finished=True)
-        if before.sha256 != files.digest(output / source.parts[0]):
+        if before.sha256 != files.digest(output / source.components[0]):
             return None
     except (files.CheckpointError, OSError):
         return None
@@ -307,9 +307,9 @@ def _captured(
 ) -> dict[str, Job]:
     """Sample from the pipeline, and return for each transformer its calls and what is needed to work on it."""
     streams = {
-        part: stream_of(each.transformer, source.part(part))
+        part: stream_of(each.model, source.folder_of(part))
         for part, each in components.items()
-        if streaming.is_streamed(each.transformer)
+        if streaming.is_streamed(each.model)
     }
     if streams:
         memory.give_back_at_once()
@@ -323,7 +323,7 @@ def _captured(
                 stack.enter_context(rest.following([path for path, _ in blocks(rest.transformer, adapter_for(rest.transformer))]))
             calls = capture.transformer_calls(
                 lambda: sample(pipeline, sampling, {part: each.adapter for part, each in components.items()}),
-                {part: each.transformer for part, each in components.items()},
+                {part: each.model for part, each in components.items()},
                 sampling.steps,
                 sampling.buckets,
                 work / "calls",
@@ -334,13 +334,13 @@ def _captured(
         for part, each in components.items():
             if part in source.encoders:
                 continue
-            times = sampled_times(pipeline, each.transformer, each.adapter, sampling.steps)
+            times = sampled_times(pipeline, each.model, each.adapter, sampling.steps)
             calls[part] = StoredCalls((), buckets_of(times, sampling.steps, sampling.buckets, edge_steps)[1])
     jobs = {}
     for part, each in components.items():
         folder = work / part
         folder.mkdir(parents=True, exist_ok=True)
-        jobs[part] = Job(each.transformer, each.blocks, calls[part], plan.of(part), folder, streams.get(part), run)
+        jobs[part] = Job(each.model, each.blocks, calls[part], plan.of(part), folder, streams.get(part), run)
         if sampling.timestep_choice == "salience" and sampling.samples and sampling.timesteps and part not in source.encoders:
             jobs[part] = _salient(jobs[part], sampling.timesteps)
     return jobs
@@ -361,10 +361,10 @@ def _together(
 
 def _rest(pipeline: object, source: Source) -> Iterator[Stream]:
     """Yield what reads the transformers that are sampled with, are not in memory, and are not to be quantized."""
-    for part in PARTS:
+    for part in TRANSFORMER_NAMES:
         model = getattr(pipeline, part, None)
-        if part not in source.parts and model is not None and streaming.is_streamed(model):
-            yield stream_of(model, source.part(part))
+        if part not in source.components and model is not None and streaming.is_streamed(model):
+            yield stream_of(model, source.folder_of(part))
 
 
 def _salient(job: Job, count: int) -> Job:
@@ -373,7 +373,7 @@ def _salient(job: Job, count: int) -> Job:
     if not links:
         raise ValueError("the transformer's blocks have no order to choose timesteps by; use --timestep-choice even")
     with job.loaded(links[0].path):
-        return replace(job, calls=salient_calls(job.transformer, links[0].path, job.calls, count))
+        return replace(job, calls=salient_calls(job.model, links[0].path, job.calls, count))
 
 
 def _write(source: Source, jobs: Mapping[str, Job], partial: Path, identity: dict) -> list[str]:
@@ -384,7 +384,7 @@ def _write(source: Source, jobs: Mapping[str, Job], partial: Path, identity: dic
         read = job.stream.read if job.stream is not None else None
         recipe, provenance = job.plan.recipe.to_dict(), identity["provenance"]
         of_trajectory = None if part in source.encoders else scheduler
-        checkpoint.write_transformer(job.transformer, partial / part, recipe, provenance, read, of_trajectory)
+        checkpoint.write_transformer(job.model, partial / part, recipe, provenance, read, of_trajectory)
     return [*written, *(f"{part}/{name}" for part in jobs for name in work_folder.files_in(partial / part))]
 
 
@@ -398,7 +398,7 @@ def _result(
     seconds: Mapping[str, float],
 ) -> CompileResult:
     """Return what is to be said of transformers that lie written in the work folder."""
-    partial, first = work_folder.partial_of(output), source.parts[0]
+    partial, first = work_folder.partial_of(output), source.components[0]
     spent = sum((job.seconds for job in jobs.values()), Counter())
     return CompileResult(
         output,
@@ -415,7 +415,7 @@ def _result(
         blocks={part: describe_chain(job) for part, job in jobs.items()},
         model_rel_rmse=made[first].model_error,
         model_rel_rmse_of_parts={part: m.model_error for part, m in made.items()} if len(made) > 1 else None,
-        size=report.added([report.size_of(job.transformer, partial / part) for part, job in jobs.items()]),
+        size=report.added([report.size_of(job.model, partial / part) for part, job in jobs.items()]),
         dense_layers=sum(len(each.layers) - len(each.options) for each in components.values()),
         layers={
             name if part == first else f"{part}.{name}": layer
@@ -429,4 +429,4 @@ def _result(
 
 def _left(source: Source) -> set[str]:
     """Return what of a pipeline's folder is not copied into the output."""
-    return {*source.parts, REPORT}
+    return {*source.components, REPORT}

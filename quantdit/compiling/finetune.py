@@ -70,7 +70,7 @@ def finetuned(
     paths = job.blocks if segment.path == OUTSIDE else (segment.path,)
 
     def run(call: Call) -> list[Tensor]:
-        with block_order.outputs_at(job.transformer, paths) as outputs:
+        with block_order.outputs_at(job.model, paths) as outputs:
             capture.set_bucket(segment.run, call.bucket)
             segment.run(*call.args, **call.kwargs)
         return [v for path in paths for v in outputs[path] if v is not None]
@@ -84,7 +84,7 @@ def finetuned(
     with progress.bar(finetuning.steps * len(groups), "train", "step", leave=False) as bar:
         for names in groups:
             before = {name: made[name] for name in names}
-            with replaced(job.transformer, _hard(made)):
+            with replaced(job.model, _hard(made)):
                 made |= _trained(job, finetuning, before, full, run, examples, job.seed_of(segment), bar.update)
     shutil.rmtree(folder)
     return made
@@ -111,10 +111,10 @@ def _trained(
     """
     before = held_out_error(run, examples)
     soft = {name: soft_linear(layer, *full[name], finetuning) for name, layer in made.items()}
-    with replaced(job.transformer, soft), torch.enable_grad():
+    with replaced(job.model, soft), torch.enable_grad():
         report = train(list(soft.values()), run, examples, finetuning, seed, progress)
     found = {name: layer.decided(made[name], *full[name]) for name, layer in soft.items()}
-    with replaced(job.transformer, _hard(found)):
+    with replaced(job.model, _hard(found)):
         after = held_out_error(run, examples)
     size = sum(bytes_of(layer, finetuning) for layer in made.values())
     report |= {"held_out_before": before, "held_out": after, "helped": after < before, "layers": len(made), "bytes": size}

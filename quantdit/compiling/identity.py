@@ -43,8 +43,8 @@ def run_of(identity: dict) -> str:
 def _source_digest(source: Source) -> str:
     """Identify the source's transformers by the sha256 of their files' sha256s."""
     whole = hashlib.sha256()
-    for part in source.parts:
-        for path in sorted(source.part(part).glob("*.safetensors")):
+    for name in source.components:
+        for path in sorted(source.folder_of(name).glob("*.safetensors")):
             whole.update(files.sha256(path).encode())
     return whole.hexdigest()
 

@@ -63,7 +63,7 @@ def load(
         raise ValueError(f"folder {folder} does not exist; give one that quantdit calibrate or save_pretrained wrote")
     pipeline, source = load_pipeline(str(folder), wanted, device, accept_config=accept_config)
     if isinstance(pipeline, BareTransformer):
-        return getattr(pipeline, source.parts[0]).to(device)
+        return getattr(pipeline, source.components[0]).to(device)
     return pipeline
 
 

@@ -1,4 +1,4 @@
-"""`Job`: one transformer that is being compiled, and what with; `Segment`: the part of it that is worked on at once."""
+"""`Job`: one model that is being compiled, and what with; `Segment`: the part of it that is worked on at once."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Job:
     """What a run works on and with.
 
     Attributes:
-        transformer: the model, its finished blocks quantized.
+        model: the transformer or text encoder, its finished blocks quantized.
         blocks: paths of its blocks.
         calls: its recorded calls; none if nothing was captured.
         plan: of the whole run.
-        folder: of the work on this transformer.
+        folder: of the work on this model.
         stream: reads blocks that are not in memory; None if all are.
         run: names the run; what another one left in the folder is refused.
         seconds: spent so far, by stage.
     """
 
-    transformer: nn.Module
+    model: nn.Module
     blocks: tuple[str, ...]
     calls: StoredCalls
     plan: Plan

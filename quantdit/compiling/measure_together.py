@@ -67,8 +67,8 @@ def together(jobs: Mapping[str, Job], sample: Any) -> dict[str, float]:
     with ExitStack() as stack:
         for part, job in jobs.items():
             one = comparisons[part]
-            stack.callback(job.transformer.register_forward_pre_hook(one.before, with_kwargs=True).remove)
-            stack.callback(job.transformer.register_forward_hook(one.after).remove)
+            stack.callback(job.model.register_forward_pre_hook(one.before, with_kwargs=True).remove)
+            stack.callback(job.model.register_forward_hook(one.after).remove)
         with suppress(_Enough):
             sample()
     return {part: errors.relative(one.error, one.power) for part, one in comparisons.items() if one.power > 0}

@@ -72,10 +72,10 @@ class Plan:
     finetuning: FineTuning | None = None
     target: Target | None = None
 
-    def of(self, part: str) -> Plan:
+    def of(self, name: str) -> Plan:
         """Return what a run does to one component; nothing of a text encoder is trained, or chosen for a target."""
-        recipe = self.recipe.of(part)
-        if part in self.recipe.components:
+        recipe = self.recipe.of(name)
+        if name in self.recipe.components:
             return Plan(recipe, self.sampling)
         return replace(self, recipe=recipe)
 
@@ -98,14 +98,14 @@ class Component:
     """A transformer or a text encoder of a pipeline, and what a recipe says of its layers.
 
     Attributes:
-        transformer: in full precision; or a text encoder.
+        model: the transformer or text encoder, in full precision.
         adapter: of its class.
         blocks: paths of its blocks.
         layers: its linears, and a text encoder's table of words.
         options: by name of a layer that is quantized: its plans by weight format, of which there are several for `auto`.
     """
 
-    transformer: nn.Module
+    model: nn.Module
     adapter: Adapter
     blocks: tuple[str, ...]
     layers: list[Layer]
@@ -148,9 +148,9 @@ def check(plan: Plan, components: Mapping[str, Component]) -> None:
     """
     if not any(each.options for each in components.values()):
         raise ValueError(f"recipe {plan.recipe.name} leaves every layer dense, so there is nothing to quantize")
-    streamed = any(streaming.is_streamed(each.transformer) for each in components.values())
-    for part, each in components.items():
-        _check_target(plan.of(part), each)
+    streamed = any(streaming.is_streamed(each.model) for each in components.values())
+    for name, each in components.items():
+        _check_target(plan.of(name), each)
     transformers = components.keys() - plan.recipe.components.keys()
     if plan.target is not None and (len(transformers) != 1 or streamed):
         raise ValueError(
@@ -164,7 +164,7 @@ def check(plan: Plan, components: Mapping[str, Component]) -> None:
             "fine-tuning end-to-end needs the transformer in memory as a whole: give a larger --memory-budget, or"
             " --finetune-mode block"
         )
-    trained = [options for part in transformers for options in components[part].options.values()]
+    trained = [options for name in transformers for options in components[name].options.values()]
     check_trains(layer.rule for plans in trained for layer in plans.values())
 
 

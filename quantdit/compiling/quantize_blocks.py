@@ -57,13 +57,13 @@ def quantize(job: Job, plans: Mapping[str, LayerPlan], folder: Path) -> Quantize
     reports: dict[str, dict] = {}
     finetuning = job.plan.finetuning
     end_to_end = finetuning is not None and finetuning.mode == "end-to-end" and len(job.calls) > 0
-    linears = {name: linear_of(job.transformer, name) for name in plans} if end_to_end else {}
-    attention = quant_attention.attention_of(job.plan.recipe.attention, job.transformer)
+    linears = {name: linear_of(job.model, name) for name in plans} if end_to_end else {}
+    attention = quant_attention.attention_of(job.plan.recipe.attention, job.model)
     with progress.bar(len(plans), "quantize", "layer") as bar:
         for segment in walk(job, plans, job.calls, folder):
             reports |= _quantize_segment(job, segment, plans, folder, bar.update)
             # From here on, so that the inputs of the next block have its error.
-            quant_attention.put(job.transformer, {n: s for n, s in attention.items() if _is_in(segment, n, job.blocks)})
+            quant_attention.put(job.model, {n: s for n, s in attention.items() if _is_in(segment, n, job.blocks)})
     if idle := [name for name, report in reports.items() if not report.get("calibrated", True)]:
         more = f" and {len(idle) - 1} more" if len(idle) > 1 else ""
         text = f"no call reached {idle[0]}{more}, which are quantized from their weights alone; more samples may reach them"
@@ -72,9 +72,9 @@ def quantize(job: Job, plans: Mapping[str, LayerPlan], folder: Path) -> Quantize
         assert finetuning is not None
         with job.timed("assignments"):
             _finetune_end_to_end(job, finetuning, linears, reports)
-    layers = checkpoint.quant_layers(job.transformer)
+    layers = checkpoint.quant_layers(job.model)
     if any(m.layer_spec.activation.by_time for m in layers.values()):
-        follow_timesteps(job.transformer, _timestep_edges(job))
+        follow_timesteps(job.model, _timestep_edges(job))
     with job.timed("measure"):
         error = model_error(job, plans, folder)
     return QuantizedTransformer({name: reports[name] for name in plans}, error)
@@ -152,7 +152,7 @@ def _put(
     """Put quantized layers into the transformer, and return their reports with their size and, where inputs are known, error."""
     reports = {}
     for name, found in made.items():
-        layer = _put_layer(job.transformer, name, found.spec, found.tensors, found.bias)
+        layer = _put_layer(job.model, name, found.spec, found.tensors, found.bias)
         error = {"rel_rmse": _layer_error(linears[name], layer, stats[name])} if name in stats else {}
         reports[name] = found.report | {"bits_per_weight": round(weight_bits(layer), 4)} | error
     return reports
@@ -201,11 +201,11 @@ def _without_data(job: Job, segment: Segment, linear: nn.Linear, plan: LayerPlan
 
 def _finetune_end_to_end(job: Job, finetuning: FineTuning, linears: Mapping[str, nn.Linear], reports: dict[str, dict]) -> None:
     """Fine-tune the layers of all blocks at once, in place; needs them in full precision and all statistics."""
-    layers = {name: m for name, m in checkpoint.quant_layers(job.transformer).items() if name.startswith(job.blocks)}
+    layers = {name: m for name, m in checkpoint.quant_layers(job.model).items() if name.startswith(job.blocks)}
     made = {name: Quantized(layer.layer_spec, layer.tensors(), layer.bias, reports[name]) for name, layer in layers.items()}
     full = {name: linears[name] for name in layers}
-    with replaced(job.transformer, full):
-        whole = Segment(OUTSIDE, len(job.blocks), tuple(full), job.transformer, job.calls)
+    with replaced(job.model, full):
+        whole = Segment(OUTSIDE, len(job.blocks), tuple(full), job.model, job.calls)
         stats = statistics_of(job, whole)
         found = finetuned(job, finetuning, whole, made, stats)
     reports |= _put(job, full, found, stats)
@@ -221,7 +221,7 @@ def _install(job: Job, tensors_path: Path, report_path: Path) -> dict[str, dict]
         tensors = {k.removeprefix(f"{name}."): t for k, t in stored.items() if k.startswith(f"{name}.")}
         bias = tensors.pop("bias", None)
         spec = LayerSpec.from_dict(reports[name]["spec"])
-        _put_layer(job.transformer, name, spec, tensors, bias)
+        _put_layer(job.model, name, spec, tensors, bias)
     if job.stream is not None:
         job.stream.adopt(tensors_path, list(stored))
     return reports
@@ -260,6 +260,6 @@ def _layer_error(linear: nn.Linear, layer: QuantLinear, stats: Stats) -> float:
 
 
 def _timestep_edges(job: Job) -> tuple[float, ...]:
-    times = [(view(job.transformer, call.args, call.kwargs).time, call.bucket) for call in job.calls]
+    times = [(view(job.model, call.args, call.kwargs).time, call.bucket) for call in job.calls]
     known = [(time, bucket) for time, bucket in times if time is not None]
     return edges_of([*known, *job.calls.levels], job.plan.sampling.buckets)

@@ -40,7 +40,7 @@ from quantdit.layers.quant_linear import QuantLinear, weight_bits
 from quantdit.models.known_models import EMBEDDED
 from quantdit.pipelines.arguments import SEEDS, dtype_of
 from quantdit.pipelines.call_arguments import accepted_arguments
-from quantdit.pipelines.components import COMPONENTS, PARTS, named_parts
+from quantdit.pipelines.components import COMPONENTS, TRANSFORMER_NAMES, named_components
 from quantdit.pipelines.generate import sample_seed
 from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.pipelines.source import BareTransformer, Source
@@ -123,7 +123,7 @@ def open_model(name: str, device: str = "cpu", dtype: str = "float32", accept_co
     pipeline, source = load_pipeline(name, dtype_of(dtype), device, accept_config=accept_config)
     accepted_arguments(pipeline)  # refuses a transformer alone
     assert not isinstance(pipeline, BareTransformer)
-    folder = source.part("transformer")
+    folder = source.folder_of("transformer")
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if checkpoint.quant_layers(pipeline.transformer):
         return LoadedModel(pipeline, source, stored, size_of(pipeline.transformer, folder)["bits_per_weight"])
@@ -137,13 +137,13 @@ def keep_only(candidate: LoadedModel, original: LoadedModel, only: Sequence[str]
     Args:
         candidate: loaded; its pipeline is changed.
         original: loaded.
-        only: as `pipeline.named_parts` takes it: `transformer` means all transformers.
+        only: as `pipeline.named_components` takes it: `transformer` means all transformers.
 
     Raises:
         ValueError: a name that the candidate has no component of.
     """
     parts = {name: part for name in COMPONENTS if isinstance(part := getattr(candidate.pipeline, name, None), nn.Module)}
-    kept = named_parts(only, tuple(parts), candidate.source.label)
+    kept = named_components(only, tuple(parts), candidate.source.label)
     for name in parts.keys() - set(kept):
         setattr(candidate.pipeline, name, getattr(original.pipeline, name))
     return replace(candidate, only=kept)
@@ -261,7 +261,7 @@ def _probe(reference: Reference, candidate: LoadedModel, probes: int) -> dict:
     """Return the errors on the reference's inputs; empty where the models cannot both be run at once."""
     nothing = {"timesteps": [], "samples": [], "by_timestep": [], "layers": {}}
     pipeline = reference.model.pipeline
-    names = [name for name in reference.model.source.parts if name in candidate.source.parts]
+    names = [name for name in reference.model.source.components if name in candidate.source.components]
     ours, theirs = ({name: getattr(m.pipeline, name) for name in names} for m in (reference.model, candidate))
     if any(is_streamed(t) for t in (*ours.values(), *theirs.values())):
         return nothing
@@ -308,7 +308,9 @@ def _identity_of_candidate(candidate: LoadedModel, plans: Mapping[str, StepPlan]
     """Return what of the candidate the two must have in common: what is compared, and how many steps it computes."""
     found: dict[str, object] = {"only": list(candidate.only)} if candidate.only else {}
     specs = {
-        str(spec) for part in PARTS for spec in getattr(getattr(candidate.pipeline, part, None), "attention_specs", {}).values()
+        str(spec)
+        for name in TRANSFORMER_NAMES
+        for spec in getattr(getattr(candidate.pipeline, name, None), "attention_specs", {}).values()
     }
     found |= {"attention": sorted(specs)} if specs else {}
     return found | ({"step plan": [f"{len(p.computed)} of {len(p.times)} steps" for p in plans.values()]} if plans else {})
@@ -329,7 +331,7 @@ def _layer_sizes(transformer: nn.Module) -> dict[str, dict]:
 
 def _recipe(source: Source) -> object:
     """Return the recipe and where the weights came from, of a quantized folder; None of another."""
-    folder = source.part("transformer")
+    folder = source.folder_of("transformer")
     if not checkpoint.is_quantized(folder):
         return None
     config = files.read_json(folder / "config.json")["quantization_config"]

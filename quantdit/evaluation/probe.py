@@ -80,7 +80,7 @@ def probe(
     """Sample from the reference, and compare the candidate's transformers with its own on what they are called with.
 
     Args:
-        reference: its transformers by the names of `components.PARTS`; `sample` is to call them.
+        reference: its transformers by the names of `components.TRANSFORMER_NAMES`; `sample` is to call them.
         candidate: those to compare, by the same names.
         batches: number of samples, and what `sample` takes, of each batch.
         sample: runs the reference's pipeline.

@@ -17,7 +17,7 @@ from quantdit.inspection.layer_tables import candidate_tables, group_table, laye
 from quantdit.inspection.report_checks import checked_allocation, checked_report, stated_errors
 from quantdit.inspection.text_table import wrapped
 from quantdit.layers.quant_linear import QuantLinear
-from quantdit.pipelines.components import COMPONENTS, PARTS
+from quantdit.pipelines.components import COMPONENTS, TRANSFORMER_NAMES
 from quantdit.pipelines.source import check_quantized
 from quantdit.step_plans.step_plan import StepPlan
 from quantdit.system import files
@@ -182,18 +182,18 @@ def inspect(folder: str | Path, accept_config: bool = False) -> Inspection:
     for part, place in quantized.items():
         transformer = checkpoint.read_transformer(place, accept_config=accept_config)
         own = checkpoint.quant_layers(transformer)
-        prefix = "" if part in ("", PARTS[0]) else f"{part}."
+        prefix = "" if part in ("", TRANSFORMER_NAMES[0]) else f"{part}."
         modules |= {f"{prefix}{name}": module for name, module in own.items()}
         roles |= {f"{prefix}{name}": where for name, where in roles_of(transformer).items()}
         errors |= {f"{prefix}{name}": entry for name, entry in stated_errors(place, own).items()}
-        sizes[part or PARTS[0]] = size_of(transformer, place)
+        sizes[part or TRANSFORMER_NAMES[0]] = size_of(transformer, place)
         if specs := getattr(transformer, "attention_specs", {}):
-            attention[part or PARTS[0]] = dict(Counter(map(str, specs.values())))
+            attention[part or TRANSFORMER_NAMES[0]] = dict(Counter(map(str, specs.values())))
         if isinstance(plan := getattr(transformer, "step_plan", None), StepPlan):
-            plans[part or PARTS[0]] = plan
+            plans[part or TRANSFORMER_NAMES[0]] = plan
         if any(module.layer_spec.activation.edge_bits for module in own.values()):
             times = list(getattr(transformer, "timestep_edges", ()))
-            edges[part or PARTS[0]] = (times[0], times[-2])
+            edges[part or TRANSFORMER_NAMES[0]] = (times[0], times[-2])
     report, chosen = _report_in(folder, modules)
     known = report or errors
     layers = {name: describe_layer(name, module, *roles[name], known.get(name, {})) for name, module in modules.items()}

@@ -10,10 +10,10 @@ from quantdit.checkpoints.libraries import DIFFUSERS, TRANSFORMERS
 from quantdit.system import files
 
 # What a pipeline calls its transformers; Wan 2.2 has two experts.
-PARTS = ("transformer", "transformer_2")
+TRANSFORMER_NAMES = ("transformer", "transformer_2")
 # And its text encoders, models of transformers.
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
-COMPONENTS = (*PARTS, *ENCODERS)
+COMPONENTS = (*TRANSFORMER_NAMES, *ENCODERS)
 EVERYTHING = "all"  # transformers and text encoders
 
 
@@ -35,7 +35,7 @@ def components_of(folder: Path, index: dict) -> dict[str, tuple[str, str]]:
     for path in sorted((*folder.iterdir(), *(path for name in found for path in _inside(folder / name)))):
         if path.exists() and not path.is_dir():
             files.check_regular(path)
-    for name in found.keys() - set(PARTS):
+    for name in found.keys() - set(TRANSFORMER_NAMES):
         for path in _inside(folder / name):
             if path.name == "config.json":
                 weights = (file for file in _inside(folder / name) if file.suffix == ".safetensors")
@@ -55,7 +55,7 @@ def _tensors(path: Path) -> int:
         return len(file.keys())
 
 
-def named_parts(asked: str | Sequence[str], known: Sequence[str], model: str) -> tuple[str, ...]:
+def named_components(asked: str | Sequence[str], known: Sequence[str], model: str) -> tuple[str, ...]:
     """Return which of a pipeline's transformers and text encoders are meant, in the order of `known`.
 
     Args:
@@ -68,7 +68,7 @@ def named_parts(asked: str | Sequence[str], known: Sequence[str], model: str) ->
     """
     words = [word.strip() for word in asked.split(",") if word.strip()] if isinstance(asked, str) else list(asked)
     meant = {name: [name] for name in known}
-    meant |= {PARTS[0]: [name for name in known if name in PARTS], EVERYTHING: list(known)}
+    meant |= {TRANSFORMER_NAMES[0]: [name for name in known if name in TRANSFORMER_NAMES], EVERYTHING: list(known)}
     if wrong := next((word for word in words if word not in meant), None):
         raise ValueError(f"{model} has no component {wrong!r} that can be quantized; it has {', '.join(known)}, or {EVERYTHING}")
     if not words:

@@ -19,7 +19,7 @@ from quantdit.checkpoints import checkpoint, streaming
 from quantdit.checkpoints.libraries import TRANSFORMERS
 from quantdit.checkpoints.streaming import is_streamed
 from quantdit.models.known_models import KNOWN_MODELS, locate
-from quantdit.pipelines.components import ENCODERS, PARTS, components_of, named_parts
+from quantdit.pipelines.components import ENCODERS, TRANSFORMER_NAMES, components_of, named_components
 from quantdit.pipelines.source import BareTransformer, Source
 from quantdit.system import files, memory
 
@@ -33,7 +33,7 @@ def load_pipeline(
     weights: Path | None = None,
     memory_budget: int | None = None,
     accept_config: bool = False,
-    components: str | Sequence[str] = PARTS[0],
+    components: str | Sequence[str] = TRANSFORMER_NAMES[0],
 ):
     """Return `(pipeline, Source)` for an alias, a hub id or a folder; a quantized transformer comes back quantized.
 
@@ -46,8 +46,8 @@ def load_pipeline(
         memory_budget: bytes that calibration is to stay within; a full-precision transformer that does not fit comes back with
             its blocks on the meta device (quantdit.checkpoints.streaming).
         accept_config: take a quantized model whose config.json, or whose scheduler's, was changed after it was calibrated.
-        components: what the source's `parts` are to name, as `named_parts` takes them; text encoders among them come back in
-            full precision as transformers do.
+        components: those that the source is to name, as `named_components` takes them; text encoders among them come
+            back in full precision as transformers do.
 
     Raises:
         ValueError: unknown name, no network, no diffusers pipeline, a damaged checkpoint, one that another tool quantized
@@ -60,18 +60,18 @@ def load_pipeline(
     if index is None:
         bare = (folder / "config.json").exists()
         source = Source(model, folder, _bare_parts(folder), bare, memory_budget=memory_budget)
-        named_parts(components, source.parts, str(folder))
+        named_components(components, source.components, str(folder))
         _check_class(source, weights)
-        return BareTransformer(**_compiled(source, dict.fromkeys(source.parts), dtype, budget, accept_config)), source
+        return BareTransformer(**_compiled(source, dict.fromkeys(source.components), dtype, budget, accept_config)), source
     cls = _pipeline_class(index["_class_name"], folder)
     present = components_of(folder, index)
-    found = tuple(name for name in PARTS if name in present)
+    found = tuple(name for name in TRANSFORMER_NAMES if name in present)
     if not found:
         raise ValueError(f"{folder}: {index['_class_name']} has no transformer; quantdit quantizes diffusion transformers")
     source = Source(model, folder, found, memory_budget=memory_budget)
     _check_class(source, weights)
     encoders = [name for name in ENCODERS if present.get(name, ("",))[0] == TRANSFORMERS.name]
-    source = replace(source, parts=named_parts(components, (*found, *encoders), str(folder)))
+    source = replace(source, components=named_components(components, (*found, *encoders), str(folder)))
     # A pipeline is sampled with its transformers, whether they are to be quantized or not.
     ours = (*found, *source.encoders)
     transformers = _compiled(source, {name: present[name][1] for name in ours}, dtype, budget, accept_config)
@@ -190,23 +190,23 @@ def _check_class(source: Source, weights: Path | None) -> None:
     if weights is None or source.name not in KNOWN_MODELS:
         return
     expected = KNOWN_MODELS[source.name].transformer
-    missing = [name for name in KNOWN_MODELS[source.name].transformers if name not in source.parts]
+    missing = [name for name in KNOWN_MODELS[source.name].transformers if name not in source.components]
     if missing:
         raise ValueError(
             f"{source.folder} has no {missing[0]}, which {source.name} has as well; give a folder with all its transformers,"
             " or this one as --model to quantize what it has"
         )
-    for name in source.parts:
-        found = files.read_json(source.part(name) / "config.json").get("_class_name")
+    for name in source.components:
+        found = files.read_json(source.folder_of(name) / "config.json").get("_class_name")
         if found != expected:
             raise ValueError(
-                f"{source.part(name)} holds a {found}, but {source.name} is a {expected}; give that model's weights, or this"
+                f"{source.folder_of(name)} holds a {found}, but {source.name} is a {expected}; give that model's weights, or this"
                 " folder alone as --model"
             )
 
 
 def _bare_parts(folder: Path) -> tuple[str, ...]:
-    return tuple(name for name in PARTS if (folder / name / "config.json").exists()) or PARTS[:1]
+    return tuple(name for name in TRANSFORMER_NAMES if (folder / name / "config.json").exists()) or TRANSFORMER_NAMES[:1]
 
 
 def _compiled(
@@ -219,7 +219,7 @@ def _compiled(
     parts: dict[str, nn.Module] = {}
     needs: dict[str, streaming.Need] = {}
     for name in names:
-        folder = source.part(name)
+        folder = source.folder_of(name)
         if checkpoint.is_quantized(folder) and name in ENCODERS:
             raise files.CheckpointError(f"{folder} is quantized already; calibrate from the full-precision model")
         if checkpoint.is_quantized(folder):
@@ -237,7 +237,7 @@ def _compiled(
             f" {memory.in_gib(need.streamed)}; give at least --memory-budget {memory.in_gib(need.streamed)}"
         )
     read = streaming.skeleton if need.resident > budget else streaming.whole
-    return parts | {name: read(source.part(name), dtype, names[name]) for name in needs}
+    return parts | {name: read(source.folder_of(name), dtype, names[name]) for name in needs}
 
 
 def _as_diffusers_would(transformer: nn.Module, folder: Path) -> nn.Module:

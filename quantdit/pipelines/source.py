@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from quantdit.models.known_models import KNOWN_MODELS
-from quantdit.pipelines.components import ENCODERS, PARTS
+from quantdit.pipelines.components import ENCODERS, TRANSFORMER_NAMES
 from quantdit.system import files
 
 MODEL = "the name of a model, a hub id or a folder; a pipeline's save_pretrained writes one"
@@ -21,7 +21,7 @@ class Source:
     Attributes:
         name: what the user said.
         folder: the local folder it was read from.
-        parts: names of its transformers; of what is to be quantized, text encoders too, the transformers first.
+        components: names of its transformers; of what is to be quantized, text encoders too, the transformers first.
         bare: the folder is the transformer's own, without a pipeline around it.
         random_weights: its weights were made up.
         memory_budget: bytes that calibration is to stay within.
@@ -29,23 +29,23 @@ class Source:
 
     name: str
     folder: Path
-    parts: tuple[str, ...] = ("transformer",)
+    components: tuple[str, ...] = ("transformer",)
     bare: bool = False
     random_weights: bool = False
     memory_budget: int | None = None
 
     @property
     def encoders(self) -> tuple[str, ...]:
-        """Return which of its parts are text encoders."""
-        return tuple(name for name in self.parts if name in ENCODERS)
+        """Return which of its components are text encoders."""
+        return tuple(name for name in self.components if name in ENCODERS)
 
     @property
     def label(self) -> str:
         """Return the name without the path of this machine."""
         return Path(self.name).name if Path(self.name).is_dir() else self.name
 
-    def part(self, name: str) -> Path:
-        """Return the folder of a part."""
+    def folder_of(self, name: str) -> Path:
+        """Return the folder of a component."""
         return self.folder if self.bare else self.folder / name
 
 
@@ -63,7 +63,7 @@ def check_quantized(folder: Path) -> None:
         )
     if not folder.is_dir():
         raise files.CheckpointError(f"{folder} {'is a file' if folder.exists() else 'does not exist'}; {advice}")
-    if not (folder / "config.json").exists() and not (folder / PARTS[0]).is_dir():
+    if not (folder / "config.json").exists() and not (folder / TRANSFORMER_NAMES[0]).is_dir():
         raise files.CheckpointError(f"{folder} has no transformer folder; {advice}")
 
 

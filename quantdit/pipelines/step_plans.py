@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from quantdit.pipelines.components import PARTS
+from quantdit.pipelines.components import TRANSFORMER_NAMES
 from quantdit.step_plans.following import disable, enable, hook_of
 from quantdit.step_plans.step_plan import StepPlan
 
@@ -24,7 +24,9 @@ def carried(pipeline: Any, label: str) -> dict[str, StepPlan]:
         ValueError: none carries one.
     """
     found = {
-        part: plan for part in PARTS if isinstance(plan := getattr(getattr(pipeline, part, None), "step_plan", None), StepPlan)
+        part: plan
+        for part in TRANSFORMER_NAMES
+        if isinstance(plan := getattr(getattr(pipeline, part, None), "step_plan", None), StepPlan)
     }
     if not found:
         raise ValueError(
@@ -35,7 +37,7 @@ def carried(pipeline: Any, label: str) -> dict[str, StepPlan]:
 
 def followed(pipeline: Any) -> dict[str, StepPlan]:
     """Return the plans that a pipeline follows now, by the names of its transformers."""
-    hooks = {part: hook_of(model) for part in PARTS if isinstance(model := getattr(pipeline, part, None), nn.Module)}
+    hooks = {part: hook_of(model) for part in TRANSFORMER_NAMES if isinstance(model := getattr(pipeline, part, None), nn.Module)}
     return {part: hook.plan for part, hook in hooks.items() if hook is not None}
 
 

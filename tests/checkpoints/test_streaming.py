@@ -311,8 +311,8 @@ def test_two_transformers_share_one_budget(monkeypatch: pytest.MonkeyPatch, pixe
         load_pipeline(str(tmp_path / "two"), memory_budget=49)
     for budget, streamed in ((190, False), (189, True), (50, True)):
         bare, source = load_pipeline(str(tmp_path / "two"), memory_budget=budget)
-        assert source.parts == ("transformer", "transformer_2") and source.memory_budget == budget
-        assert any(streaming.is_streamed(getattr(bare, part)) for part in source.parts) == streamed
+        assert source.components == ("transformer", "transformer_2") and source.memory_budget == budget
+        assert any(streaming.is_streamed(getattr(bare, part)) for part in source.components) == streamed
 
 
 def test_config_of_another_model_names_what_is_missing(pixel_dit: Path, tmp_path: Path):

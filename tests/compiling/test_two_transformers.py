@@ -99,7 +99,7 @@ def check_both(source: Path, out: Path) -> dict:
     assert len(set(report["model_rel_rmse_of_parts"].values())) == 2
     assert {part: chain["count"] for part, chain in report["blocks"].items()} == dict.fromkeys(PARTS, 2)
     loaded, origin = load_pipeline(str(out))
-    assert origin.parts == PARTS
+    assert origin.components == PARTS
     assert all(quant_layers(getattr(loaded, part)).keys() == set(names) for part in PARTS)
     stored = sum(path.stat().st_size for part in PARTS for path in files.weight_files(out / part))
     assert report["size"]["file_bytes"] == stored and report["size"]["quantized_weights"] == 4 * 64 * 64

@@ -159,7 +159,7 @@ def test_weights_of_each_layout(calibrate, pixel_dit: Path, tmp_path: Path, layo
     assert {p.name for p in (tmp_path / "out").iterdir()} == expected
     loaded, source = load_pipeline(str(tmp_path / "out"))
     assert isinstance(loaded, BareTransformer) == (layout != "whole pipeline")
-    assert source.parts == ("transformer",)
+    assert source.components == ("transformer",)
 
 
 def test_full_precision_weights_of_a_bare_transformer_are_not_copied(calibrate, tiny_wan: Path, tmp_path: Path):
