@@ -25,12 +25,15 @@ def vae_advice(output: Path, asked: dict[str, int | None], largest: int) -> str 
         largest: bytes of the weights of the largest other component.
     """
     where = output / "vae" / "config.json"
-    config = files.read_json(where) if where.exists() else {}
-    if config.get("_class_name") not in KNOWN:
+    try:
+        config = files.read_json(where) if where.exists() else {}
+        if config.get("_class_name") not in KNOWN:
+            return None
+        height, width, frames = _size(output, asked)
+        vae: Any = built(config)
+        live = predicted(vae, _decode(vae, config, height, width, frames))
+    except Exception:  # of a damaged config, whatever diffusers raises: the run that asks is finished, and well
         return None
-    height, width, frames = _size(output, asked)
-    vae: Any = built(config)
-    live = predicted(vae, _decode(vae, config, height, width, frames))
     if live <= largest:
         return None
     what = f"{frames} frames of {width} x {height}" if frames else f"{width} x {height}"

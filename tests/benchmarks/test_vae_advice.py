@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,13 @@ def test_images_have_no_frames(tmp_path: Path) -> None:
     said = vae_advice(flux, {"height": 64, "width": 32, "frames": None}, 0)
     assert said is not None
     assert said.startswith("decoding 32 x 64 takes")
+
+
+def test_a_damaged_config_is_no_reason_to_fail(wan: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(wan, tmp_path / "wan"))
+    for content in ("no JSON", '{"_class_name": "AutoencoderKLWan", "z_dim": "x"}', '{"_class_name": "AutoencoderKL"}', "[]"):
+        (copied / "vae" / "config.json").write_text(content)
+        vae_advice(copied, SIZE, 0)
 
 
 def test_a_pipeline_without_a_known_vae_is_left_alone(pixel_dit: Path) -> None:
