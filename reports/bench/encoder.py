@@ -98,6 +98,7 @@ def write_page(rows: list[dict]) -> None:
         sizes = [f"{row[key] / 1e9:.2f} GB" for key in ("source_bytes", "file_bytes")]
         cells = [row["run"], f"{row['blocks']}", *sizes, f"{row['peak_bytes'] / 2**30:.2f} GiB", f"{minutes:.1f}", whole]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *(f"{row['run']}: {row['note']}." for row in rows if "note" in row)]
     PAGE.write_text("\n".join([*lines, ""]))
 
 
