@@ -29,8 +29,10 @@ def in_row_chunks(
         beside: `[m, ...]`, split alike; None stays None.
         width: numbers that a row counts as; 0: those of x.
     """
-    count = _calls(len(x), width or x[:1].numel()) if x.dim() > 1 else 1
-    if count == 1 or torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+    # Asked first: a graph must not depend on how many rows there are.
+    if torch.compiler.is_compiling() or x.dim() < 2 or (torch.is_grad_enabled() and x.requires_grad):
+        return function(x, *beside)
+    if (count := _calls(len(x), width or x[:1].numel())) == 1:
         return function(x, *beside)
     made, start = (), 0
     for rows in x.tensor_split(count):

@@ -115,3 +115,18 @@ def test_one_row_is_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [1, 1, 1] and torch.equal(made, 2 * x + torch.arange(3)[:, None])
     assert in_row_chunks(lambda rows: (rows,), torch.ones(0, 2))[0].shape == (0, 2)
     assert transform.apply(smoothed(), tokens(torch.float32)[0]).shape == (K,)
+
+
+def test_a_compiled_transform_has_one_graph_for_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_chunks, "CHUNK", CHUNK)
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    t, x = outlier(), tokens(torch.bfloat16)
+    compiled = torch.compile(lambda rows: transform.apply(t, rows), backend=keep, fullgraph=True, dynamic=True)
+    for count in (3, 100, M):
+        assert torch.equal(compiled(x[:count]), transform.apply(t, x[:count]))
+    assert len(graphs) == 1
