@@ -22,7 +22,7 @@ On CUDA the ops go to triton_ops/dispatch.py. Rotated float16 tokens, and their 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from quantdit.formats.float8 import LARGEST
 from quantdit.kernels import cpu
 from quantdit.kernels.schema import Op, Output, flat
 from quantdit.tensors.qtensor import QTensor
+from quantdit.tensors.row_chunks import in_row_chunks
 from quantdit.tensors.transform import Transform, apply, kept_in, weight_back
 
 LIBRARY = torch.library.Library("quantdit", "DEF")
@@ -113,6 +114,11 @@ def quantize_tokens_reference(
 
     Ties go to even. A token of zeros has scale 0.
     """
+    codes, scale = in_row_chunks(lambda rows: _codes(rows, bits, group_size, affine, static_scale), x)
+    return codes, scale
+
+
+def _codes(x: Tensor, bits: int, group_size: int, affine: bool, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     x = x.float().contiguous()
     top = 2**bits - 1 if affine else 2 ** (bits - 1) - 1
     if group_size:
@@ -187,6 +193,11 @@ def _fp8_code_outputs(x: Tensor) -> list[Output]:
 # x :: [m, k] float  ->  codes :: [m, k] e4m3, scale :: [m] f32;  x ~= scale[:, None] * codes
 @define(_fp8_code_outputs)
 def quantize_tokens_fp8_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scale = in_row_chunks(_fp8_codes, x)
+    return codes, scale
+
+
+def _fp8_codes(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float().contiguous()
     scale = x.abs().amax(dim=1) / LARGEST
     return (x / _not_zero(scale)[:, None]).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
@@ -230,11 +241,17 @@ def rotate_quantize_reference(
 
     The third is what a low-rank branch begins with: rotated tokens times `down^T` in their dtype; without `down` it is `[m, 0]`.
     """
+
+    def coded(rotated: Tensor) -> tuple[Tensor, Tensor]:
+        if format == "fp8":
+            return quantize_tokens_fp8_reference(rotated)
+        return quantize_tokens_reference(rotated, bits, group_size, format == "affine", static_scale)
+
+    if down is None:  # no rotated token outlives its codes
+        codes, scale = in_row_chunks(lambda rows: coded(rotate_reference(rows, premultiplier, block)), x)
+        return codes, scale, project(x, None)
     rotated = rotate_reference(x, premultiplier, block)
-    hidden = project(rotated, down)
-    if format == "fp8":
-        return *quantize_tokens_fp8_reference(rotated), hidden
-    return *quantize_tokens_reference(rotated, bits, group_size, format == "affine", static_scale), hidden
+    return *coded(rotated), project(rotated, down)
 
 
 def project(tokens: Tensor, down: Tensor | None) -> Tensor:
@@ -301,7 +318,14 @@ def gemm_w8a8_reference(codes: Tensor, decoded: Tensor, scale: Tensor, after: Ep
 
 def _gemm_w8a8_cpu(codes: Tensor, decoded: Tensor, scale: Tensor, after: Epilogue) -> Tensor:
     if decoded.dtype == codes.dtype == torch.int8:
-        return finished(cpu.scaled_int8_product(codes, decoded, scale), after)
+        if after.low_rank_hidden is not None:
+            return finished(cpu.scaled_int8_product(codes, decoded, scale), after)
+
+        def some(rows: Tensor, token_scale: Tensor | None) -> tuple[Tensor]:
+            return (finished(cpu.scaled_int8_product(rows, decoded, scale), replace(after, token_scale=token_scale)),)
+
+        # Integer sums are exact, however many rows there are.
+        return in_row_chunks(some, codes, after.token_scale, width=len(decoded))[0]
     return finished(torch.nn.functional.linear(codes.float(), decoded.float()) * scale, after)
 
 

@@ -1,7 +1,8 @@
 """What each op of torch.ops.quantdit runs on a GPU: one decision for each call, made here. Imports no triton.
 
     rotate_quantize   one kernel          Hadamard, rank up to LARGEST_RANK, what fits its registers
-                      the parts           otherwise: rotate, then quantize_tokens, and the product by `down`
+                      the parts           otherwise: rotate, then quantize_tokens, and the product by `down`; without `down`
+                                          some tokens at a time (row_chunks.py), as `rotate`'s definition does
     gemm_packed_a8    the weight as it is 8 bits as stored: gemm_w8a8
                       in registers        packed weight, m below `decode_from_m`
                       decoded first       from there on; e4m3 codes; a trellis: decode8 to scratch, then gemm_w8a8
@@ -42,6 +43,7 @@ from quantdit.formats import FORMATS, Format
 from quantdit.kernels import attention, ops
 from quantdit.kernels.ops import Epilogue
 from quantdit.tensors.qtensor import QTensor
+from quantdit.tensors.row_chunks import in_row_chunks
 
 MODES = ("auto", "packed", "decode", "torch", "reference")
 ARCHITECTURES = (80, 89, 90, 100, 120)  # compute capability; others take the rows of the nearest below
@@ -205,9 +207,12 @@ def rotate_quantize(
 
         return quantize_project(x, premultiplier, block, *rest, down)
     fits = _takes_tokens(x, format == "fp8", group_size) and _takes_rotation(x, premultiplier, block)
-    if down is not None or not fits:
+    if down is not None:
         rotated = rotate(x, premultiplier, block)
         return *_quantize(rotated, *rest), ops.project(rotated, down)
+    if not fits:  # no rotated token outlives its codes
+        codes, scale = in_row_chunks(lambda rows: _quantize(rotate(rows, premultiplier, block), *rest), x)
+        return codes, scale, ops.project(x, None)
     from quantdit.kernels.triton_ops.quantize_tokens import quantize_tokens as kernel
 
     return *kernel(x, premultiplier, block, *rest, capability=capability_of(x.device)), ops.project(x, None)

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from quantdit.formats import FORMATS
 from quantdit.kernels.triton_ops import dispatch
+from quantdit.tensors.row_chunks import largest_chunk
 
 CONVOLUTIONS = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)
 CARD = 89  # compute capability that layers choose their kernels for: Ada, of which most cards up to 24 GB are
@@ -37,11 +38,11 @@ def quantized_linear(m: int, n: int, k: int, format: str, activation_bits: int) 
 
     The largest of its stages on a CARD (kernels/triton_ops/dispatch.py), of m tokens in 16 bits:
 
-        rotate      where no kernel does: two float32 copies of the tokens and one in 16 bits, 10 m k
-        quantize    rotated tokens and codes, 2 m k + m k + 4 m
+        codes       of 8 bits and their scales, m k + 4 m; where no kernel rotates, beside two float32 copies of the tokens that
+                    are rotated at once (row_chunks.py) and one in 16 bits, 10 c; beside all rotated tokens where one does, 2 m k
         multiply    codes, the weight if it is decoded first, the output: m k + 4 m + n k + 2 m n
-        16 bits     instead of the last two, rotated tokens and the weight, decoded and twice in float32: 2 m k + n k + 8 n k;
-                    then in 16 bits, and the output: 2 m k + 2 n k + 2 m n; or neither where the product decodes it
+        16 bits     instead of both: rotated tokens, 2 m k, beside 10 c; beside the weight, decoded and twice in float32: n k +
+                    8 n k, then in 16 bits, and the output: 2 n k + 2 m n; or the output alone where the product decodes it
 
     Args:
         m: tokens.
@@ -50,14 +51,17 @@ def quantized_linear(m: int, n: int, k: int, format: str, activation_bits: int) 
         format: of the weight, a name of FORMATS.
         activation_bits: of its inputs.
     """
-    f = FORMATS[format]
-    stages = [] if dispatch.rotates_in_registers(k, torch.bfloat16, torch.float32, CARD) else [10 * m * k]
+    f, tokens, codes = FORMATS[format], 2 * m * k, m * k + 4 * m
+    chunk = 0 if dispatch.rotates_in_registers(k, torch.bfloat16, torch.float32, CARD) else largest_chunk(m, k)
+    rotates_all = chunk == m * k  # whose results are made when the copies are gone
     if activation_bits == 16:
+        rotating = 10 * chunk + (0 if rotates_all else tokens)
         if dispatch.decodes_first(m, f, torch.bfloat16, CARD):
-            return max(*stages, 2 * m * k + 9 * n * k, 2 * m * k + 2 * n * k + 2 * m * n)
-        return max(*stages, 2 * m * k + 2 * m * n)
+            return max(rotating, tokens + 9 * n * k, tokens + 2 * n * k + 2 * m * n)
+        return max(rotating, tokens + 2 * m * n)
+    coding = max(10 * chunk, tokens + codes) if rotates_all or not chunk else 10 * chunk + codes
     is_decoded = f.kind != "whole" and dispatch.decodes_first(m, f, torch.int8, CARD)
-    return max(*stages, 3 * m * k + 4 * m, m * k + 4 * m + is_decoded * n * k + 2 * m * n)
+    return max(coding, codes + is_decoded * n * k + 2 * m * n)
 
 
 class _Live(TorchDispatchMode):

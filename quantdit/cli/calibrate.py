@@ -218,6 +218,7 @@ def _print_rest(result: CompileResult) -> None:
     sizes = {folder.name: sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in folders}
     rest = [f"{name} {size / 1e6:,.2f} MB" for name, size in sizes.items() if size]
     advice = "; --components all quantizes text encoders, too" if any(sizes.get(name) for name in ENCODERS) else ""
+    _print_components(result)
     if rest:
         print(f"the rest of the pipeline, as it was: {', '.join(rest)}{advice}")
     if "vae" in sizes:
@@ -228,6 +229,18 @@ def _print_rest(result: CompileResult) -> None:
         largest = max([*small, *(size for name, size in sizes.items() if name != "vae")])
         if said := vae_advice(result.output, {name: sampling.get(name) for name in ("height", "width", "frames")}, largest):
             print(said)
+
+
+def _print_components(result: CompileResult) -> None:
+    """Print what each quantized component takes where there are several, and what of it stayed as it was."""
+    from quantdit.inspection.left_dense import left_dense
+    from quantdit.system import files
+
+    for name in result.blocks:
+        dense, size = left_dense(result.output / name), sum(files.tensor_bytes(result.output / name).values())
+        stayed = ", ".join(f"{path} {taken / 1e6:,.2f} MB" for path, taken in dense.items())
+        if stayed or len(result.blocks) > 1:
+            print(f"{name}: {size / 1e6:,.2f} MB{f', of which as it was: {stayed}' if stayed else ''}")
 
 
 def _methods() -> str:

@@ -239,33 +239,35 @@ class QuantLinear(nn.Linear):
     def _on_cpu(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float16:  # whose range sums in the transformed space may leave
             return self._on_cpu(x.float()).half()
-        tokens = self._transformed(x)
-        decoded = self.decoded()
         if self.activation.bits == 16:
-            y = torch.ops.quantdit.gemm_w8a16(tokens, decoded, self.scale, self.bias)
+            tokens = self._transformed(x)
+            hidden, up = self._low_rank(tokens)
+            y = torch.ops.quantdit.gemm_w8a16(tokens, self.decoded(), self.scale, self.bias)
         else:
-            codes, token_scale = self._quantized(tokens)
+            codes, token_scale, hidden, up = self._coded(x)
             after = Epilogue(x.dtype, token_scale, self.bias)
-            y = torch.ops.quantdit.gemm_w8a8(codes, decoded, self.scale, *flat(after))
-        hidden, up = self._low_rank(tokens)
+            y = torch.ops.quantdit.gemm_w8a8(codes, self.decoded(), self.scale, *flat(after))
         return y if hidden is None or up is None else y + nn.functional.linear(hidden, up.to(hidden.dtype))
 
     def _on_gpu(self, x: Tensor) -> Tensor:
         """The same with the weight as it is stored; the low-rank branch is added in float32."""
-        op, s, a = torch.ops.quantdit, self.layer_spec, self.activation
-        if a.bits == 16:
+        if self.activation.bits == 16:
             return self._product_of_16_bits(self._transformed(x), x.dtype)
-        if s.rotation == "hadamard":
-            down = self.down if s.rank else None
-            rest = (s.block, a.format, a.bits, a.group_size, self._static_scale(), down)
-            codes, token_scale, hidden = op.rotate_quantize(x, self.premultiplier, *rest)
-            branch = (hidden, self.up) if s.rank else (None, None)
-        else:
-            tokens = self._transformed(x)
-            branch = self._low_rank(tokens)
-            codes, token_scale = self._quantized(tokens)
+        codes, token_scale, *branch = self._coded(x)
         after = Epilogue(x.dtype, token_scale, self.bias, *branch)
-        return op.gemm_packed_a8(codes, *flat(self.qtensor), *flat(after))
+        return torch.ops.quantdit.gemm_packed_a8(codes, *flat(self.qtensor), *flat(after))
+
+    def _coded(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return codes and scales of transformed tokens, and what `_low_rank` does."""
+        s, a = self.layer_spec, self.activation
+        if s.rotation != "hadamard":
+            tokens = self._transformed(x)
+            (codes, token_scale), (hidden, up) = self._quantized(tokens), self._low_rank(tokens)
+            return codes, token_scale, hidden, up
+        down, up = (self.down, self.up) if s.rank else (None, None)
+        rest = (s.block, a.format, a.bits, a.group_size, self._static_scale(), down)
+        codes, token_scale, hidden = torch.ops.quantdit.rotate_quantize(x, self.premultiplier, *rest)
+        return codes, token_scale, None if up is None else hidden, up
 
     def _product_of_16_bits(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         if tokens.dtype == dtype:

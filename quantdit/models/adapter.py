@@ -311,7 +311,9 @@ ADAPTERS: dict[str, Adapter] = {
     ),
 }
 
-# Text encoders whose blocks cannot be told by their weights: the vision tower of Qwen2.5-VL is never called with texts.
+# Text encoders whose blocks cannot be told by their weights. Pipelines of Qwen-Image call all of Qwen2.5-VL and read its last
+# hidden states, so they never use the head's logits. Those that edit images run the vision tower, those of text alone do not.
+# Tower and head are outside the blocks, which presets leave in 16 bits.
 ENCODER_ADAPTERS = {
     "Qwen2_5_VLForConditionalGeneration": Adapter(("model.language_model.layers",)),
     "Qwen2_5_VLModel": Adapter(("language_model.layers",)),

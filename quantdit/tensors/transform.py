@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantdit.formats import Field
 from quantdit.tensors import hadamard
+from quantdit.tensors.row_chunks import in_row_chunks
 
 KINDS = ("none", "hadamard", "outlier")
 DENSE = ("rotation1", "rotation2")
@@ -117,7 +118,16 @@ def kept_in(dtype: torch.dtype) -> torch.dtype:
 
 
 def apply(t: Transform, x: Tensor) -> Tensor:
-    """Return `x T` for x `[..., k]` of any float dtype, in `kept_in` that dtype; the arithmetic is float32 or wider."""
+    """Return `x T` for x `[..., k]` of any float dtype, in `kept_in` that dtype; the arithmetic is float32 or wider.
+
+    Wide copies are of some tokens at a time (row_chunks.py); the bits are those of all at once.
+    """
+    if t.identity:
+        return x.to(kept_in(x.dtype))
+    return in_row_chunks(lambda rows: (_apply(t, rows),), x)[0]
+
+
+def _apply(t: Transform, x: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if t.premultiplier is not None:
         wide = wide * t.premultiplier.to(wide.dtype)

@@ -73,6 +73,10 @@ def test_a_quantized_linear_takes_what_its_parts_take() -> None:
     rotating = measured(lambda: ops.rotate_reference(x, torch.rand(k) + 0.5, 128)) - 2 * 4 * k
     assert rotating <= 10 * m * k <= rotating + 4 * 2 * k
     assert quantized_linear(m, n, k, "int8", 8) == 10 * m * k
+    many = 40_000  # tokens, rotated in five parts
+    codes, chunk = many * (k + 4), many // 5 * k
+    assert quantized_linear(many, 1, k, "int8", 8) == codes + 10 * chunk
+    assert quantized_linear(many, 1, k, "int8", 16) == max(2 * many * k + 10 * chunk, 2 * many * k + 9 * k)
     multiplying = measured(lambda: ops.gemm_w8a16_reference(x[:8], weight, torch.ones(n), None))
     assert multiplying == pytest.approx(8 * n * k, rel=0.01)
     assert quantized_linear(8, n, 4 * k, "trellis2_l12", 16) == 2 * 8 * 4 * k + 9 * n * 4 * k, "and the decoded weight itself"
