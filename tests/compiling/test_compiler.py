@@ -251,9 +251,7 @@ def test_recipe_that_quantizes_nothing_is_refused(cli, pixel_dit: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("bits", "more"), [("w4a8", ()), ("w2a16", ("--finetune-steps", "2")), ("auto", ("--size-budget", "0.5"))]
-)
+@pytest.mark.parametrize(("bits", "more"), [("w4a8", ()), ("w2a16", ("--finetune-steps", "2"))])
 def test_number_of_threads_changes_nothing(cli, pixel_dit: Path, tmp_path: Path, bits: str, more: tuple[str, ...]):
     before = torch.get_num_threads()
     try:

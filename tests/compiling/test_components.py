@@ -94,6 +94,7 @@ def test_another_process_makes_the_same_samples(made, tmp_path: Path) -> None:
     assert torch.equal(here, torch.load(output, weights_only=True))
 
 
+@pytest.mark.parametrize("made", ["WanPipeline", "StableDiffusion3Pipeline"], indirect=True)
 def test_streamed_and_resident_give_the_same_bytes(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, full, small, how = made
     monkeypatch.setattr(streaming, "need_of", lambda *_: streaming.Need(resident=100, streamed=1))
@@ -103,6 +104,7 @@ def test_streamed_and_resident_give_the_same_bytes(made, tmp_path: Path, monkeyp
     assert digests(tmp_path / "streamed", parts) == digests(small, parts)
 
 
+@pytest.mark.parametrize("made", ["FluxPipeline", "QwenImagePipeline"], indirect=True)
 def test_interrupted_run_goes_on_with_the_same_bytes(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run ends in the last text encoder, whose first block is finished."""
     name, full, small, how = made

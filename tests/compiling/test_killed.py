@@ -86,7 +86,7 @@ def check_resumed(folder: Path, output: str, arguments: list[str]) -> None:
     shutil.rmtree(folder / output)
 
 
-@pytest.mark.parametrize("moment", range(5))
+@pytest.mark.parametrize("moment", range(3))
 def test_killed_at_a_random_moment(fresh, work, moment: int):
     folder, arguments, seconds = work
     process = fresh.Process(target=main, args=(arguments(f"random{moment}"),))

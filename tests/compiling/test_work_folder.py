@@ -221,18 +221,18 @@ def test_the_report_lists_what_the_run_wrote(run, tmp_path: Path):
     assert found == {*files.read_json(tmp_path / "out" / REPORT)["files"], REPORT}
 
 
-@pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize(
-    "mine",
+    ("mine", "listed"),
     [
-        "notes.txt",
-        "pictures/deep/1.png",
-        "transformer/notes.md",
-        "scheduler/mine.txt",
-        ".hidden",
-        "report.json",
-        "link",
-        "way/link",
+        ("notes.txt", True),
+        ("pictures/deep/1.png", False),
+        ("transformer/notes.md", True),
+        ("scheduler/mine.txt", False),
+        (".hidden", True),
+        ("report.json", True),
+        ("report.json", False),
+        ("link", False),
+        ("way/link", True),
     ],
 )
 def test_overwrite_keeps_a_file_of_the_users_in_a_folder_that_quantdit_wrote(run, tmp_path: Path, mine: str, listed: bool):
