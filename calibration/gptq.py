@@ -16,7 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantdit.calibration.grids import Grid, Params
+from quantdit.calibration.grids import Grid, Levels, Params
+from quantdit.calibration.viterbi import numba_is_installed
 
 LEAF = 32  # columns that take each other's effect one by one; beyond, a product brings it
 DESCENT_BLOCK = 1024  # columns whose slope is computed at once
@@ -66,18 +67,38 @@ def gptq(
     codes = torch.empty(W.shape, dtype=torch.uint8)
     root = R.diagonal()[:, None].contiguous()
 
-    def visit(i: int) -> None:
-        column = columns[i]
-        if column // group_size == len(groups):
+    def fit_group(i: int) -> None:
+        """Fit the group that column i is the first of, if it is not fitted yet."""
+        if columns[i] // group_size == len(groups):
             group = slice(i, i + group_size)
             moved = torch.linalg.solve_triangular(R[group, group].T, feedback[group], upper=False)
             groups.append(grid.fit((W[group] + moved).T.contiguous(), importance[group]))
-        params = groups[column // group_size]
+
+    def visit(i: int) -> None:
+        fit_group(i)
+        params = groups[columns[i] // group_size]
         c = grid.encode((W[i] + feedback[i] / root[i])[:, None], params)
         D[i] = W[i] - grid.value(c, params)[:, 0]
-        codes[column] = c[:, 0]
+        codes[columns[i]] = c[:, 0]
 
-    sweep(visit, R.T, D, feedback, leaf)
+    levels = _compiled(grid, W)
+    if levels is None:
+        sweep(one_by_one(visit, R.T, D, feedback), R.T, D, feedback, leaf)
+        return codes.T.contiguous(), groups
+    from quantdit.calibration.columns_numba import feedback_visits
+
+    visits = feedback_visits(group_size, order, W, R, D, feedback, codes)
+    if groups:
+        visit_all = visits(levels(groups), 0)
+        sweep(lambda start, end: visit_all(start, end, end), R.T, D, feedback, leaf)
+        return codes.T.contiguous(), groups
+
+    def group_by_group(start: int, end: int) -> None:
+        for i in range(start, end, group_size):
+            fit_group(i)
+            visits(levels(groups[-1:]), len(groups) - 1)(i, i + group_size, end)
+
+    sweep(group_by_group, R.T, D, feedback, leaf)
     return codes.T.contiguous(), groups
 
 
@@ -98,6 +119,11 @@ def descend(codes: Tensor, W: Tensor, H: Tensor, grid: Grid, groups: list[Params
     values = zip(codes.split(group_size, dim=1), groups, strict=True)
     V, codes = torch.cat([grid.value(c, p) for c, p in values], dim=1).T.contiguous(), codes.T.contiguous()
     H = H.float()
+    if levels := _compiled(grid, W):
+        from quantdit.calibration.columns_numba import descent_visits
+
+        descent(descent_visits(levels(groups), group_size, V, codes), H, V - W.T, passes, LEAF)
+        return codes.T.contiguous()
     curvature = H.diagonal()[:, None].clamp_min(1e-30)
 
     def visit(i: int, slope: Tensor, moved: Tensor) -> None:
@@ -110,16 +136,20 @@ def descend(codes: Tensor, W: Tensor, H: Tensor, grid: Grid, groups: list[Params
         moved[0] = v - V[i]
         V[i], codes[i] = v, c[:, 0]
 
-    descent(visit, H, V - W.T, passes, LEAF)
+    descent(each(visit), H, V - W.T, passes, LEAF)
     return codes.T.contiguous()
 
 
-def descent(visit: Callable[[int, Tensor, Tensor], None], H: Tensor, D: Tensor, passes: int, leaf: int) -> None:
+Visits = Callable[[int, int], None]  # of the columns from one to before another, and what brings their effect on one another
+BlockVisits = Callable[[int, Tensor, Tensor, Tensor], Visits]
+
+
+def descent(visits: BlockVisits, H: Tensor, D: Tensor, passes: int, leaf: int) -> None:
     """Visit the columns in turn, pass after pass until one changes nothing.
 
     Args:
-        visit: `(i, slope, moved)`: of column i and those behind it, `slope` is `H D` as it is now, and `moved` is where the visit
-            puts by how much it changed its own.
+        visits: `(first, M, moved, slope)`, of a block of columns that begins with the first: M is their part of H, `slope` their
+            part of `H D`, and `moved` is where a visit puts by how much it changed its own.
         H: `[in, in]` float32.
         D: `[in, out]`, values less weights; is kept up to date.
         passes: at most.
@@ -131,43 +161,64 @@ def descent(visit: Callable[[int, Tensor, Tensor], None], H: Tensor, D: Tensor, 
         for start in range(0, len(D), block):
             part = slice(start, min(start + block, len(D)))
             slope, moved = H[part] @ D, torch.empty_like(D[part])
-
-            def here(i: int, start: int = start, slope: Tensor = slope, moved: Tensor = moved) -> None:
-                visit(start + i, slope[i:], moved[i:])
-
-            sweep(here, H[part, part], moved, slope, leaf)
+            M = H[part, part]
+            sweep(visits(start, M, moved, slope), M, moved, slope, leaf)
             changed = changed or bool(moved.any())
             D[part] += moved
         if not changed:
             break
 
 
-def sweep(visit: Callable[[int], None], M: Tensor, change: Tensor, effect: Tensor, leaf: int) -> None:
+def each(visit: Callable[[int, Tensor, Tensor], None]) -> BlockVisits:
+    """Return what `descent` takes of `visit(i, slope, moved)`, which sees its two from column i on."""
+
+    def visits(first: int, M: Tensor, moved: Tensor, slope: Tensor) -> Visits:
+        return one_by_one(lambda i: visit(first + i, slope[i:], moved[i:]), M, moved, slope)
+
+    return visits
+
+
+def one_by_one(visit: Callable[[int], None], M: Tensor, change: Tensor, effect: Tensor) -> Visits:
+    """Return the visits of single columns, whose effect each brings on those behind it; arguments as of `sweep`."""
+
+    def visits(start: int, end: int) -> None:
+        for i in range(start, end):
+            visit(i)
+            # Rounded before it is added, as compiled code does (columns_numba.py): `addr_` does so on some processors only.
+            effect[i + 1 : end] += torch.outer(M[i + 1 : end, i], change[i])
+
+    return visits
+
+
+def sweep(visits: Visits, M: Tensor, change: Tensor, effect: Tensor, leaf: int) -> None:
     """Visit columns 0, 1, ...; visiting i sets `change[i]` and finds `sum_{j < i} M_ij change[j]` added to `effect[i]`.
 
     Halves of halves: once the first half of some columns has been visited, one product brings its effect on the second.
 
     Args:
-        visit: what to do at a column.
+        visits: of a leaf's columns.
         M: `[k, k]`.
-        change: `[k, out]`, set by `visit`.
+        change: `[k, out]`, set by visits.
         effect: `[k, out]`, added to.
         leaf: columns within which the effect is brought one by one.
     """
-    _sweep(visit, M, change, effect, leaf, 0, len(change))
+    _sweep(visits, M, change, effect, leaf, 0, len(change))
 
 
 # Not a function inside: one that calls itself is a cycle, and would keep the matrices until the garbage collector comes round.
-def _sweep(visit: Callable[[int], None], M: Tensor, change: Tensor, effect: Tensor, leaf: int, start: int, end: int) -> None:
+def _sweep(visits: Visits, M: Tensor, change: Tensor, effect: Tensor, leaf: int, start: int, end: int) -> None:
     if end - start > leaf:
         middle = start + (end - start + 2 * leaf - 1) // (2 * leaf) * leaf
-        _sweep(visit, M, change, effect, leaf, start, middle)
+        _sweep(visits, M, change, effect, leaf, start, middle)
         effect[middle:end].addmm_(M[middle:end, start:middle], change[start:middle])
-        _sweep(visit, M, change, effect, leaf, middle, end)
-        return
-    for i in range(start, end):
-        visit(i)
-        effect[i + 1 : end].addr_(M[i + 1 : end, i], change[i])
+        _sweep(visits, M, change, effect, leaf, middle, end)
+    else:
+        visits(start, end)
+
+
+def _compiled(grid: Grid, W: Tensor) -> Callable[[list[Params]], Levels] | None:
+    """Return the grid's levels where columns_numba.py visits the columns: of scalar codes, on a CPU, where numba is installed."""
+    return grid.levels if W.device.type == "cpu" and numba_is_installed() else None
 
 
 def _fit_groups(W: Tensor, importance: Tensor, grid: Grid, group_size: int) -> list[Params]:

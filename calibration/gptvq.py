@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from quantdit.calibration.gptq import LEAF, descent, factor, sweep
+from quantdit.calibration.gptq import LEAF, descent, each, factor, one_by_one, sweep
 from quantdit.calibration.grids import PAIR_LIMIT
 from quantdit.formats.codebook import entries_of
 
@@ -56,7 +56,7 @@ def feedback(
             D[part] = W[part] - entries_of(codebook, chosen, sign_split).T
             codes[places[i // d]] = chosen
 
-    sweep(visit, R.T, D, effect, max(d, LEAF // d * d))
+    sweep(one_by_one(visit, R.T, D, effect), R.T, D, effect, max(d, LEAF // d * d))
     return codes.T.contiguous()
 
 
@@ -83,7 +83,7 @@ def descend(codes: Tensor, W: Tensor, H: Tensor, codebook: Tensor, passes: int, 
             moved[:d] = new - V[here]
             V[here], codes[group] = new, chosen
 
-    descent(visit, H, V - W.T, passes, max(d, LEAF // d * d))
+    descent(each(visit), H, V - W.T, passes, max(d, LEAF // d * d))
     return codes.T.contiguous()
 
 

@@ -39,6 +39,25 @@ CHUNK = 512  # rows fitted at once to histograms: some 300 MB for a width of 896
 
 
 @dataclass(frozen=True)
+class Levels:
+    """What the codes of a scalar grid mean, for compiled code: `code * step + offset`, or entries of ascending tables.
+
+    Attributes:
+        first: float32 `[groups, 1, out]` the steps, or `[groups, levels - 1, out]` the boundaries between entries.
+        second: float32 `[groups, 1, out]` the offsets, or `[groups, levels, out]` the entries.
+        low: the least code.
+        high: the largest code.
+        is_table: whether they are tables.
+    """
+
+    first: Tensor
+    second: Tensor
+    low: int
+    high: int
+    is_table: bool
+
+
+@dataclass(frozen=True)
 class Grid:
     """The codes one format can give a weight.
 
@@ -49,6 +68,7 @@ class Grid:
         value: `(codes [out, c], params) -> I [out, c]` float32.
         fields: `([params of each group]) -> stored tensors` besides data and scale.
         codebook_rows: as in QSpec.
+        levels: `([params of each group]) -> Levels`, of the same codes and values; None where codes are no levels of one weight.
     """
 
     scale: Tensor
@@ -57,6 +77,7 @@ class Grid:
     value: Callable[[Tensor, Params], Tensor]
     fields: Callable[[list[Params]], dict[str, Tensor]]
     codebook_rows: int = 1
+    levels: Callable[[list[Params]], Levels] | None = None
 
 
 def _channel_scale(weight: Tensor, top: float) -> Tensor:
@@ -134,7 +155,13 @@ def affine_grid(weight: Tensor, importance: Tensor, group_size: int, format: str
             "multiplier": torch.stack([p[0] for p in groups], dim=1).to(torch.uint8),
             "offset": torch.stack([p[1] for p in groups], dim=1).to(torch.int8),
         },
+        levels=lambda groups: Levels(_by_group(groups, 0), _by_group(groups, 1), 0, levels - 1, False),
     )
+
+
+def _by_group(groups: list[Params], place: int) -> Tensor:
+    """Return one of the parameters of all groups, `[groups, 1, out]`."""
+    return torch.stack([params[place] for params in groups])[:, None]
 
 
 def channel_fit(weight: Tensor, importance: Tensor, levels: int) -> Params:
@@ -199,12 +226,14 @@ def hqq_channel_fit(weight: Tensor, importance: Tensor, levels: int) -> Params:
 
 def int8_grid(weight: Tensor, importance: Tensor, group_size: int, format: str, table: str) -> Grid:
     """Plain symmetric int8 per channel, -127..127."""
+    one = torch.ones(1, 1, len(weight), dtype=torch.float32)
     return Grid(
         _channel_scale(weight, 127),
         fit=lambda w, h: (),
         encode=lambda w, p: w.round().clamp(-127, 127).to(torch.int8).view(torch.uint8),
         value=lambda codes, p: codes.view(torch.int8).float(),
         fields=lambda groups: {},
+        levels=lambda groups: Levels(one, torch.zeros_like(one), -127, 127, False),
     )
 
 
@@ -235,6 +264,7 @@ def table_grid(weight: Tensor, importance: Tensor, group_size: int, format: str,
         entries, unit = (torch.cat(parts) for parts in zip(*fitted, strict=True))
     boundaries = ((entries[:, 1:] + entries[:, :-1]) / 2).expand(len(weight), -1).contiguous()
     by_row = entries.expand(len(weight), -1)
+    levels = Levels(boundaries.T[None].contiguous(), by_row.T[None].contiguous(), 0, f.code_count - 1, True)
     return Grid(
         rms * unit,
         fit=lambda w, h: (),
@@ -242,6 +272,7 @@ def table_grid(weight: Tensor, importance: Tensor, group_size: int, format: str,
         value=lambda codes, p: by_row.gather(1, codes.long()),
         fields=lambda groups: {"codebook": entries.to(element)},
         codebook_rows=len(entries),
+        levels=lambda groups: levels,
     )
 
 

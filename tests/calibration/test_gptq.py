@@ -376,7 +376,7 @@ def test_matrices_are_freed_without_the_garbage_collector():
     freed = weakref.ref(M)
     gc.disable()
     try:
-        sweep(lambda i: None, M, change, effect, 8)
+        sweep(lambda start, end: None, M, change, effect, 8)
         del M
         assert freed() is None
     finally:
