@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 GOLDEN = (5**0.5 - 1) / 2
-SAMPLED_ROWS = 64  # rows kept of each update
+SAMPLED_ROWS = 64  # rows kept of each update, until there are more than MOST_ROWS
+MOST_ROWS = 8192  # in all: 450 MB where an input is 13,824 wide
 CHUNK = 4096  # rows added at once: what is converted and sorted out at a time
 BLOCK = 1280  # columns of the Gram matrix summed at once
 HARDLY_VARY = 1 / 16  # part of the inputs' power that is not their mean's
@@ -28,6 +29,7 @@ class Stats:
         absmax: largest magnitude per timestep bucket and channel, float32 `[buckets, k]`.
         rows: an even sample of the rows themselves, float32 `[r, k]`, to measure output errors with quantized activations.
         row_buckets: the timestep bucket of each of `rows`, int64 `[r]`.
+        rows_an_update: how many the next update adds at most. It is halved, as the rows are, when they exceed MOST_ROWS.
     """
 
     count: int
@@ -36,6 +38,7 @@ class Stats:
     absmax: Tensor
     rows: Tensor
     row_buckets: Tensor
+    rows_an_update: int = SAMPLED_ROWS
 
     @property
     def mean(self) -> Tensor:
@@ -92,14 +95,19 @@ def update(stats: Stats, x: Tensor, bucket: int) -> Stats:
         part = part.float()
         total += part.sum(dim=0)
         _add_products(stats.gram, part)
-    sample = x[spread(len(x), len(stats.rows))].float()
+    sample = x[spread(len(x), len(stats.rows), stats.rows_an_update)].float()
+    rows, row_buckets = torch.cat([stats.rows, sample]), torch.cat([stats.row_buckets, torch.full((len(sample),), bucket)])
+    rows_an_update = stats.rows_an_update
+    while len(rows) > MOST_ROWS:
+        rows, row_buckets, rows_an_update = rows[::2].clone(), row_buckets[::2].clone(), max(1, rows_an_update // 2)
     return replace(
         stats,
         count=stats.count + len(x),
         total=total,
         absmax=absmax,
-        rows=torch.cat([stats.rows, sample]),
-        row_buckets=torch.cat([stats.row_buckets, torch.full((len(sample),), bucket)]),
+        rows=rows,
+        row_buckets=row_buckets,
+        rows_an_update=rows_an_update,
     )
 
 
@@ -112,7 +120,7 @@ def _add_products(gram: Tensor, x: Tensor) -> None:
         gram[end:, start:end] = gram[start:end, end:].T
 
 
-def spread(count: int, start: int, limit: int = SAMPLED_ROWS) -> Tensor:
+def spread(count: int, start: int, limit: int) -> Tensor:
     """Return up to `limit` of `count` row numbers, ascending, evenly spread whatever the period of the rows.
 
     One from each of `limit` equal parts, its place there the next multiple of the golden ratio: any fixed stride can meet

@@ -149,6 +149,20 @@ def test_sampled_rows_know_their_bucket():
     assert s.row_buckets.tolist() == s.rows[:, 0].long().tolist() == [2] * 5 + [0] * 5 + [3] * 5
 
 
+def test_sampled_rows_are_bounded_and_stay_an_even_sample_of_all_calls(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stats, "MOST_ROWS", 500)
+    s, most = stats.init(1, 4), 0
+    for call in range(200):
+        s = stats.update(s, torch.full((100, 1), float(call)), call % 4)
+        most = max(most, len(s.rows))
+    assert len(s.rows) >= 250 and most <= 500
+    assert s.row_buckets.tolist() == (s.rows[:, 0] % 4).long().tolist()
+    # As many of early calls as of late ones, and every second one of each bucket for fitting and measuring alike.
+    counts = torch.bincount(s.rows[:, 0].long(), minlength=200)
+    assert int(counts.min()) >= 1 and int(counts.max()) <= int(counts.min()) + 2
+    assert s.rows[::2, 0].unique().tolist() == s.rows[1::2, 0].unique().tolist() == list(range(200))
+
+
 @pytest.mark.parametrize("tokens", [49, 64, 256])
 def test_sampled_rows_meet_every_part_of_an_image(tokens: int):
     """64 images of 49 tokens once gave the corner token of each, as the stride was 49."""
