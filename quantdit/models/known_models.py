@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantdit.recipes.sampling_plan import SamplingPlan, Size
 
@@ -261,6 +263,20 @@ def transformer_config(name: str) -> dict:
     if not path.exists():
         raise ValueError(f"the shapes of {name} are not in the package")
     return json.loads(path.read_text())
+
+
+def known_by_config(config: Mapping[str, Any]) -> str | None:
+    """Return the first known model whose transformer has this config, as diffusers' `model.config` is; None if none has."""
+    for name in KNOWN_MODELS:
+        try:
+            known = transformer_config(name)
+        except ValueError:  # not in the package
+            continue
+        if known.pop("_class_name") == config.get("_class_name") and all(
+            key.startswith("_") or config.get(key) == value for key, value in known.items()
+        ):
+            return name
+    return None
 
 
 def locate(model: str) -> Path | str:

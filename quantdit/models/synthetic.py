@@ -79,6 +79,16 @@ def moved_inputs(model: nn.Module, adapter: Adapter, inputs: dict[str, Any], lat
     return moved
 
 
+def without_condition(model: nn.Module, adapter: Adapter, inputs: dict[str, Any], first: int) -> dict[str, Any]:
+    """Return the inputs with the class after the last one, which stands for none, in the rows from `first` on."""
+    made = dict(inputs)
+    for spec in adapter.inputs:
+        if spec.kind == "classes":
+            made[spec.name] = made[spec.name].clone()
+            made[spec.name][first:] = _number(spec.value, model)
+    return made
+
+
 def own_time(model: nn.Module, adapter: Adapter, time: float) -> float:
     """Return a time (1000 is noise, 0 is data) as the class counts it.
 

@@ -12,17 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from quantdit.models.adapter import Adapter
-from quantdit.models.known_models import KNOWN_MODELS
-from quantdit.models.synthetic import TRAIN_STEPS, latent_of, moved_inputs, own_time, prediction, synthetic_inputs
+from quantdit.models.known_models import EMBEDDED, KNOWN_MODELS, known_by_config
+from quantdit.models.synthetic import (
+    TRAIN_STEPS,
+    latent_of,
+    moved_inputs,
+    own_time,
+    prediction,
+    synthetic_inputs,
+    without_condition,
+)
 from quantdit.pipelines.arguments import SIZES
 from quantdit.pipelines.call_arguments import accepted_arguments, call_options, sampling_arguments
 from quantdit.pipelines.generate import sample_seed, seeded_batches
 from quantdit.pipelines.source import BareTransformer, Source
-from quantdit.recipes.sampling_plan import SamplingPlan
+from quantdit.recipes.sampling_plan import SMALL, SamplingPlan, Size
 from quantdit.system import files, progress
 
 # Images of a pipeline without an autoencoder are small; latents of one at a time are large enough.
 BATCH = 32
+# Of made-up calls: cells of all samples in one, and along a side on a CPU, where a larger sample of an unknown model takes hours.
+BATCH_CELLS, CPU_SIDE = 32 * 1024, 32
 PREDICTION_TYPES: dict[str, Literal["epsilon", "v_prediction"]] = {"epsilon": "epsilon", "v": "v_prediction"}
 
 
@@ -45,6 +55,9 @@ def takes(pipeline: object, size: str) -> bool:
 def sampling_plan_for(pipeline: object, source: Source, device: str, given: Mapping[str, Any]) -> SamplingPlan:
     """Return what a model is calibrated on: what was given, else what suits a known one on such a device, else the defaults.
 
+    A transformer without its pipeline that has a known one's config is known, too. Samples of another are as large as its config
+    says, on a CPU at most CPU_SIDE cells to a side.
+
     Args:
         pipeline: of the model.
         source: where it came from; the name of a known one decides.
@@ -55,15 +68,36 @@ def sampling_plan_for(pipeline: object, source: Source, device: str, given: Mapp
         ValueError: values that SamplingPlan refuses.
     """
     wanted: dict[str, Any] = {}
-    if source.name in KNOWN_MODELS:
-        known = KNOWN_MODELS[source.name].cpu if device == "cpu" else KNOWN_MODELS[source.name].gpu
+    bare = getattr(pipeline, source.components[0]) if isinstance(pipeline, BareTransformer) else None
+    name = source.name if bare is None or source.name in KNOWN_MODELS else known_by_config(bare.config)
+    if name in KNOWN_MODELS:
+        known = KNOWN_MODELS[name].cpu if device == "cpu" else KNOWN_MODELS[name].gpu
         own = ["samples", "steps", "guidance", *(size for size in SIZES if takes(pipeline, size))]
-        wanted = {key: getattr(known, key) for key in (*own, *(["latent"] if isinstance(pipeline, BareTransformer) else []))}
+        wanted = {key: getattr(known, key) for key in (*own, *([] if bare is None else ["latent"]))}
+    elif bare is not None and (size := _own_size(bare, device)) is not None:
+        wanted["latent"] = size
     plan = SamplingPlan(**{**wanted, **given})
     if 0 < plan.samples < len(plan.prompts):
         text = f"{plan.samples} of {len(plan.prompts)} prompts are used; see --samples"
         warnings.warn(files.Advice(text), stacklevel=2)
     return plan
+
+
+def _own_size(transformer: nn.Module, device: str) -> Size | None:
+    """Return the size that a transformer's config names, in latent cells, within what a CPU samples in reasonable time."""
+    config: Any = transformer.config
+    height, width = _pair(config.get("sample_size") or (config.get("sample_height"), config.get("sample_width")))
+    if not isinstance(height, int) or not isinstance(width, int):
+        return None
+    if device == "cpu":
+        patch = config.get("patch_size")
+        largest = CPU_SIDE - CPU_SIDE % (patch if isinstance(patch, int) and 0 < patch <= CPU_SIDE else 1)
+        height, width = min(height, largest), min(width, largest)
+    return replace(SMALL, height=height, width=width)
+
+
+def _pair(value: object) -> tuple[object, object]:
+    return (value[0], value[1]) if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
 
 
 def conditions(pipeline: object, plan: SamplingPlan) -> dict[str, list]:
@@ -90,10 +124,13 @@ def conditions(pipeline: object, plan: SamplingPlan) -> dict[str, list]:
 def sample(pipeline: Any, plan: SamplingPlan, adapters: Mapping[str, Adapter]) -> None:
     """Let the transformers be called as they are when `plan.samples` images or clips are made; nothing is returned."""
     if isinstance(pipeline, BareTransformer):
+        size = plan.latent
+        batch = max(1, min(BATCH, BATCH_CELLS // (size.frames * size.height * size.width)))
         with progress.bar(plan.samples * len(adapters) * plan.steps, "sample the model", "step") as bar:
-            for number in range(plan.samples):
+            for first in range(0, plan.samples, batch):
+                numbers = range(first, min(first + batch, plan.samples))
                 for part, adapter in adapters.items():
-                    trajectory(getattr(pipeline, part), adapter, plan, number, bar.update)
+                    trajectory(getattr(pipeline, part), adapter, plan, numbers, bar.update)
         return
     arguments = conditions(pipeline, plan)
     batch = 1 if getattr(pipeline, "vae", None) is not None else BATCH
@@ -115,7 +152,7 @@ def sampled_times(pipeline: object, transformer: nn.Module, adapter: Adapter, st
     """
     bare = isinstance(pipeline, BareTransformer)
     own: Scheduler | None = getattr(pipeline, "scheduler", None)
-    scheduler = _scheduler(adapter.scheduler) if bare else copy.deepcopy(own)
+    scheduler = _scheduler(transformer, adapter) if bare else copy.deepcopy(own)
     remedy = "edge_steps needs the times of the sampling steps; calibrate with --samples of at least 1"
     if scheduler is None or getattr(scheduler.config, "use_dynamic_shifting", False):
         why = "has no scheduler" if scheduler is None else "shifts its times by the size of the sample"
@@ -132,31 +169,33 @@ def trajectory(
     transformer: nn.Module,
     adapter: Adapter,
     plan: SamplingPlan,
-    number: int,
+    numbers: range,
     done: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
-    """Follow the transformer from noise to a sample under made-up conditions, both branches of guidance in one call.
+    """Follow the transformer from noise to samples under made-up conditions, both branches of guidance in one call.
 
     Args:
-        transformer: predicts what `adapter.scheduler` says.
+        transformer: of a known model, or predicts what `adapter.scheduler` says.
         adapter: of its class.
         plan: steps, guidance, seed and `latent`.
-        number: of the sample; another one has other noise and conditions.
-        done: is told how many more steps are done.
+        numbers: of the samples, which are one batch; others have other noise and conditions.
+        done: is told how many more steps of samples are done.
 
     Returns:
-        The sample, float32, `[1, ...]`.
+        The samples, float32, `[len(numbers), ...]`.
     """
-    guidance = 1.0 if plan.guidance is None else plan.guidance
-    generator = torch.Generator().manual_seed(sample_seed(plan.seed, number))
-    inputs = synthetic_inputs(transformer, adapter, replace(plan.latent, batch=2), generator)
+    guidance, count = 1.0 if plan.guidance is None else plan.guidance, len(numbers)
+    generator = torch.Generator().manual_seed(sample_seed(plan.seed, numbers[0]))
+    inputs = synthetic_inputs(transformer, adapter, replace(plan.latent, batch=2 * count), generator)
     # A class that is told the scale needs no second branch.
     guided = guidance != 1 and "guidance" not in inputs
-    if not guided:
-        inputs = synthetic_inputs(transformer, adapter, replace(plan.latent, batch=1), generator)
-    x = latent_of(adapter, inputs)[:1].float()
+    if guided:
+        inputs = without_condition(transformer, adapter, inputs, count)
+    else:
+        inputs = synthetic_inputs(transformer, adapter, replace(plan.latent, batch=count), generator)
+    x = latent_of(adapter, inputs)[:count].float()
     dtype = latent_of(adapter, inputs).dtype
-    scheduler = _scheduler(adapter.scheduler)
+    scheduler = _scheduler(transformer, adapter)
     scheduler.set_timesteps(plan.steps)
     for t in scheduler.timesteps:
         latent = torch.cat([x, x]) if guided else x
@@ -167,16 +206,20 @@ def trajectory(
             conditional, unconditional = predicted.chunk(2)
             predicted = unconditional + guidance * (conditional - unconditional)
         x = scheduler.step(predicted, t, x).prev_sample
-        done(1)
+        done(count)
     return x
 
 
-def _scheduler(kind: str) -> Scheduler:
+def _scheduler(transformer: nn.Module, adapter: Adapter) -> Scheduler:
+    """Return an embedded model's own scheduler for its transformer; for another what its class was trained for."""
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler  # pyright: ignore[reportPrivateImportUsage] - lazy exports
 
-    if kind == "flow":
+    own = EMBEDDED / (known_by_config(transformer.config) or "") / "scheduler"
+    if own.exists():
+        return cast(Scheduler, FlowMatchEulerDiscreteScheduler.from_pretrained(own))
+    if adapter.scheduler == "flow":
         return cast(Scheduler, FlowMatchEulerDiscreteScheduler(shift=3.0))
-    return cast(Scheduler, DDIMScheduler(prediction_type=PREDICTION_TYPES[kind]))
+    return cast(Scheduler, DDIMScheduler(prediction_type=PREDICTION_TYPES[adapter.scheduler]))
 
 
 def _options(pipeline: object, plan: SamplingPlan) -> dict:

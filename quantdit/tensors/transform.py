@@ -120,8 +120,8 @@ def kept_in(dtype: torch.dtype) -> torch.dtype:
 def apply(t: Transform, x: Tensor) -> Tensor:
     """Return `x T` for x `[..., k]` of any float dtype, in `kept_in` that dtype; the arithmetic is float32 or wider.
 
-    Wide copies are of some tokens at a time (row_chunks.py). The bits are those of all at once; in float64, on some processors, all
-    but the last.
+    Wide copies are of some tokens at a time (row_chunks.py). The bits are those of all at once; in float64, on some processors,
+    all but the last.
     """
     if t.identity:
         return x.to(kept_in(x.dtype))

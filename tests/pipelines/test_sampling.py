@@ -9,15 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import quantdit
+import tiny_models
 from quantdit.calibration.observe import capture
 from quantdit.calibration.observe import recorded_calls as call_files
 from quantdit.checkpoints.streaming import whole
 from quantdit.compiling.report import REPORT
 from quantdit.models import known_models
 from quantdit.models.adapter import adapter_for
+from quantdit.pipelines import sampling
 from quantdit.pipelines.pipeline import load_pipeline
 from quantdit.pipelines.sampling import trajectory
-from quantdit.pipelines.source import BareTransformer
+from quantdit.pipelines.source import BareTransformer, Source
 from quantdit.recipes.sampling_plan import SamplingPlan, Size
 from quantdit.system import files
 
@@ -91,7 +94,7 @@ def recorded(model: nn.Module, settings: SamplingPlan, number: int) -> tuple[Ten
     calls: list[dict] = []
     handle = model.register_forward_pre_hook(lambda m, a, k: calls.append(k), with_kwargs=True)
     with torch.no_grad():
-        sample = trajectory(model, adapter_for(model), settings, number)
+        sample = trajectory(model, adapter_for(model), settings, range(number, number + 1))
     handle.remove()
     return sample, calls
 
@@ -121,6 +124,79 @@ def test_trajectory_goes_from_noise_along_both_branches(tiny_wan: Path):
     assert not torch.equal(calls[-1]["hidden_states"], first) and not torch.equal(sample, calls[-1]["hidden_states"][:1])
     _, single = recorded(model, SamplingPlan(steps=2, guidance=1.0, latent=LATENT), 0)
     assert single[0]["hidden_states"].shape[0] == 1
+
+
+def test_samples_of_a_batch_are_made_together(tiny_wan: Path):
+    model = whole(tiny_wan, torch.float32)
+    plan = SamplingPlan(samples=5, steps=2, guidance=2.0, latent=LATENT)
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda m, a, k: sizes.append(len(k["hidden_states"])), with_kwargs=True)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "BATCH_CELLS", 3 * 3 * 4 * 4)
+        sampling.sample(BareTransformer(transformer=model), plan, {"transformer": adapter_for(model)})
+    assert sizes == [6, 6, 4, 4]
+    with torch.no_grad():
+        made = trajectory(model, adapter_for(model), plan, range(3))
+    assert made.shape == (3, 4, 3, 4, 4) and len({sample.sum().item() for sample in made}) == 3
+
+
+def test_the_branch_without_a_condition_has_no_class() -> None:
+    model = tiny_models.tiny("DiTTransformer2DModel")[0]
+    seen = []
+    model.register_forward_pre_hook(lambda m, a, k: seen.append(k["class_labels"]), with_kwargs=True)
+    with torch.no_grad():
+        trajectory(model, adapter_for(model), SamplingPlan(steps=1, guidance=2.0, latent=Size(height=4, width=4)), range(3))
+    none = model.config["num_embeds_ada_norm"]
+    assert (seen[0][:3] < none).all() and (seen[0][3:] == none).all()
+
+
+def bare(**config: object) -> BareTransformer:
+    transformer = torch.nn.Module()
+    transformer.config = config
+    return BareTransformer(transformer=transformer)
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "expected"),
+    [
+        ({"sample_size": 28}, "cpu", (28, 28)),
+        ({"sample_size": [20, 24]}, "cpu", (20, 24)),
+        ({"sample_size": 128, "patch_size": 2}, "cuda", (128, 128)),
+        ({"sample_size": 128, "patch_size": 2}, "cpu", (32, 32)),
+        ({"sample_size": 128, "patch_size": 5}, "cpu", (30, 30)),
+        ({"sample_height": 60, "sample_width": 90}, "cuda", (60, 90)),
+        ({"sample_size": None}, "cpu", (16, 16)),
+        ({}, "cpu", (16, 16)),
+    ],
+)
+def test_a_bare_transformer_is_sampled_at_the_size_that_its_config_names(config: dict, device: str, expected: tuple) -> None:
+    plan = sampling.sampling_plan_for(bare(**config), Source("there", Path("there"), bare=True), device, {})
+    assert (plan.latent.height, plan.latent.width) == expected and plan.guidance is None
+
+
+def test_a_bare_transformer_of_a_known_config_is_sampled_as_the_known_one() -> None:
+    for name in ("fashion-dit", "emoji-wan", "wan-1.3b", "flux-schnell", "cogvideox-5b"):
+        config = known_models.transformer_config(name) | {"_name_or_path": "elsewhere"}
+        plan = sampling.sampling_plan_for(bare(**config), Source("there", Path("there"), bare=True), "cpu", {})
+        known = known_models.KNOWN_MODELS[name].cpu
+        assert (plan.latent, plan.guidance, plan.steps, plan.samples) == (
+            known.latent,
+            known.guidance,
+            known.steps,
+            known.samples,
+        )
+    assert known_models.known_by_config(config | {"num_layers": 3}) is None
+
+
+def test_an_embedded_models_transformer_alone_follows_its_own_scheduler(tmp_path: Path) -> None:
+    pipeline = quantdit.load("emoji-wan")
+    model, times = pipeline.transformer, []
+    model.register_forward_pre_hook(lambda m, a, k: times.append(float(k["timestep"].max())), with_kwargs=True)
+    latent = Size(1, 2, 8, 8, 4)
+    with torch.no_grad():
+        trajectory(model, adapter_for(model), SamplingPlan(steps=5, latent=latent), range(1))
+    pipeline.scheduler.set_timesteps(5)
+    assert times == [pytest.approx(float(t), abs=0.5) for t in pipeline.scheduler.timesteps], "rounded to whole ones"
 
 
 def test_guidance_changes_where_the_trajectory_goes(tiny_wan: Path):
@@ -268,7 +344,8 @@ def test_timesteps_choose_what_is_recorded(calibrate, tiny_wan: Path, small_alia
     for number, count in enumerate((0, 3, 2, 1)):
         given = ("--samples", "2", "--steps", "5", "--timesteps", count)
         assert calibrate("wan-1.3b", "--weights", tiny_wan, *given, output=f"o{count}").code == 0
-        assert len(kept[number]) == 2 * (count or 5)
+        assert len(kept[number]) == (count or 5), "both samples in one call"
+        assert all(len(call["hidden_states"]) == 2 * 2 for call in kept[number])
         assert calibration(tmp_path / f"o{count}")["timesteps"] == count
     times = [sorted({float(c["timestep"].max()) for c in calls}, reverse=True) for calls in kept]
     assert times[1] == times[0][::2] and times[2] == [times[0][0], times[0][4]] and times[3] == [times[0][0]]
