@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantdit.calibration.grids import Grid, Levels, Params
-from quantdit.calibration.viterbi import numba_is_installed
+from quantdit.system.optional_import import numba_is_installed
 
 LEAF = 32  # columns that take each other's effect one by one; beyond, a product brings it
 DESCENT_BLOCK = 1024  # columns whose slope is computed at once

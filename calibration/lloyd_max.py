@@ -12,7 +12,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from quantdit.system.optional_import import numba_is_installed
+
 BINS = 2048
+COMPILED = (torch.float32, torch.float64)
 
 
 def histogram(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,17 +28,25 @@ def histogram(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         values: `[rows, n]` float.
         weights: `[rows, n]` or `[n]`, not negative.
     """
-    values = values.double()
-    peak = values.abs().amax(dim=1, keepdim=True)
+    peak = values.abs().amax(dim=1, keepdim=True).double()
     peak = torch.where(peak > 0, peak, torch.ones_like(peak))
-    u = values / peak
+    mass, total = _sums(values, weights.expand_as(values), peak)
     half = BINS // 2
-    index = (torch.sign(u) * u.abs().sqrt() * half + half).floor_().clamp_(0, BINS - 1).long()
-    weights = weights.double().expand_as(values)
-    mass = torch.zeros(len(values), BINS, dtype=torch.float64).scatter_add_(1, index, weights)
-    total = torch.zeros_like(mass).scatter_add_(1, index, weights * values)
     middle = (torch.arange(BINS, dtype=torch.float64) + 0.5 - half) / half
     return torch.where(mass > 0, total / mass, middle * middle.abs() * peak), mass
+
+
+def _sums(values: Tensor, weights: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mass of each bin, and mass times value."""
+    if values.device.type == "cpu" and values.dtype in COMPILED and numba_is_installed():
+        from quantdit.calibration.histogram_numba import sums
+
+        return sums(values, weights, peak[:, 0], BINS)
+    values, weights, half = values.double(), weights.double(), BINS // 2
+    u = values / peak
+    index = (torch.sign(u) * u.abs().sqrt() * half + half).floor_().clamp_(0, BINS - 1).long()
+    mass = torch.zeros(len(values), BINS, dtype=torch.float64, device=values.device).scatter_add_(1, index, weights)
+    return mass, torch.zeros_like(mass).scatter_add_(1, index, weights * values)
 
 
 def prefix_sums(points: Tensor, mass: Tensor) -> Tensor:

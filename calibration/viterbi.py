@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch import Tensor
 from quantdit.formats import Format
 from quantdit.formats.trellis import codebook, states
 from quantdit.system.files import Advice
-from quantdit.system.optional_import import install
+from quantdit.system.optional_import import install, numba_is_installed
 
 SEGMENT = 384  # weights: long against the windows around its ends, short enough for several to a column
 AROUND = 8  # windows to each side of a cut
@@ -85,11 +84,6 @@ def solve(x: Tensor, entries: Tensor, bits: int, first: Tensor | None, last: Ten
         for i in range(0, len(x), many)
     ]
     return torch.cat(found)
-
-
-def numba_is_installed() -> bool:
-    """Return whether the fast way is there."""
-    return find_spec("numba") is not None
 
 
 def _viterbi(x: Tensor, entries: Tensor, bits: int, first: Tensor | None, last: Tensor | None) -> Tensor:

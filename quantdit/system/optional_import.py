@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +26,11 @@ def require(module: str, extra: str = "eval") -> ModuleType:
         raise ModuleNotFoundError(
             f"this needs {module!r}, and {error.name!r} is not installed; run: {install(extra)}", name=error.name
         ) from error
+
+
+def numba_is_installed() -> bool:
+    """Return whether numba, of the extra `fast`, compiles what calibration does many times."""
+    return find_spec("numba") is not None
 
 
 def install(extra: str) -> str:
