@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -153,8 +152,8 @@ def sampled(pipeline: Any, family: Family, steps: int, prompts: list[str] | None
     return torch.cat(made)
 
 
-def computed_share(pipeline: Any, run: Callable[[], Tensor]) -> tuple[Tensor, float, float]:
-    """Return what a run makes, the calls of blocks' linears that were computed in it per call of the transformer, its seconds."""
+def computed_share(pipeline: Any, run: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    """Return what a run makes, and the calls of blocks' linears that were computed in it per call of the transformer."""
     counted, calls = [0], [0]
     transformer = pipeline.transformer
     linear = next(m for n, m in transformer.named_modules() if n.endswith("ffn.net.2") or n.endswith("ff.net.2"))
@@ -168,12 +167,10 @@ def computed_share(pipeline: Any, run: Callable[[], Tensor]) -> tuple[Tensor, fl
 
     handles = [m.register_forward_pre_hook(count(counted)) for m in (linear, last)]
     handles.append(transformer.register_forward_pre_hook(count(calls)))
-    began = time.perf_counter()
     made = run()
-    seconds = time.perf_counter() - began
     for handle in handles:
         handle.remove()
-    return made, counted[0] / 2 / calls[0], seconds
+    return made, counted[0] / 2 / calls[0]
 
 
 def decibels(reference: Tensor, made: Tensor) -> dict:
@@ -204,12 +201,11 @@ def make_rows(family: Family, rows: list[dict], work: Path, only: list[str]) -> 
         if base not in own:
             own[base] = sampled(pipeline, family, STEPS, prompts)
         with variant.on(pipeline):
-            made, share, seconds = computed_share(pipeline, lambda v=variant, p=pipeline: sampled(p, family, v.steps, prompts))
+            made, share = computed_share(pipeline, lambda v=variant, p=pipeline: sampled(p, family, v.steps, prompts))
             hook = hook_of(pipeline.transformer)
             assert hook is None or hook.counted["forecast"]
         row = {"family": family.name, "variant": variant.name, "computed": round(share * variant.steps / STEPS, 3)}
         row |= {"samples": len(made), "seeds": list(family.seeds), "steps": variant.steps}
-        row |= {"seconds_a_sample": round(seconds / len(made), 4)}
         if variant.name != WHOLE:
             row |= {"psnr": decibels(reference, made), "psnr_to_own": decibels(own[base], made)}
         if prompts:
@@ -236,9 +232,9 @@ def write_page(rows: list[dict]) -> None:
         "# Weights, attention and steps together",
         "",
         "PSNR in dB, mean and 95 % bootstrap interval: to full precision that computes every step of 20, and to the same model"
-        " computing every step. Computed: the share of block computations. Seconds a sample on this CPU, one thread, of a machine"
-        " that did other things too; `bench/pipeline.md` has times. Motion: share of clips whose thing moves the way its prompt"
-        " says (interval of Wilson). Flickering: mean similarity of neighbouring frames, 1 is still. The plans are what"
+        " computing every step. Computed: the share of block computations; `bench/pipeline.md` has times."
+        " Motion: share of clips whose thing moves the way its prompt says (interval of Wilson)."
+        " Flickering: mean similarity of neighbouring frames, 1 is still. The plans are what"
         " `--steps-plan 0.5` and `--steps-plan 0.35` chose. Made by `python reports/pipeline.py`.",
         "",
         "![Quality against computed steps](pictures/pipeline.png)",
@@ -251,11 +247,11 @@ def write_page(rows: list[dict]) -> None:
         clips = "motion" in found[0]
         lines += [f"## {family.name}, {found[0]['samples']} samples", ""]
         more = " motion | flickering |" if clips else ""
-        lines += [f"| variant | computed | seconds | PSNR to full precision | PSNR to itself |{more}"]
-        lines += [f"|---|---|---|---|---|{'---|---|' if clips else ''}"]
+        lines += [f"| variant | computed | PSNR to full precision | PSNR to itself |{more}"]
+        lines += [f"|---|---|---|---|{'---|---|' if clips else ''}"]
         for row in found:
             pairs = [interval(row[key]) if key in row else "" for key in ("psnr", "psnr_to_own")]
-            cells = [row["variant"], f"{row['computed']:.2f}", f"{row['seconds_a_sample']:.3f}", *pairs]
+            cells = [row["variant"], f"{row['computed']:.2f}", *pairs]
             if clips:
                 least, most = row["motion"]["interval_95"]
                 cells += [f"{100 * row['motion']['matched']:.1f} % [{100 * least:.1f}, {100 * most:.1f}]"]

@@ -35,10 +35,10 @@ CANDIDATES = (
     ("taylor1", 0.0, 1.0),
     ("taylor2", 0.0, 1.0),
     ("fit", 0.0, 1.0),
-    ("taylor1", 0.75, 1.0),
     ("fit", 0.75, 1.0),
     ("fit", 0.75, 0.85),
     ("fit", 0.75, 1.15),
+    ("fit", 0.5, 0.85),
 )
 HELD_OUT, FITTED = 2, 4  # samples that candidates are judged by, and that weights are fitted to; of prompts all over the list
 LISTED = 1000  # prompts or classes at most that are looked at
