@@ -128,7 +128,7 @@ def _add_samples(sub: argparse.ArgumentParser) -> None:
     data.add_argument("--steps", type=options.positive, help="sampling steps (20)")
     data.add_argument("--guidance", type=options.finite, help="guidance scale (the pipeline's own default)")
     data.add_argument("--seed", type=options.seed, default=0, help="(%(default)s)")
-    data.add_argument("--timesteps", type=options.count, default=0, help="of the steps, how many to keep; 0: all")
+    data.add_argument("--timesteps", type=options.count, help="of the steps, how many to keep; 0: all (0)")
     data.add_argument("--timestep-choice", choices=("even", "salience"), default="even", help="which to keep (%(default)s)")
     data.add_argument("--tokens", type=options.count, default=0, help="tokens of each call to make statistics of; 0: all")
     data.add_argument(

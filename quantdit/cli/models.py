@@ -42,4 +42,5 @@ def run(args: argparse.Namespace) -> int:
 def _captured(known: SamplingPlan) -> str:
     """Return what of a known model calibration samples: its plan in words."""
     frames = f"{known.frames} frames of " if known.frames and known.frames > 1 else ""
-    return f"{known.samples} samples, {known.steps} steps, guidance {known.guidance:g}, {frames}{known.width}x{known.height}"
+    steps = f"{known.timesteps} of {known.steps}" if known.timesteps else f"{known.steps}"
+    return f"{known.samples} samples, {steps} steps, guidance {known.guidance:g}, {frames}{known.width}x{known.height}"

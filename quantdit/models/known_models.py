@@ -28,7 +28,8 @@ class KnownModel:
         parameters: how many the transformers have in diffusers' classes. DiT's counts more than the paper's 675 M: each block
             has its own copy of the embedders.
         about: one line for `quantdit models`.
-        gpu: what is sampled where there is a GPU: the sizes and steps that the model was published with.
+        gpu: what is sampled where there is a GPU: the sizes and steps that the model was published with. Of a video's steps 8 are
+            kept: a call of Wan at 480p takes .67 GB.
         cpu: what is sampled otherwise: few steps of a small sample, which the model still takes.
         transformers: names of the pipeline's transformers; all are of the same class and quantized in one go.
     """
@@ -68,7 +69,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         "WanTransformer3DModel",
         "1.4 B",
         "text to video",
-        gpu=SamplingPlan(8, 50, guidance=5.0, height=480, width=832, frames=81, latent=Size(1, 21, 60, 104, 512)),
+        gpu=SamplingPlan(8, 50, guidance=5.0, height=480, width=832, frames=81, timesteps=8, latent=Size(1, 21, 60, 104, 512)),
         cpu=SamplingPlan(2, 4, guidance=5.0, height=128, width=128, frames=17, latent=Size(1, 5, 16, 16, 512)),
     ),
     "wan-14b": KnownModel(
@@ -77,7 +78,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         "WanTransformer3DModel",
         "14.3 B",
         "text to video",
-        gpu=SamplingPlan(8, 50, guidance=5.0, height=480, width=832, frames=81, latent=Size(1, 21, 60, 104, 512)),
+        gpu=SamplingPlan(8, 50, guidance=5.0, height=480, width=832, frames=81, timesteps=8, latent=Size(1, 21, 60, 104, 512)),
         cpu=SamplingPlan(2, 4, guidance=5.0, height=128, width=128, frames=17, latent=Size(1, 5, 16, 16, 512)),
     ),
     "wan2.2-5b": KnownModel(
@@ -87,7 +88,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         "5.0 B",
         "text to video",
         # Its autoencoder takes 16 x 16 pixels to a cell.
-        gpu=SamplingPlan(8, 50, guidance=5.0, height=704, width=1280, frames=121, latent=Size(1, 31, 44, 80, 512)),
+        gpu=SamplingPlan(8, 50, guidance=5.0, height=704, width=1280, frames=121, timesteps=8, latent=Size(1, 31, 44, 80, 512)),
         cpu=SamplingPlan(2, 4, guidance=5.0, height=256, width=256, frames=17, latent=Size(1, 5, 16, 16, 512)),
     ),
     "wan2.2-a14b": KnownModel(
@@ -96,7 +97,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         "WanTransformer3DModel",
         "28.6 B",
         "text to video; two experts, one for the noisy steps",
-        gpu=SamplingPlan(8, 40, guidance=4.0, height=480, width=832, frames=81, latent=Size(1, 21, 60, 104, 512)),
+        gpu=SamplingPlan(8, 40, guidance=4.0, height=480, width=832, frames=81, timesteps=8, latent=Size(1, 21, 60, 104, 512)),
         cpu=SamplingPlan(2, 4, guidance=4.0, height=128, width=128, frames=17, latent=Size(1, 5, 16, 16, 512)),
         transformers=("transformer", "transformer_2"),
     ),
@@ -170,7 +171,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         "HunyuanVideoTransformer3DModel",
         "12.8 B",
         "text to video",
-        gpu=SamplingPlan(8, 30, guidance=6.0, height=544, width=960, frames=61, latent=Size(1, 16, 68, 120, 256)),
+        gpu=SamplingPlan(8, 30, guidance=6.0, height=544, width=960, frames=61, timesteps=8, latent=Size(1, 16, 68, 120, 256)),
         cpu=SamplingPlan(2, 4, guidance=6.0, height=128, width=128, frames=17, latent=Size(1, 5, 16, 16, 256)),
     ),
     "cogvideox-2b": KnownModel(
@@ -179,7 +180,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         "CogVideoXTransformer3DModel",
         "1.7 B",
         "text to video",
-        gpu=SamplingPlan(8, 50, guidance=6.0, height=480, width=720, frames=49, latent=Size(1, 13, 60, 90, 226)),
+        gpu=SamplingPlan(8, 50, guidance=6.0, height=480, width=720, frames=49, timesteps=8, latent=Size(1, 13, 60, 90, 226)),
         cpu=SamplingPlan(2, 4, guidance=6.0, height=128, width=128, frames=17, latent=Size(1, 5, 16, 16, 226)),
     ),
     "cogvideox-5b": KnownModel(
@@ -188,7 +189,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         "CogVideoXTransformer3DModel",
         "5.6 B",
         "text to video",
-        gpu=SamplingPlan(8, 50, guidance=6.0, height=480, width=720, frames=49, latent=Size(1, 13, 60, 90, 226)),
+        gpu=SamplingPlan(8, 50, guidance=6.0, height=480, width=720, frames=49, timesteps=8, latent=Size(1, 13, 60, 90, 226)),
         cpu=SamplingPlan(2, 4, guidance=6.0, height=128, width=128, frames=17, latent=Size(1, 5, 16, 16, 226)),
     ),
     "ltx-video": KnownModel(
@@ -198,7 +199,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         "1.9 B",
         "text to video",
         # Its autoencoder takes 32 x 32 pixels of 8 frames to a cell.
-        gpu=SamplingPlan(8, 50, guidance=3.0, height=512, width=704, frames=161, latent=Size(1, 21, 16, 22, 128)),
+        gpu=SamplingPlan(8, 50, guidance=3.0, height=512, width=704, frames=161, timesteps=8, latent=Size(1, 21, 16, 22, 128)),
         cpu=SamplingPlan(2, 4, guidance=3.0, height=256, width=256, frames=33, latent=Size(1, 5, 8, 8, 128)),
     ),
     "latte": KnownModel(
@@ -207,7 +208,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         "LatteTransformer3DModel",
         "1.06 B",
         "text to video",
-        gpu=SamplingPlan(8, 50, guidance=7.5, height=512, width=512, frames=16, latent=Size(1, 16, 64, 64, 120)),
+        gpu=SamplingPlan(8, 50, guidance=7.5, height=512, width=512, frames=16, timesteps=8, latent=Size(1, 16, 64, 64, 120)),
         # The number of frames is fixed.
         cpu=SamplingPlan(2, 4, guidance=7.5, height=128, width=128, frames=16, latent=Size(1, 16, 16, 16, 120)),
     ),

@@ -72,7 +72,7 @@ def sampling_plan_for(pipeline: object, source: Source, device: str, given: Mapp
     name = source.name if bare is None or source.name in KNOWN_MODELS else known_by_config(bare.config)
     if name in KNOWN_MODELS:
         known = KNOWN_MODELS[name].cpu if device == "cpu" else KNOWN_MODELS[name].gpu
-        own = ["samples", "steps", "guidance", *(size for size in SIZES if takes(pipeline, size))]
+        own = ["samples", "steps", "guidance", "timesteps", *(size for size in SIZES if takes(pipeline, size))]
         wanted = {key: getattr(known, key) for key in (*own, *([] if bare is None else ["latent"]))}
     elif bare is not None and (size := _own_size(bare, device)) is not None:
         wanted["latent"] = size

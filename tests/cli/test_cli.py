@@ -488,7 +488,8 @@ def test_models_prints_the_table(cli):
     for line, (name, alias) in zip(lines, KNOWN_MODELS.items(), strict=True):
         assert line.startswith(name), "what `calibrate --help` says that this shows"
         for known in (alias.cpu, alias.gpu):
-            assert f"{known.samples} samples, {known.steps} steps, guidance {known.guidance:g}, " in line
+            steps = f"{known.timesteps} of {known.steps}" if known.timesteps else f"{known.steps}"
+            assert f"{known.samples} samples, {steps} steps, guidance {known.guidance:g}, " in line
             assert f"{known.width}x{known.height}" in line and (known.frames == 1 or f"{known.frames} frames" in line)
     columns = {words[0]: words[1:] for line in lines if (words := re.split(" {2,}", line))}
     assert columns["emoji-wan"] == ["32 samples, 20 steps, guidance 3, 16 frames of 32x32"] * 2

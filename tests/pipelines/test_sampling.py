@@ -188,6 +188,16 @@ def test_a_bare_transformer_of_a_known_config_is_sampled_as_the_known_one() -> N
     assert known_models.known_by_config(config | {"num_layers": 3}) is None
 
 
+def test_of_a_known_videos_steps_some_are_kept_on_a_gpu() -> None:
+    for name, known in known_models.KNOWN_MODELS.items():
+        is_long = known.gpu.frames > 1 and bool(known.hub)
+        assert known.gpu.timesteps == (8 if is_long else 0) and known.cpu.timesteps == 0
+        transformer = bare(**known_models.transformer_config(name))
+        for given, expected in (({}, known.gpu.timesteps), ({"timesteps": 3}, 3), ({"timesteps": 0}, 0)):
+            plan = sampling.sampling_plan_for(transformer, Source(name, Path("there"), bare=True), "cuda", given)
+            assert plan.timesteps == expected
+
+
 def test_an_embedded_models_transformer_alone_follows_its_own_scheduler(tmp_path: Path) -> None:
     pipeline = quantdit.load("emoji-wan")
     model, times = pipeline.transformer, []
