@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -81,6 +82,11 @@ def to_comfyui(folder: Path, output: Path, accept_config: bool = False) -> dict[
     model = checkpoint.read_transformer(source, accept_config=accept_config)
     layers = checkpoint.quant_layers(model)
     original = _names(model)
+    if dropped := checkpoint.describe_switches(model):
+        what = " and ".join({"attention": "8-bit attention", "step_plan": "a step plan"}[key] for key in dropped)
+        warnings.warn(
+            files.Advice(f"ComfyUI has no {what}: its file computes every step, and attention in 16 bits"), stacklevel=2
+        )
     tensors, counts = {}, {}
     for name, layer in layers.items():
         made, marker = express(name, layer)

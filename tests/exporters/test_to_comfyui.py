@@ -16,8 +16,12 @@ import tiny_models
 from quantdit.checkpoints import checkpoint
 from quantdit.exporters import to_comfyui as exporter
 from quantdit.exporters.to_comfyui import express, to_comfyui
+from quantdit.layers import quant_attention
+from quantdit.recipes.attention import AttentionSpec
 from quantdit.recipes.rules import Recipe, Rule
-from quantdit.system.files import CheckpointError
+from quantdit.step_plans.following import carry
+from quantdit.step_plans.step_plan import StepPlan
+from quantdit.system.files import Advice, CheckpointError
 from quantdit.tensors import hadamard
 
 PLAN = Recipe(
@@ -190,6 +194,19 @@ def test_a_low_rank_branch_is_refused(wan: Path):
     layer.extend_branch(torch.ones(layer.out_features, 1), torch.ones(1, layer.in_features))
     with pytest.raises(ValueError, match="low_rank = 0"):
         express(name, layer)
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_comfyui_does_not_do_is_said(wan: Path, tmp_path: Path) -> None:
+    to_comfyui(wan, tmp_path / "plain.safetensors")
+    model = quantdit.load(wan)
+    carry(model, StepPlan("reuse", (900.0, 500.0, 100.0), ((), (1.0,), ())))
+    quant_attention.put(model, {"blocks.0.attn1": AttentionSpec("int8")})
+    switched = tmp_path / "switched"
+    model.save_pretrained(switched)
+    with pytest.warns(Advice, match="ComfyUI has no 8-bit attention and a step plan: its file computes every step"):
+        to_comfyui(switched, tmp_path / "switched.safetensors")
+    assert load_file(tmp_path / "plain.safetensors").keys() == load_file(tmp_path / "switched.safetensors").keys()
 
 
 def test_by_the_command_line(wan: Path, pixel_dit: Path, everything, tmp_path: Path, cli):
