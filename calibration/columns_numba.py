@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit
 from torch import Tensor
 
 from quantdit.calibration.grids import Levels
+from quantdit.system.compiled import compiled
 
 TILE = 256
-COMPILED = {"nogil": True, "error_model": "numpy", "cache": True}
 
 
 def feedback_visits(
@@ -68,7 +67,7 @@ def _arrays(levels: Levels) -> tuple[np.ndarray, np.ndarray, np.float32, np.floa
     return first, second, np.float32(levels.low), np.float32(levels.high), levels.is_table
 
 
-@njit(**COMPILED)
+@compiled
 def _nearest(target, begin, count, group, first, second, low, high, is_table, code, value):
     """Set code and value of `count` rows from `begin` on to those nearest to the targets."""
     if is_table:
@@ -90,7 +89,7 @@ def _nearest(target, begin, count, group, first, second, low, high, is_table, co
             value[o] = c * step[begin + o] + offset[begin + o]
 
 
-@njit(**COMPILED)
+@compiled
 def _feedback(start, stop, end, first, second, low, high, is_table, group, group_size, order, W, M, D, effect, codes):
     target, value, code = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.int32)
     out = W.shape[1]
@@ -112,7 +111,7 @@ def _feedback(start, stop, end, first, second, low, high, is_table, group, group
                     e[o] += m * d[o]
 
 
-@njit(**COMPILED)
+@compiled
 def _descent(start, end, first, second, low, high, is_table, before, group_size, V, codes, M, moved, slope):
     target, value, code = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.int32)
     out = V.shape[1]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+
+from quantdit.system.compiled import compiled
 
 
 def sums(values: Tensor, weights: Tensor, peak: Tensor, bins: int) -> tuple[Tensor, Tensor]:
@@ -22,7 +23,7 @@ def sums(values: Tensor, weights: Tensor, peak: Tensor, bins: int) -> tuple[Tens
     return torch.from_numpy(mass), torch.from_numpy(total)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@compiled
 def _sums(values, weights, peak, mass, total):
     bins = mass.shape[1]
     half = bins // 2

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from quantdit.system.compiled import compiled
 from quantdit.system.threads import allowed
 
 RUN = 64
@@ -42,7 +42,7 @@ def solve(x: Tensor, entries: Tensor, bits: int, first: Tensor | None, last: Ten
     return torch.from_numpy(codes)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _best_of_4(x, cost, entries, at, run, here, pasts, count, value, left):
     """Set value and left, from `here` on, to the least cost and its a of a = 0..3. Indices are unsigned, which saves a test."""
     for c in range(count):
@@ -61,7 +61,7 @@ def _best_of_4(x, cost, entries, at, run, here, pasts, count, value, left):
         left[here + c] = j if w < v else i
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _better_of_4(x, cost, entries, at, run, there, pasts, here, count, number, old, old_left, value, left):
     """The same for a = number..number + 3, against what the a before came to: `old`."""
     for c in range(count):
@@ -82,7 +82,7 @@ def _better_of_4(x, cost, entries, at, run, there, pasts, here, count, number, o
         left[here + c] = i if v < before else old_left[here + c]
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _solve(sequences, entries, bits, first, last, codes):
     length = sequences.shape[1]
     options = 1 << bits
