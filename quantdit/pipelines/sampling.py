@@ -214,7 +214,8 @@ def _scheduler(transformer: nn.Module, adapter: Adapter) -> Scheduler:
     """Return an embedded model's own scheduler for its transformer; for another what its class was trained for."""
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler  # pyright: ignore[reportPrivateImportUsage] - lazy exports
 
-    own = EMBEDDED / (known_by_config(transformer.config) or "") / "scheduler"
+    config: Any = transformer.config
+    own = EMBEDDED / (known_by_config(config) or "") / "scheduler"
     if own.exists():
         return cast(Scheduler, FlowMatchEulerDiscreteScheduler.from_pretrained(own))
     if adapter.scheduler == "flow":
